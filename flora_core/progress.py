@@ -16,7 +16,8 @@ aggregated      round, strategy, clients: number of updates used, aggregation_er
                 bytes_up, bytes_down, seconds
 evaluated       round, loss, examples, exact_match? (0..1), seconds,
                 groups?: {skill: {loss, exact_match?, examples}}
-round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes, checkpoint?: path
+round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes,
+                checkpoint?: path
 run_end         rounds, seconds, peak_memory_bytes, out?
 warning         message, round?, client?
 
@@ -27,8 +28,188 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-Event = dict[str, Any]
+from flora_core.history import Event, History, show_bytes, show_number, show_seconds, summary_tables
+
+
+def sentence(event: Event) -> str | None:
+    """Say one event in one line; None for events that are not worth a line."""
+    writer = _SENTENCES.get(event["event"])
+    return writer(event) if writer else None
+
+
+def _say_start(event: Event) -> str:
+    text = f"{len(event['clients'])} clients, {event['rounds']} rounds of {event['strategy']}"
+    text += f" on {event['device']}" if event.get("device") else ""
+    if event.get("resumed_from") is not None:
+        text += f", resumed after round {event['resumed_from']}"
+    return text + (f"; results go to {event['out']}" if event.get("out") else "")
+
+
+def _say_round(event: Event) -> str:
+    cohorts = event.get("cohorts")
+    text = f"round {event['round']}/{event['rounds']}: {len(event['clients'])} clients train"
+    return text + (f" in {cohorts} cohort{'s' if cohorts > 1 else ''}" if cohorts else "")
+
+
+def _say_train(event: Event) -> str:
+    speed = event["tokens"] / event["seconds"] if event["seconds"] else 0.0
+    return (
+        f"round {event['round']}: step {event['step']}/{event['steps']}, loss {event['loss']:.3f}, {speed:.0f} tokens/s"
+    )
+
+
+def _say_client(event: Event) -> str:
+    text = (
+        f"round {event['round']}: {event['client']} (rank {event['rank']}, {event['examples']} examples) "
+        f"loss {show_number(event['loss_first'])} -> {show_number(event['loss_last'])}"
+    )
+    return text + (f"; REFUSED: {event['refused']}" if event.get("refused") else "")
+
+
+def _say_aggregated(event: Event) -> str:
+    return (
+        f"round {event['round']}: aggregated {event['clients']} updates, "
+        f"aggregation error {show_number(event.get('aggregation_error'), '.1e')}, "
+        f"{show_bytes(event['bytes_up'])} up, {show_bytes(event['bytes_down'])} down"
+    )
+
+
+def _say_evaluated(event: Event) -> str:
+    when = f"after round {event['round']}" if event["round"] else "before training"
+    text = f"{when}: loss {event['loss']:.3f}"
+    if event.get("exact_match") is not None:
+        text += f", exact match {event['exact_match']:.1%}"
+    return f"{text} of {event['examples']} held-out examples"
+
+
+def _say_round_end(event: Event) -> str:
+    text = f"round {event['round']}/{event['rounds']}: done in {show_seconds(event['seconds'])}"
+    if not event["applied"]:
+        text += "; NOT APPLIED, too few good updates"
+    return text + (", saved" if event.get("checkpoint") else "")
+
+
+def _say_end(event: Event) -> str:
+    return f"finished in {show_seconds(event['seconds'])}, peak memory {show_bytes(event['peak_memory_bytes'])}"
+
+
+_SENTENCES = {
+    "run_start": _say_start,
+    "round_start": _say_round,
+    "train_progress": _say_train,
+    "client_done": _say_client,
+    "aggregated": _say_aggregated,
+    "evaluated": _say_evaluated,
+    "round_end": _say_round_end,
+    "run_end": _say_end,
+    "warning": lambda event: f"warning: {event['message']}",
+}
+
+
+class PlainProgress:
+    """Write each event as one timed line; training steps at most every `every_s` seconds."""
+
+    def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
+        self.stream, self.every_s = stream or sys.stderr, every_s
+        self.began = self.last_step = time.monotonic()
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stream.flush()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        now = time.monotonic()
+        if event["event"] == "train_progress":
+            if now - self.last_step < self.every_s:
+                return
+            self.last_step = now
+        line = sentence(event)
+        if line is not None:
+            print(f"[{now - self.began:7.1f}s] {line}", file=self.stream, flush=True)
+
+
+class LiveProgress:
+    """Keep a bar for the rounds and one for the steps below the lines, with rich."""
+
+    def __init__(self, console: Any = None):
+        from rich import progress as bars
+        from rich.console import Console
+
+        self.console = console or Console(stderr=True)
+        self.bars = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("{task.fields[note]}"),
+            console=self.console,
+        )
+        self.rounds = self.bars.add_task("rounds", total=None, note="")
+        self.steps = self.bars.add_task("steps", total=None, note="", visible=False)
+
+    def __enter__(self) -> LiveProgress:
+        self.bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Take one event."""
+        kind = event["event"]
+        if kind == "train_progress":
+            note = _say_train(event).split(", ", 1)[1]
+            self.bars.update(self.steps, completed=event["step"], total=event["steps"], note=note, visible=True)
+            return
+        if kind == "run_start":
+            self.bars.update(self.rounds, total=event["rounds"], completed=event.get("resumed_from") or 0)
+        elif kind == "round_start":
+            self.bars.reset(self.steps, total=None, note="", visible=True)
+        elif kind == "round_end":
+            self.bars.update(self.rounds, completed=event["round"])
+        line = sentence(event)
+        if line is not None:
+            self.console.print(line, highlight=False, markup=False, style="yellow" if kind == "warning" else None)
+
+
+def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
+    """Pick live bars where `stream` (standard error) is a terminal and rich is there, else timed lines."""
+    stream = stream or sys.stderr
+    if not stream.isatty():
+        return PlainProgress(stream)
+    try:
+        from rich.console import Console
+    except ImportError:
+        return PlainProgress(stream)
+    return LiveProgress(Console(file=stream))
+
+
+def print_summary(history: History, stream: TextIO | None = None) -> None:
+    """Print the closing tables, with rich where it is installed."""
+    stream = stream or sys.stdout
+    for title, columns, rows in summary_tables(history):
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            _print_plain(title, columns, rows, stream)
+            continue
+        table = Table(title=title, title_justify="left")
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="right" if number else "left")
+        for row in rows:
+            table.add_row(*row)
+        # A file or pipe has no width of its own; wrapped cells would be unreadable there.
+        Console(file=stream, width=None if stream.isatty() else 120).print(table)
+
+
+def _print_plain(title: str, columns: list[str], rows: list[list[str]], stream: TextIO) -> None:
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    print(f"\n{title}", file=stream)
+    for row in [columns, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), file=stream)

@@ -1,0 +1,162 @@
+"""Add the events of a run up (`progress` lists them) into the tables that end it and fill its report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Event = dict[str, Any]
+
+
+@dataclass
+class History:
+    """What the events of a run add up to; a round that was redone after a crash counts once."""
+
+    start: Event = field(default_factory=dict)
+    clients: dict[tuple[int, str], Event] = field(default_factory=dict)
+    aggregated: dict[int, Event] = field(default_factory=dict)
+    evaluated: dict[int, Event] = field(default_factory=dict)
+    round_ends: dict[int, Event] = field(default_factory=dict)
+    warnings: list[Event] = field(default_factory=list)
+    end: Event = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> History:
+        """Add up all events."""
+        history = cls()
+        for event in events:
+            history.add(event)
+        return history
+
+    def add(self, event: Event) -> None:
+        """Take in one event."""
+        kind, number = event["event"], event.get("round", 0)
+        if kind == "client_done":
+            self.clients[number, event["client"]] = event
+        elif kind in ("aggregated", "evaluated"):
+            getattr(self, kind)[number] = event
+        elif kind == "round_end":
+            self.round_ends[number] = event
+        elif kind == "run_start":
+            self.start = event
+        elif kind == "run_end":
+            self.end = event
+        elif kind == "warning":
+            self.warnings.append(event)
+
+    def client_rows(self) -> list[dict[str, Any]]:
+        """Return one row per client: what it is, and its losses from its first to its last round."""
+        rows = []
+        for client in self.start.get("clients", []):
+            name = client["name"]
+            done = [self.clients[key] for key in sorted(self.clients) if key[1] == name]
+            good = [event for event in done if not event.get("refused")]
+            tokens, seconds = sum(event["tokens"] for event in done), sum(event["seconds"] for event in done)
+            rows.append(
+                dict(
+                    client=name,
+                    rank=client["rank"],
+                    examples=client["examples"],
+                    rounds=len(good),
+                    loss_before=good[0]["loss_first"] if good else None,
+                    loss_after=good[-1]["loss_last"] if good else None,
+                    tokens_per_s=tokens / seconds if seconds else None,
+                    refused=sum(bool(event.get("refused")) for event in done),
+                )
+            )
+        return rows
+
+    def totals(self) -> dict[str, Any]:
+        """Return what the whole run sent, took and lost."""
+        errors = [event.get("aggregation_error") for event in self.aggregated.values()]
+        applied = [event.get("application_error") for event in self.aggregated.values()]
+        return dict(
+            aggregation_error=max((error for error in errors if error is not None), default=None),
+            application_error=max((error for error in applied if error is not None), default=None),
+            bytes_up=sum(event["bytes_up"] for event in self.aggregated.values()),
+            bytes_down=sum(event["bytes_down"] for event in self.aggregated.values()),
+            seconds=sum(event["seconds"] for event in self.round_ends.values()),
+            peak_memory_bytes=max((event["peak_memory_bytes"] for event in self.round_ends.values()), default=None),
+        )
+
+
+def show_bytes(size: float | None) -> str:
+    """Write a size for people: 3.4 MB."""
+    if size is None:
+        return "-"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def show_seconds(seconds: float | None) -> str:
+    """Write a duration for people: 2 min 05 s."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def show_number(value: float | None, spec: str = ".3f") -> str:
+    """Write a number, or a dash where there is none."""
+    return "-" if value is None else format(value, spec)
+
+
+def summary_tables(history: History) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Return the tables that end a run: (title, columns, rows), all as text."""
+    rows = history.client_rows()
+    clients = [
+        [
+            row["client"],
+            str(row["rank"]),
+            str(row["examples"]),
+            str(row["rounds"]),
+            show_number(row["loss_before"]),
+            show_number(row["loss_after"]),
+            show_number(row["tokens_per_s"], ".0f"),
+        ]
+        for row in rows
+    ]
+    tables = [
+        ("Clients", ["client", "rank", "examples", "rounds", "loss before", "loss after", "tokens/s"], clients),
+        ("Held-out data", *_evaluation_table(history)),
+        ("The whole run", ["quantity", "value"], _total_rows(history)),
+    ]
+    return [table for table in tables if table[2]]
+
+
+def _evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
+    if not history.evaluated:
+        return [], []
+    first, last = (history.evaluated[pick(history.evaluated)] for pick in (min, max))
+    before, after = (f"{'round ' + str(e['round']) if e['round'] else 'before'}" for e in (first, last))
+    groups = {"all": (first, last)}
+    groups |= {name: (first["groups"].get(name, {}), end) for name, end in (last.get("groups") or {}).items()}
+    rows = [
+        [
+            name,
+            str(end["examples"]),
+            *(show_number(event.get("loss")) for event in (begin, end)),
+            *(show_number(event.get("exact_match"), ".1%") for event in (begin, end)),
+        ]
+        for name, (begin, end) in groups.items()
+    ]
+    columns = ["skill", "examples", f"loss {before}", f"loss {after}", f"exact {before}", f"exact {after}"]
+    return columns, rows
+
+
+def _total_rows(history: History) -> list[list[str]]:
+    totals = history.totals()
+    return [
+        ["aggregation error (largest)", show_number(totals["aggregation_error"], ".2e")],
+        ["application error (largest)", show_number(totals["application_error"], ".2e")],
+        ["sent up, all rounds", show_bytes(totals["bytes_up"])],
+        ["sent down, all rounds", show_bytes(totals["bytes_down"])],
+        ["time in rounds", show_seconds(totals["seconds"])],
+        ["peak memory", show_bytes(totals["peak_memory_bytes"])],
+    ]
