@@ -1,0 +1,108 @@
+"""FLoRA: federated fine-tuning of language models with LoRA adapters of different ranks.
+
+Names are imported on first use, so that ``import flora_core`` needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import ops
+    from .aggregate import aggregate
+    from .attach import ClientSpec, Cohort, attach, detach, explain
+    from .bank import AdapterBank, AdapterConfig
+    from .evaluate import evaluate
+    from .federation import Federation, FederationConfig
+    from .merge import merge_adapter_
+    from .ops import (
+        LoraWeights,
+        MergeItem,
+        cohort_adamw_,
+        lora_linear,
+        lora_linears,
+        stacked_merge_,
+        stacked_merge_many_,
+    )
+    from .optimizer import CohortAdamW
+    from .peft_io import load_peft_adapter, save_peft_adapter
+    from .segments import Segments
+    from .trainer import CohortTrainer, TrainConfig
+    from .update import ClientUpdate, RoundResult
+
+_HOMES = {
+    "aggregate": "aggregate",
+    "attach": "attach ClientSpec Cohort detach explain",
+    "bank": "AdapterBank AdapterConfig",
+    "evaluate": "evaluate",
+    "federation": "Federation FederationConfig",
+    "merge": "merge_adapter_",
+    "ops": "LoraWeights MergeItem cohort_adamw_ lora_linear lora_linears stacked_merge_ stacked_merge_many_",
+    "optimizer": "CohortAdamW",
+    "peft_io": "load_peft_adapter save_peft_adapter",
+    "segments": "Segments",
+    "trainer": "CohortTrainer TrainConfig",
+    "update": "ClientUpdate RoundResult",
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module(".ops", __name__)
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'flora_core' has no attribute {name!r}; it has: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    setattr(sys.modules[__name__], name, value)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]
+
+
+class _Package(ModuleType):
+    """A package in which a function wins over the submodule that it is named after (attach, aggregate, evaluate)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and _HOME_OF.get(name) == name:
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+__all__ = [
+    "AdapterBank",
+    "AdapterConfig",
+    "ClientSpec",
+    "ClientUpdate",
+    "Cohort",
+    "CohortAdamW",
+    "CohortTrainer",
+    "Federation",
+    "FederationConfig",
+    "LoraWeights",
+    "MergeItem",
+    "RoundResult",
+    "Segments",
+    "TrainConfig",
+    "aggregate",
+    "attach",
+    "cohort_adamw_",
+    "detach",
+    "evaluate",
+    "explain",
+    "load_peft_adapter",
+    "lora_linear",
+    "lora_linears",
+    "merge_adapter_",
+    "ops",
+    "save_peft_adapter",
+    "stacked_merge_",
+    "stacked_merge_many_",
+]

@@ -1,0 +1,231 @@
+"""The bank: all clients' adapters in one flat buffer, already stacked per module.
+
+Letters: K in_features, N out_features, R one client's rank, P sum of ranks, C clients. For every module the
+buffer holds A_PK, then B_PN; client c owns the same rows ``ranks[c]`` of both, so FLoRA's stack is the bank as it
+stands.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import seeds
+from .checks import check_number, require
+from .segments import Segments
+from .update import Adapters
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """One client's LoRA adapter; the fields mean what they mean in PEFT's ``LoraConfig``.
+
+    Args:
+        rank: Rank in every target module; 0 means that the client does not adapt it.
+        alpha: LoRA alpha; the scale is alpha / rank, or alpha / sqrt(rank) with ``use_rslora``.
+        dropout: Probability with which an input element of the LoRA branch is dropped in training.
+        use_rslora: Rank-stabilised scaling (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: Other values for modules whose path matches ``(.*\\.)?key$``; first match wins.
+        target_modules: The client's own targets (names, or one regex over the whole path); None: the cohort's.
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    rank: int
+    alpha: float | None = None
+    dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    target_modules: Sequence[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_number("rank", self.rank, 0, whole=True)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", float(2 * self.rank))
+        check_number("alpha", self.alpha, 0)
+        check_number("dropout", self.dropout, 0)
+        require(self.dropout < 1, f"dropout must be below 1, got {self.dropout}")
+        for key, rank in (self.rank_pattern or {}).items():
+            check_number(f"rank_pattern[{key!r}]", rank, 0, whole=True)
+        for key, alpha in (self.alpha_pattern or {}).items():
+            check_number(f"alpha_pattern[{key!r}]", alpha, 0)
+
+    def rank_of(self, module: str) -> int:
+        """The rank in one module."""
+        return match_pattern(self.rank_pattern or {}, module, self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        """The scale s in one module; 0 where the rank is 0."""
+        rank, alpha = self.rank_of(module), match_pattern(self.alpha_pattern or {}, module, self.alpha)
+        if rank == 0:
+            return 0.0
+        return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def targets(self, module: str, default: Sequence[str] | str) -> bool:
+        """Whether the client adapts a module: in its own target list, with a rank above 0."""
+        wanted = self.target_modules if self.target_modules is not None else default
+        return self.rank_of(module) > 0 and matches_target(wanted, module)
+
+
+def match_pattern(patterns: Mapping[str, float], module: str, default):
+    """The value of the first pattern that matches a module path, as PEFT reads rank_pattern and alpha_pattern."""
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def matches_target(wanted: Sequence[str] | str, module: str) -> bool:
+    """Whether target_modules names a module path: a list by name or suffix, a string as a regex over the path."""
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted)
+
+
+@dataclass
+class BankModule:
+    """One module's stack: A_PK and B_PN are leaf views of the bank's flat buffer."""
+
+    A_PK: torch.Tensor
+    B_PN: torch.Tensor
+    ranks: Segments
+    scaling_C: tuple[float, ...]
+
+
+class AdapterBank:
+    """Flat, stacked storage of the adapters of C clients.
+
+    Args:
+        names: Client names, in order.
+        ranks: Module path -> ranks of the C clients.
+        scaling: Module path -> scales of the C clients.
+        shapes: Module path -> (N, K).
+        dtype: float32, or float64 for a float64 base.
+        device: Where the base lives.
+    Raises:
+        ValueError: If a rank is below 0 or above min(N, K).
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        ranks: Mapping[str, Sequence[int]],
+        scaling: Mapping[str, Sequence[float]],
+        shapes: Mapping[str, tuple[int, int]],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.names = tuple(names)
+        self.shapes = dict(shapes)
+        for module, (n, k) in self.shapes.items():
+            for name, rank in zip(self.names, ranks[module], strict=True):
+                require(
+                    0 <= rank <= min(n, k),
+                    f"client {name!r}: the rank in {module} must be between 0 and min(N, K) = {min(n, k)}, got {rank}",
+                )
+        segments = {module: Segments.from_lengths(ranks[module]) for module in self.shapes}
+        total = sum(segments[module].total * (n + k) for module, (n, k) in self.shapes.items())
+        self.param = torch.zeros(total, dtype=dtype, device=device)
+        self.modules = {
+            module: BankModule(A_PK, B_PN, segments[module], tuple(scaling[module]))
+            for module, (A_PK, B_PN) in self._views(self.param, segments).items()
+        }
+
+    def _views(self, flat: torch.Tensor, ranks: Mapping[str, Segments]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        views, start = {}, 0
+        for module, (n, k) in self.shapes.items():
+            p = ranks[module].total
+            a, b = flat[start : start + p * k], flat[start + p * k : start + p * (k + n)]
+            views[module] = (a.view(p, k), b.view(p, n))
+            start += p * (k + n)
+        return views
+
+    def views_of(self, flat: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Module -> (A_PK, B_PN) shaped views of another buffer with the bank's layout, such as its gradient."""
+        return self._views(flat, {module: entry.ranks for module, entry in self.modules.items()})
+
+    @property
+    def segments(self) -> Segments:
+        """The flat buffer cut into one range per (module, factor, client), in storage order."""
+        lengths: list[int] = []
+        for module, (n, k) in self.shapes.items():
+            ranks = self.modules[module].ranks.lengths
+            lengths += [rank * width for width in (k, n) for rank in ranks]
+        return Segments.from_lengths(lengths)
+
+    @property
+    def owner(self) -> tuple[int, ...]:
+        """The client of each range of ``segments``."""
+        return tuple(range(len(self.names))) * (2 * len(self.shapes))
+
+    def index(self, client: str) -> int:
+        """Position of a client by name."""
+        require(client in self.names, f"client must be one of {', '.join(self.names)}, got {client!r}")
+        return self.names.index(client)
+
+    def adapters(self, client: str) -> Adapters:
+        """Views of one client's factors, module by module; modules where its rank is 0 are left out."""
+        c = self.index(client)
+        return {
+            module: (entry.A_PK.detach()[entry.ranks[c]], entry.B_PN.detach()[entry.ranks[c]])
+            for module, entry in self.modules.items()
+            if entry.ranks.lengths[c]
+        }
+
+    def scaling(self, client: str) -> dict[str, float]:
+        """Module -> s of one client, for the modules of ``adapters``."""
+        c = self.index(client)
+        return {module: entry.scaling_C[c] for module, entry in self.modules.items() if entry.ranks.lengths[c]}
+
+    def reset(self, client: str, seed: int) -> None:
+        """Start a client afresh as PEFT does: A uniform in +-1/sqrt(K) (Kaiming, a = sqrt(5)), B zero."""
+        for module, (A_RK, B_RN) in self.adapters(client).items():
+            bound = 1 / math.sqrt(A_RK.shape[1])
+            random = seeds.generator(seed, "init", client, module)
+            A_RK.copy_(torch.empty(A_RK.shape).uniform_(-bound, bound, generator=random))
+            B_RN.zero_()
+
+    def load(self, client: str, adapters: Adapters) -> None:
+        """Copy a client's factors in; every module and shape must be as the bank has it.
+
+        Raises:
+            ValueError: If modules or shapes differ; nothing is changed then.
+        """
+        mine = self.adapters(client)
+        require(
+            set(mine) == set(adapters),
+            f"client {client!r}: the adapter must have the modules that its config names; missing: "
+            f"{sorted(set(mine) - set(adapters)) or 'none'}, unknown: {sorted(set(adapters) - set(mine)) or 'none'}",
+        )
+        for module, pair in mine.items():
+            for name, old, new in zip("AB", pair, adapters[module], strict=True):
+                require(
+                    old.shape == new.shape,
+                    f"client {client!r}: {name} of {module} must be {tuple(old.shape)} (rank first), "
+                    f"got {tuple(new.shape)}",
+                )
+        for module, pair in mine.items():
+            for old, new in zip(pair, adapters[module], strict=True):
+                old.copy_(new)
+
+    def subset(self, clients: Sequence[str]) -> AdapterBank:
+        """A bank of some clients with copies of their factors; the bank itself when they are all of them in order."""
+        if tuple(clients) == self.names:
+            return self
+        index = [self.index(client) for client in clients]
+        bank = AdapterBank(
+            clients,
+            {module: [entry.ranks.lengths[c] for c in index] for module, entry in self.modules.items()},
+            {module: [entry.scaling_C[c] for c in index] for module, entry in self.modules.items()},
+            self.shapes,
+            self.param.dtype,
+            self.param.device,
+        )
+        for client in clients:
+            bank.load(client, self.adapters(client))
+        return bank

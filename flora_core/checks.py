@@ -1,0 +1,68 @@
+"""One wording for every error about shapes, dtypes, devices and ranges: name, expected, got, remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def check_tensor(
+    name: str,
+    tensor: Any,
+    shape: Sequence[int | None] | None = None,
+    *,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    like: tuple[str, torch.Tensor] | None = None,
+    why: str = "",
+) -> torch.Tensor:
+    """Check type, shape (None matches any size), dtype and that it lies on the device of ``like``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if shape is not None:
+        fits = tensor.dim() == len(shape) and all(
+            want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
+        )
+        wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+        require(fits, f"{name} must have shape {wanted}{why and ' ' + why}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if like is not None and tensor.device != like[1].device:
+        raise ValueError(f"{name} must be on {like[1].device} with {like[0]}, got {tensor.device}; move it with .to()")
+    return tensor
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which known word is meant, or list them all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
+
+
+def check_choice(name: str, value: str, known: Iterable[str]) -> str:
+    """Check that a word is one of the known ones."""
+    known = list(known)
+    require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}; {nearest(str(value), known)}")
+    return value
+
+
+def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, whole: bool = False) -> None:
+    """Check that a finite number lies in [low, high]; ``whole`` asks for an int."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {'a whole number' if whole else 'a number'}, got {value!r}")
+    bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+    require(
+        low <= value <= high and value == value and abs(value) != float("inf"), f"{name} must be {bounds}, got {value}"
+    )

@@ -1,0 +1,385 @@
+"""Public ops: every check and the one autograd definition over the primitives of ``flora_kernels``.
+
+    Y = X W^T + b + s_c drop(X) A_c^T B_c        for the rows of client c
+
+Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients,
+H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .backends import resolve
+from .checks import check_choice, check_tensor, require
+from .segments import Segments
+
+HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One target of ``lora_linears``: the frozen base, the stacked adapters and their ranges.
+
+    Args:
+        weight: Frozen weight (N, K), any strides.
+        bias: Frozen bias (N) or None.
+        A, B: Stacked factors (P, K) and (P, N).
+        ranks: Segments over P.
+        scaling_C: Scale s of each client.
+        dropout_seed_C: This target's dropout keys; None takes the row that ``lora_linears`` was given.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+    ranks: Segments
+    scaling_C: Sequence[float] | torch.Tensor
+    dropout_seed_C: Sequence[int] | torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the autograd function needs besides tensors that take part in the graph."""
+
+    kernels: ModuleType
+    tokens: tuple[slice, ...]
+    ranks: tuple[tuple[slice, ...], ...]
+    scaling: tuple[tuple[float, ...], ...]
+    dropout: tuple[Any, ...]
+    bases: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: _Plan, x_MK: torch.Tensor, *factors: torch.Tensor):
+        k, outputs, saved = plan.kernels, [], [x_MK]
+        for i, (weight, bias) in enumerate(plan.bases):
+            A, B = factors[2 * i : 2 * i + 2]
+            y_MN = k.linear(x_MK, weight, bias)
+            s_flat = k.shrink(x_MK, A, plan.tokens, plan.ranks[i], None, plan.dropout[i])
+            outputs.append(k.expand_(y_MN, s_flat, B, plan.tokens, plan.ranks[i], plan.scaling[i]))
+            saved += [s_flat, A, B]
+        ctx.save_for_backward(*saved)
+        ctx.plan = plan
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: torch.Tensor):
+        plan: _Plan = ctx.plan
+        k, (x_MK, *saved) = plan.kernels, ctx.saved_tensors
+        dx_MK = torch.zeros_like(x_MK) if ctx.needs_input_grad[1] else None
+        factor_grads: list[torch.Tensor | None] = []
+        for i, (weight, _) in enumerate(plan.bases):
+            s_flat, A, B = saved[3 * i : 3 * i + 3]
+            dy_MN, ranks, scaling, dropout = grads[i], plan.ranks[i], plan.scaling[i], plan.dropout[i]
+            ds_flat = k.shrink(dy_MN, B, plan.tokens, ranks, scaling)
+            if dx_MK is not None:
+                dx_MK = dx_MK.addmm_(dy_MN, weight) if i else torch.mm(dy_MN, weight)
+                k.expand_(dx_MK, ds_flat, A, plan.tokens, ranks, None, dropout)
+            if any(ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]):
+                factor_grads += k.wgrad(ds_flat, x_MK, s_flat, dy_MN, plan.tokens, ranks, scaling, A.dtype, dropout)
+            else:
+                factor_grads += [None, None]
+        return None, dx_MK, *factor_grads
+
+
+def lora_linear(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    A_PK: torch.Tensor,
+    B_PN: torch.Tensor,
+    tokens: Segments,
+    ranks: Segments,
+    scaling_C: Sequence[float] | torch.Tensor,
+    *,
+    dropout_C: Sequence[float] | torch.Tensor | None = None,
+    dropout_seed_C: Sequence[int] | torch.Tensor | None = None,
+    row_C: Sequence[int] | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Apply a frozen linear layer and each token's own LoRA adapter.
+
+    ``y[tokens[c]] = x W^T + b + s_c drop(x) A_c^T B_c``
+
+    Args:
+        x_MK: Packed activations, float32, bfloat16, float16 or float64.
+        weight_NK: Frozen weight in the dtype of x_MK, any strides.
+        bias_N: Frozen bias, or None.
+        A_PK, B_PN: Stacked factors: fp32 masters (or the dtype of x_MK); computed in the dtype of x_MK.
+        tokens: Segments over M; must cover 0..M.
+        ranks: Segments over P; must cover 0..P.
+        scaling_C: Scale of each client.
+        dropout_C: Dropout probability of each client; needs ``dropout_seed_C``.
+        dropout_seed_C: Philox key of each client, int64. See ``flora_kernels.reference.dropout_keep``.
+        row_C: Index of each client's first token within its optimizer step; 0 unless given.
+        backend: auto, reference, triton or native.
+    Returns:
+        y_MN in the dtype of x_MK; differentiable in x_MK, A_PK and B_PN, gradients of the factors in their dtype.
+    Raises:
+        ValueError: If a shape, a partition or a device does not fit; TypeError for a dtype.
+    Deterministic: yes. Source: arXiv 2106.09685, eq. 3; mixed ranks by arXiv 2409.05976.
+    """
+    target = LoraWeights(weight_NK, bias_N, A_PK, B_PN, ranks, scaling_C, dropout_seed_C)
+    return lora_linears(x_MK, [target], tokens, dropout_C=dropout_C, row_C=row_C, backend=backend)[0]
+
+
+def lora_linears(
+    x_MK: torch.Tensor,
+    targets: Sequence[LoraWeights],
+    tokens: Segments,
+    *,
+    dropout_C: Sequence[float] | torch.Tensor | None = None,
+    dropout_seed_C: Sequence[Sequence[int]] | torch.Tensor | None = None,
+    row_C: Sequence[int] | torch.Tensor | None = None,
+    backend: str = "auto",
+) -> list[torch.Tensor]:
+    """Apply several LoRA targets that share their input (q, k, v; gate, up).
+
+    Args:
+        x_MK: Packed activations.
+        targets: One ``LoraWeights`` per target.
+        tokens: Segments over M; must cover 0..M.
+        dropout_C: Dropout probability of each client, the same for every target.
+        dropout_seed_C: Keys, one row of C per target; a target's own ``dropout_seed_C`` goes first.
+        row_C: Index of each client's first token within its optimizer step; 0 unless given.
+        backend: auto, reference, triton or native.
+    Returns:
+        One y_MN per target, as ``lora_linear`` gives it.
+    Raises:
+        ValueError: If a shape, a partition or a device does not fit; TypeError for a dtype.
+    Deterministic: yes.
+    """
+    kernels, _ = resolve(backend, "shrink")
+    check_tensor("x_MK", x_MK, (None, None))
+    require(len(targets) > 0, "targets must hold at least one LoraWeights, got none")
+    require(
+        tokens.total == x_MK.shape[0],
+        f"tokens must cover the M={x_MK.shape[0]} rows of x_MK, got {tokens.total} in {len(tokens)} segments",
+    )
+    dropouts = []
+    for i, target in enumerate(targets):
+        _check_target(f"targets[{i}]." if len(targets) > 1 else "", x_MK, target, tokens)
+        keys = target.dropout_seed_C
+        if keys is None and dropout_seed_C is not None:
+            keys = dropout_seed_C[i]
+        dropouts.append(_dropout(kernels, dropout_C, keys, row_C, len(tokens)))
+    plan = _Plan(
+        kernels,
+        tuple(tokens),
+        tuple(tuple(target.ranks) for target in targets),
+        tuple(tuple(_host(target.scaling_C)) for target in targets),
+        tuple(dropouts),
+        tuple((target.weight.detach(), target.bias) for target in targets),
+    )
+    factors = [factor for target in targets for factor in (target.A, target.B)]
+    return list(_LoraLinears.apply(plan, x_MK, *factors))  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _check_target(prefix: str, x_MK: torch.Tensor, target: LoraWeights, tokens: Segments) -> None:
+    k, clients, p = x_MK.shape[1], len(tokens), target.ranks.total
+    x, why = ("x_MK", x_MK), f"to match x_MK with K={k} columns"
+    weight = check_tensor(f"{prefix}weight_NK", target.weight, (None, k), dtypes=[x_MK.dtype], like=x, why=why)
+    n = weight.shape[0]
+    require(not weight.requires_grad, f"{prefix}weight_NK must be frozen; call requires_grad_(False) on it first")
+    if target.bias is not None:
+        check_tensor(f"{prefix}bias_N", target.bias, (n,), dtypes=[x_MK.dtype], like=x)
+        require(not target.bias.requires_grad, f"{prefix}bias_N must be frozen; call requires_grad_(False) on it first")
+    masters = [x_MK.dtype] if x_MK.dtype == torch.float64 else [x_MK.dtype, torch.float32]
+    why = f"for ranks that sum to P={p}"
+    check_tensor(f"{prefix}A_PK", target.A, (p, k), dtypes=masters, like=x, why=why)
+    check_tensor(f"{prefix}B_PN", target.B, (p, n), dtypes=masters, like=x, why=why)
+    require(
+        len(target.ranks) == clients and len(target.scaling_C) == clients,
+        f"{prefix}ranks and scaling_C must have one entry for each of the {clients} segments of tokens, "
+        f"got {len(target.ranks)} and {len(target.scaling_C)}",
+    )
+
+
+def _host(values: Sequence[Any] | torch.Tensor) -> list[Any]:
+    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
+
+
+def dropout_threshold(probability: float) -> int:
+    """q = round(65536 p): an element is kept where its 16-bit draw is at least q.
+
+    Raises:
+        ValueError: If p is not in [0, 1), or so near 1 that nothing would be kept.
+    """
+    q = round(65536 * probability) if 0 <= probability < 1 else 65536
+    require(q < 65536, f"dropout must be at least 0 and below 1 - 2**-17, got {probability}")
+    return q
+
+
+def _dropout(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, clients: int) -> Any:
+    if dropout_C is None:
+        return None
+    q_C = [dropout_threshold(float(p)) for p in _host(dropout_C)]
+    require(len(q_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(q_C)}")
+    if not any(q_C):
+        return None
+    require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.seeds")
+    seeds, rows = _host(seed_C), [0] * clients if row_C is None else _host(row_C)
+    require(len(seeds) == clients, f"dropout_seed_C must have {clients} entries, one per client, got {len(seeds)}")
+    require(len(rows) == clients, f"row_C must have {clients} entries, one per client, got {len(rows)}")
+    return kernels.Dropout(q_C, seeds, rows)
+
+
+@dataclass(frozen=True)
+class MergeItem:
+    """One weight of ``stacked_merge_many_`` with its stack."""
+
+    weight: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    coef: torch.Tensor
+    low_bits: torch.Tensor | None = None
+
+
+def stacked_merge_(
+    weight_NK: torch.Tensor,
+    A_PK: torch.Tensor,
+    B_PN: torch.Tensor,
+    coef_P: torch.Tensor,
+    *,
+    rounding: str = "nearest",
+    low_bits_NK: torch.Tensor | None = None,
+    seed: int | None = None,
+    accumulate: str = "float32",
+    backend: str = "auto",
+) -> None:
+    """Add a stack's product to a weight in place, rounded once: ``W += B^T diag(coef) A``.
+
+    Args:
+        weight_NK: Weight, float32, bfloat16, float16 or float64, any strides (a Conv1D passes its transpose).
+        A_PK, B_PN, coef_P: The stack and one coefficient per rank row.
+        rounding: ``nearest`` or, for bfloat16, ``stochastic`` (unbiased; needs ``seed``).
+        low_bits_NK: int16 low bits of a bfloat16 weight: both together are an fp32 master, which is updated.
+        seed: Key of the stochastic rounding.
+        accumulate: ``float32`` for speed, or ``float64``: the result is then the exact sum rounded once, also where
+            terms cancel.
+        backend: auto, reference, triton or native.
+    Raises:
+        ValueError: If a shape, a device or an option does not fit; nothing is changed then.
+    Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
+    """
+    item = MergeItem(weight_NK, A_PK, B_PN, coef_P, low_bits_NK)
+    stacked_merge_many_([item], rounding=rounding, seed=seed, accumulate=accumulate, backend=backend)
+
+
+def stacked_merge_many_(
+    items: Sequence[MergeItem],
+    *,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    accumulate: str = "float32",
+    backend: str = "auto",
+) -> None:
+    """Merge many weights, checked all together before the first is changed. See ``stacked_merge_``.
+
+    With stochastic rounding, item i uses the key ``seed + i``.
+    """
+    kernels, _ = resolve(backend, "merge_")
+    check_choice("rounding", rounding, ("nearest", "stochastic"))
+    check_choice("accumulate", accumulate, ("float32", "float64"))
+    require(rounding == "nearest" or seed is not None, "seed must be given for rounding='stochastic'")
+    for i, item in enumerate(items):
+        _check_merge(f"items[{i}]." if len(items) > 1 else "", item, rounding)
+    with torch.no_grad():
+        for i, item in enumerate(items):
+            kernels.merge_(
+                item.weight,
+                item.A,
+                item.B,
+                item.coef,
+                rounding=rounding,
+                low_bits_NK=item.low_bits,
+                seed=(seed or 0) + i,
+                accumulate=getattr(torch, accumulate),
+            )
+
+
+def _check_merge(prefix: str, item: MergeItem, rounding: str) -> None:
+    weight = check_tensor(f"{prefix}weight_NK", item.weight, (None, None))
+    n, k = weight.shape
+    w = (f"{prefix}weight_NK", weight)
+    A = check_tensor(f"{prefix}A_PK", item.A, (None, k), like=w, why=f"to match weight_NK with K={k}")
+    p = A.shape[0]
+    check_tensor(f"{prefix}B_PN", item.B, (p, n), like=w, why=f"to match A_PK with P={p} and weight_NK with N={n}")
+    check_tensor(f"{prefix}coef_P", item.coef, (p,), like=w, why=f"to match A_PK with P={p}")
+    if item.low_bits is not None:
+        check_tensor(f"{prefix}low_bits_NK", item.low_bits, (n, k), dtypes=[torch.int16], like=w)
+        require(
+            weight.dtype == torch.bfloat16,
+            f"{prefix}low_bits_NK belongs to a bfloat16 weight, got {weight.dtype}; leave it out",
+        )
+        require(rounding == "nearest", "rounding must be 'nearest' with low_bits_NK, which loses nothing")
+    require(
+        rounding == "nearest" or weight.dtype == torch.bfloat16,
+        f"rounding='stochastic' is for bfloat16 weights, {prefix}weight_NK is {weight.dtype}; use 'nearest'",
+    )
+
+
+def cohort_adamw_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    segments: Segments,
+    hyper_CH: torch.Tensor,
+    *,
+    owner: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> None:
+    """Take one AdamW step over flat buffers, each client with its own hyper-parameters, in place.
+
+    Args:
+        param, grad, exp_avg, exp_avg_sq: 1-D buffers of one length and dtype (float32 or float64).
+        segments: Ranges over the buffers, one per client, or several with ``owner``.
+        hyper_CH: (C, 7): lr, beta1, beta2, eps, weight decay, step (1 for the first; 0 leaves the client's ranges
+            untouched), scale on the gradient from clipping.
+        owner: The row of hyper_CH of each range; range i takes row i unless given.
+        backend: auto, reference, triton or native.
+    Raises:
+        ValueError: If lengths do not fit.
+    Deterministic: yes. Source: arXiv 1711.05101, as ``torch.optim.AdamW`` computes it.
+    """
+    kernels, _ = resolve(backend, "cohort_adamw_")
+    kinds = (torch.float32, torch.float64)
+    check_tensor("param", param, (None,), dtypes=kinds)
+    for name, buffer in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        check_tensor(name, buffer, tuple(param.shape), dtypes=[param.dtype], like=("param", param))
+    require(
+        segments.total == param.numel(),
+        f"segments must cover the {param.numel()} elements of param, got {segments.total}",
+    )
+    owner = range(len(segments)) if owner is None else owner
+    require(len(owner) == len(segments), f"owner must name a row for each of {len(segments)} ranges, got {len(owner)}")
+    check_tensor("hyper_CH", hyper_CH, (None, len(HYPER_COLUMNS)), dtypes=kinds)
+    require(
+        not len(owner) or max(owner) < hyper_CH.shape[0],
+        f"hyper_CH must have a row for each client, got {hyper_CH.shape[0]} rows and client index {max(owner, default=0)}",
+    )
+    with torch.no_grad():
+        kernels.cohort_adamw_(param, grad, exp_avg, exp_avg_sq, tuple(segments), hyper_CH, owner)
+
+
+__all__: list[str] = [
+    "HYPER_COLUMNS",
+    "LoraWeights",
+    "MergeItem",
+    "cohort_adamw_",
+    "lora_linear",
+    "lora_linears",
+    "stacked_merge_",
+    "stacked_merge_many_",
+]

@@ -1,0 +1,74 @@
+"""Segments: one axis cut into consecutive ranges, one per client."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .checks import require
+
+
+class Segments:
+    """A partition of one axis into C consecutive ranges, some perhaps empty.
+
+    Ranges live on the host as ints; ``offsets_on`` gives the same numbers as an int32 device table,
+    copied once per device.
+    """
+
+    __slots__ = ("_tables", "lengths", "offsets")
+
+    lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+    def __init__(self, lengths: Iterable[int]):
+        self.lengths = tuple(operator.index(length) for length in lengths)
+        for index, length in enumerate(self.lengths):
+            require(length >= 0, f"segment {index} must have a length of at least 0, got {length}")
+        offsets = [0]
+        for length in self.lengths:
+            offsets.append(offsets[-1] + length)
+        require(offsets[-1] < 2**31, f"segments must cover fewer than 2**31 rows, got {offsets[-1]}; split the batch")
+        self.offsets = tuple(offsets)
+        self._tables: dict[torch.device, torch.Tensor] = {}
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int]) -> Segments:
+        """Cut an axis into ranges of these lengths, in order.
+
+        Raises:
+            ValueError: If a length is negative.
+        """
+        return cls(lengths)
+
+    @property
+    def total(self) -> int:
+        """The length of the whole axis."""
+        return self.offsets[-1]
+
+    def offsets_on(self, device: torch.device | str) -> torch.Tensor:
+        """Offsets (C + 1 entries, the first is 0) as an int32 tensor on a device."""
+        device = torch.device(device)
+        if device not in self._tables:
+            self._tables[device] = torch.tensor(self.offsets, dtype=torch.int32, device=device)
+        return self._tables[device]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> slice:
+        index = range(len(self))[index]
+        return slice(self.offsets[index], self.offsets[index + 1])
+
+    def __iter__(self) -> Iterator[slice]:
+        return (self[index] for index in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Segments) and self.lengths == other.lengths
+
+    def __hash__(self) -> int:
+        return hash(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"Segments.from_lengths({list(self.lengths)})"

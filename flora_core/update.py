@@ -1,0 +1,84 @@
+"""What travels between a client and the server: a client's update, and a round's result.
+
+Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass
+class ClientUpdate:
+    """One client's trained adapter.
+
+    Args:
+        client: The client's name.
+        adapters: Module path in the base model -> (A_RK, B_RN). B is stored R x N, the transpose of PEFT's.
+        scaling: Module path -> s; the module's update is ``s * B_RN.T @ A_RK``.
+        weight: Share in the aggregation before normalising: the number of examples unless set otherwise.
+        metrics: ``loss_first``, ``loss_last``, ``tokens``, ``examples``, ``seconds``, ...
+    """
+
+    client: str
+    adapters: Adapters
+    scaling: dict[str, float]
+    weight: float = 1.0
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Module path -> the client's rank there."""
+        return {module: A_RK.shape[0] for module, (A_RK, _) in self.adapters.items()}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all factors, as they would travel."""
+        return sum(t.numel() * t.element_size() for pair in self.adapters.values() for t in pair)
+
+
+def _fresh(client: str, **_: Any) -> Adapters | None:
+    return None
+
+
+@dataclass
+class RoundResult:
+    """What a strategy makes of a round's updates.
+
+    Args:
+        base_delta: Module path -> (A_PK, B_PN, coef_P): ``B_PN.T @ diag(coef_P) @ A_PK`` is to be added to the base.
+        start: ``start(client, **hints)`` gives the adapter that the client starts the next round from, None for fresh.
+        state: What the strategy carries to the next round: tensors and JSON values, nested in dicts and lists.
+        delta: Module path -> stacks whose sum is the change of the global model; ``base_delta`` unless a
+            strategy keeps a global adapter beside the base.
+        certificate: How far this is from the exact sum (``flora_core.aggregate.certificate``).
+        bytes_up, bytes_down: Bytes of all updates received, and of all payloads sent to the clients.
+    """
+
+    base_delta: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    start: Callable[..., Adapters | None] = _fresh
+    state: dict[str, Any] = field(default_factory=dict)
+    delta: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+    certificate: Any = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def next_adapter(self, client: str, **hints: Any) -> Adapters | None:
+        """The adapter that a client starts the next round from; None means freshly initialised.
+
+        Args:
+            client: The client's name.
+            hints: ``ranks`` and ``scaling`` (module path -> value), for a client that the round has not seen.
+        """
+        return self.start(client, **hints)
+
+    def dense(self) -> dict[str, torch.Tensor]:
+        """Change of the global model per module, float64 (N, K), relative to the base that the clients trained on."""
+        stacks = self.base_delta if self.delta is None else self.delta
+        return {module: (B.double().T * coef.double()) @ A.double() for module, (A, B, coef) in stacks.items()}

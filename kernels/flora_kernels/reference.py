@@ -1,0 +1,283 @@
+"""Torch oracle of every primitive: one client's rows at a time, clean in float64.
+
+    shrink   S_c  = drop(X_c) A_c^T                       X_c = rows tokens[c] of X, A_c = rows ranks[c] of A
+    expand   Y_c += s_c S_c B_c                           (dropped columns of Y get nothing, kept ones 1 / (1 - q))
+    wgrad    dA_c = dS_c^T drop(X_c),   dB_c = s_c S_c^T dY_c
+    merge    W   += B^T diag(coef) A
+    adamw    Adam with decoupled weight decay over flat buffers
+
+Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
+``tokens`` and ``ranks`` are sequences of slices, one per client, over M and P. S is ragged and flat: client c's
+block of m_c x r_c numbers follows client c-1's. 16-bit inputs are widened to float32 per client, so sums
+are always at least float32. Rows of different clients never meet in a sum: a NaN stays with its client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
+_U32 = 0xFFFFFFFF
+
+
+class Dropout(NamedTuple):
+    """Counter-based dropout: per client the threshold q of 65536, the Philox key and the first row."""
+
+    q_C: Sequence[int]
+    seed_C: Sequence[int]
+    row_C: Sequence[int]
+
+
+def philox4x32(
+    counter: Sequence[torch.Tensor], key: tuple[int, int], rounds: int = 7
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Four 32-bit words (held in int64) per counter. Salmon et al., SC 2011."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # int64 products wrap, which leaves the low 64 bits right; the mask undoes the arithmetic shift.
+        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
+        c0, c1, c2, c3 = ((p1 >> 32) & _U32) ^ c1 ^ k0, p1 & _U32, ((p0 >> 32) & _U32) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = (k0 + _PHILOX_W[0]) & _U32, (k1 + _PHILOX_W[1]) & _U32
+    return c0, c1, c2, c3
+
+
+def dropout_keep(rows: int, columns: int, q: int, seed: int, first_row: int, device: torch.device) -> torch.Tensor:
+    """Bool (rows, columns), True where an element is kept.
+
+    The key is ``seed`` (low word, high word), the counter is (column // 8, row, 0, 0); draw ``column % 8`` is a
+    16-bit half of word ``(column % 8) // 2``, the low half first. Kept where the draw is at least q.
+    """
+    row_M1 = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)[:, None]
+    group_1G = torch.arange((columns + 7) // 8, dtype=torch.int64, device=device)[None, :]
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    words = philox4x32((group_1G, row_M1, zero, zero), (seed & _U32, (seed >> 32) & _U32))
+    words = [word.expand(rows, group_1G.shape[1]) for word in words]
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    return (draws >= q).reshape(rows, -1)[:, :columns]
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _compute_copy(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The adapter as the compute dtype sees it, widened for the sum."""
+    return _wide(adapter.to(dtype))
+
+
+def _clients(tokens: Sequence[slice], ranks: Sequence[slice]) -> Iterator[tuple[int, slice, slice, slice]]:
+    """Every client that has both tokens and rank: index, rows of X, rows of the bank, range of flat S."""
+    start = 0
+    for index, (rows, bank) in enumerate(zip(tokens, ranks, strict=True)):
+        size = (rows.stop - rows.start) * (bank.stop - bank.start)
+        if size:
+            yield index, rows, bank, slice(start, start + size)
+        start += size
+
+
+def _keep(dropout: Dropout | None, index: int, rows: slice, columns: int, device: torch.device) -> torch.Tensor | None:
+    if dropout is None or dropout.q_C[index] == 0:
+        return None
+    count = rows.stop - rows.start
+    return dropout_keep(count, columns, dropout.q_C[index], dropout.seed_C[index], dropout.row_C[index], device)
+
+
+def _drop(x_mK: torch.Tensor, dropout: Dropout | None, index: int, rows: slice) -> torch.Tensor:
+    """drop(x): kept elements scaled by 65536 / (65536 - q), the others exactly zero even where x is NaN."""
+    keep = _keep(dropout, index, rows, x_mK.shape[1], x_mK.device)
+    if keep is None or dropout is None:
+        return x_mK
+    return torch.where(keep, x_mK * (65536 / (65536 - dropout.q_C[index])), 0)
+
+
+def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """The frozen product Y = X W^T + b."""
+    return torch.nn.functional.linear(x_MK, weight_NK, bias_N)
+
+
+def shrink(
+    x_MK: torch.Tensor,
+    A_PK: torch.Tensor,
+    tokens: Sequence[slice],
+    ranks: Sequence[slice],
+    scaling_C: Sequence[float] | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """Flat S in the dtype of x: S_c = scaling_c drop(X_c) A_c^T. Also dS = s dY B^T, with B for A."""
+    size = sum((m.stop - m.start) * (p.stop - p.start) for m, p in zip(tokens, ranks, strict=True))
+    s_flat = x_MK.new_empty(size)
+    for c, rows, bank, flat in _clients(tokens, ranks):
+        a_RK = _compute_copy(A_PK[bank], x_MK.dtype)
+        s_mR = _drop(_wide(x_MK[rows]), dropout, c, rows) @ a_RK.T
+        s_flat[flat] = (s_mR if scaling_C is None else s_mR.mul_(scaling_C[c])).reshape(-1).to(x_MK.dtype)
+    return s_flat
+
+
+def expand_(
+    y_MN: torch.Tensor,
+    s_flat: torch.Tensor,
+    B_PN: torch.Tensor,
+    tokens: Sequence[slice],
+    ranks: Sequence[slice],
+    scaling_C: Sequence[float] | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:
+    """Y_c += scaling_c S_c B_c in place. Also dX += mask (dS A) / (1 - q), with A for B and the forward's dropout."""
+    narrow = y_MN.dtype in (torch.bfloat16, torch.float16)
+    for c, rows, bank, flat in _clients(tokens, ranks):
+        b_RN = _compute_copy(B_PN[bank], y_MN.dtype)
+        s_mR = _wide(s_flat[flat]).view(rows.stop - rows.start, -1)
+        scale = 1.0 if scaling_C is None else scaling_C[c]
+        keep = _keep(dropout, c, rows, y_MN.shape[1], y_MN.device)
+        if keep is None and not narrow:
+            y_MN[rows].addmm_(s_mR, b_RN, alpha=scale)
+            continue
+        add_mN = (s_mR @ b_RN).mul_(scale)
+        if keep is not None and dropout is not None:
+            add_mN = torch.where(keep, add_mN * (65536 / (65536 - dropout.q_C[c])), 0)
+        y_MN[rows] = (_wide(y_MN[rows]) + add_mN).to(y_MN.dtype)
+    return y_MN
+
+
+def wgrad(
+    ds_flat: torch.Tensor,
+    x_MK: torch.Tensor,
+    s_flat: torch.Tensor,
+    dy_MN: torch.Tensor,
+    tokens: Sequence[slice],
+    ranks: Sequence[slice],
+    scaling_C: Sequence[float],
+    dtype: torch.dtype,
+    dropout: Dropout | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dA_PK = dS^T drop(X) and dB_PN = s S^T dY in ``dtype``; clients without tokens get zeros."""
+    total = ranks[-1].stop if len(ranks) else 0
+    dA_PK = torch.zeros(total, x_MK.shape[1], dtype=dtype, device=x_MK.device)
+    dB_PN = torch.zeros(total, dy_MN.shape[1], dtype=dtype, device=x_MK.device)
+    for c, rows, bank, flat in _clients(tokens, ranks):
+        count = rows.stop - rows.start
+        dA_PK[bank] = _wide(ds_flat[flat]).view(count, -1).T @ _drop(_wide(x_MK[rows]), dropout, c, rows)
+        dB_PN[bank] = (_wide(s_flat[flat]).view(count, -1).T @ _wide(dy_MN[rows])).mul_(scaling_C[c])
+    return dA_PK, dB_PN
+
+
+def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An fp32 master as (bf16, int16 low bits): bits(master) = (bits(bf16) << 16) + low.
+
+    The bf16 part is the master rounded to nearest; a tie goes away from zero, so that ``low`` fits 16 bits.
+    """
+    bits = master.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join_master(weight: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
+    """The fp32 master of a bf16 weight and its 16 signed low bits."""
+    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
+    return (high + low_bits.to(torch.int32)).view(torch.float32)
+
+
+def round_stochastic(master: torch.Tensor, dtype: torch.dtype, seed: int, first_row: int) -> torch.Tensor:
+    """Round fp32 to bf16 up or down with the odds of its 16 low bits; draws are counted by row and column."""
+    rows, columns = master.shape
+    row_M1 = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=master.device)[:, None]
+    group_1G = torch.arange((columns + 7) // 8, dtype=torch.int64, device=master.device)[None, :]
+    zero = torch.zeros((), dtype=torch.int64, device=master.device)
+    words = philox4x32((group_1G, row_M1, zero, zero + 1), (seed & _U32, (seed >> 32) & _U32))
+    words = [word.expand(rows, group_1G.shape[1]) for word in words]
+    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
+    draws = draws.reshape(rows, -1)[:, :columns]
+    bits = master.contiguous().view(torch.int32).to(torch.int64)
+    rounded = torch.where(torch.isfinite(master), bits + draws, bits) >> 16
+    return rounded.to(torch.int16).view(torch.bfloat16).to(dtype)
+
+
+# Rows of W handled at a time: a float64 block of 64 x 4096 is 2 MB and stays in cache.
+_MERGE_ROWS = 256
+
+
+def merge_(
+    weight_NK: torch.Tensor,
+    A_PK: torch.Tensor,
+    B_PN: torch.Tensor,
+    coef_P: torch.Tensor,
+    *,
+    rounding: str = "nearest",
+    low_bits_NK: torch.Tensor | None = None,
+    seed: int = 0,
+    accumulate: torch.dtype = torch.float32,
+) -> None:
+    """W += B^T diag(coef) A in place: one sum in ``accumulate``, one rounding."""
+    if weight_NK.stride(-1) != 1 and weight_NK.stride(0) == 1 and rounding == "nearest" and low_bits_NK is None:
+        # A transposed weight (Conv1D): merge the transpose, which is contiguous.
+        return merge_(weight_NK.T, B_PN * coef_P[:, None], A_PK, torch.ones_like(coef_P), accumulate=accumulate)
+    wide = torch.promote_types(accumulate, torch.float64 if weight_NK.dtype == torch.float64 else torch.float32)
+    a_PK = A_PK.to(wide)
+    b_NP = B_PN.to(wide).T * coef_P.to(wide)
+    if weight_NK.dtype == wide:
+        weight_NK.addmm_(b_NP, a_PK)
+        return None
+    for start in range(0, weight_NK.shape[0], _MERGE_ROWS):
+        rows = slice(start, start + _MERGE_ROWS)
+        w_nK = weight_NK[rows]
+        master = w_nK if low_bits_NK is None else join_master(w_nK, low_bits_NK[rows])
+        summed = torch.addmm(master.to(wide), b_NP[rows], a_PK)
+        if low_bits_NK is not None:
+            w_nK[:], low_bits_NK[rows] = split_master(summed.float())
+        elif rounding == "stochastic":
+            w_nK[:] = round_stochastic(summed.float(), w_nK.dtype, seed, start)
+        else:
+            w_nK[:] = summed.to(w_nK.dtype)
+    return None
+
+
+def cohort_adamw_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    segments: Sequence[slice],
+    hyper_CH: torch.Tensor,
+    owner: Sequence[int],
+) -> None:
+    """AdamW over flat buffers in place; segment i takes row owner[i] of hyper, a step of 0 leaves it untouched.
+
+    Columns of hyper: lr, beta1, beta2, eps, weight decay, step (1 for the first), clip scale of the gradient.
+    """
+    by_row: dict[int, list[slice]] = {}
+    for segment, row in zip(segments, owner, strict=True):
+        by_row.setdefault(row, []).append(segment)
+    for row, ranges in by_row.items():
+        lr, beta1, beta2, eps, decay, step, clip = hyper_CH[row].tolist()
+        if step == 0:
+            continue
+        p, g, m, v = ([buffer[r] for r in ranges] for buffer in (param, grad, exp_avg, exp_avg_sq))
+        g = list(torch._foreach_mul(g, clip)) if clip != 1 else g
+        torch._foreach_mul_(p, 1 - lr * decay)
+        torch._foreach_lerp_(m, g, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(denominator, eps)
+        torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - beta1**step))
+
+
+__all__ = [
+    "Dropout",
+    "cohort_adamw_",
+    "dropout_keep",
+    "expand_",
+    "join_master",
+    "linear",
+    "merge_",
+    "philox4x32",
+    "shrink",
+    "split_master",
+    "wgrad",
+]
