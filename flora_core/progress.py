@@ -30,7 +30,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from flora_core.history import Event, History, show_bytes, show_number, show_seconds, summary_tables
+from .history import Event, History, show_bytes, show_number, show_seconds, summary_tables
 
 
 def sentence(event: Event) -> str | None:

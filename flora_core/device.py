@@ -1,0 +1,162 @@
+"""Tell what this machine has: `flora doctor`, the device a run takes, and how much memory it used."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Extra -> distributions that it brings; `pip install 'flora-core[extra]'` is the remedy for each.
+EXTRAS = {
+    "train": ("transformers", "safetensors", "tokenizers", "jinja2", "gguf"),
+    "cli": ("rich", "pyyaml", "matplotlib", "psutil"),
+    "dev": ("peft", "pytest", "hypothesis", "ruff", "pyright"),
+}
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """Return the device to run on: `auto` takes CUDA where there is one.
+
+    Raises:
+        ValueError: If the device is unknown or not here.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {wanted!r}") from None
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise ValueError(f"device={wanted!r} is not here ({torch.cuda.device_count()} CUDA devices); use device=cpu")
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """Return the base's dtype: `auto` is bfloat16 on CUDA and float32 on a CPU, whose bfloat16 products are slow."""
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[wanted]
+
+
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Return the most memory that this process held: allocated by torch on CUDA, resident set on a CPU."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def doctor() -> dict[str, Any]:
+    """Return what this machine has, as plain JSON values.
+
+    Returns:
+        python, platform, cores, memory_bytes, torch, devices, backends {name: reason why not, or None},
+        packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
+    """
+    from .backends import availability
+    from .demo_model import cache_dir, is_ready
+
+    cache = cache_dir()
+    facts: dict[str, Any] = {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "cores": usable_cores(),
+        "memory_bytes": _memory_bytes(),
+        "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.version.cuda},
+        "devices": [_cuda_device(index) for index in range(torch.cuda.device_count())],
+        "backends": availability(),
+        "packages": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "product_gflops": {name: _product_gflops(getattr(torch, name)) for name in ("float32", "bfloat16")},
+        "cache": {"folder": str(cache), "free_bytes": _free_bytes(cache), "demo_model": is_ready(cache)},
+    }
+    facts["advice"] = _advice(facts)
+    return facts
+
+
+def doctor_text(facts: dict[str, Any]) -> str:
+    """Lay out the facts of `doctor` for people."""
+    from .history import show_bytes
+
+    torch_facts, cache = facts["torch"], facts["cache"]
+    rows = [
+        ("python", facts["python"]),
+        ("platform", facts["platform"]),
+        ("cpu", f"{facts['cores']} usable cores, {show_bytes(facts['memory_bytes'])} of memory"),
+        ("torch", f"{torch_facts['version']}, {torch_facts['threads']} threads, CUDA {torch_facts['cuda'] or 'none'}"),
+        *((d["name"], f"{show_bytes(d['memory_bytes'])}, sm_{d['capability']}") for d in facts["devices"]),
+        ("products", ", ".join(f"{name} {speed:.1f} GFLOP/s" for name, speed in facts["product_gflops"].items())),
+        *((f"backend {name}", reason or "runs") for name, reason in facts["backends"].items()),
+        *((f"extra {extra}", _package_text(found)) for extra, found in facts["packages"].items()),
+        ("cache", f"{cache['folder']}, {show_bytes(cache['free_bytes'])} free"),
+        ("demo model", "ready" if cache["demo_model"] else "made on first use"),
+    ]
+    lines = [f"{name:<18} {text}" for name, text in rows]
+    return "\n".join(lines + [f"advice: {sentence}" for sentence in facts["advice"]])
+
+
+def _advice(facts: dict[str, Any]) -> list[str]:
+    advice = []
+    for extra, found in facts["packages"].items():
+        missing = [name for name, version in found.items() if version is None]
+        if missing:
+            advice.append(f"{', '.join(missing)} missing; install with: pip install 'flora-core[{extra}]'")
+    speed = facts["product_gflops"]
+    if speed["bfloat16"] < speed["float32"] / 4:
+        advice.append("bfloat16 products are slow on this CPU: train with dtype=float32 (dtype=auto does)")
+    if (facts["cache"]["free_bytes"] or 0) < 2e9:
+        advice.append(f"less than 2 GB free in {facts['cache']['folder']}: set FLORA_CACHE to another disk")
+    return advice
+
+
+def _package_text(found: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items())
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cuda_device(index: int) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(index)
+    return {"name": found.name, "memory_bytes": found.total_memory, "capability": f"{found.major}{found.minor}"}
+
+
+def _free_bytes(folder: Path) -> int | None:
+    there = next((part for part in (folder, *folder.parents) if part.exists()), None)
+    return shutil.disk_usage(there).free if there else None
+
+
+def _product_gflops(dtype: torch.dtype, size: int = 256) -> float:
+    """Time one small product on the CPU; the first call is not counted."""
+    a = torch.ones(size, size, dtype=dtype)
+    a @ a
+    began = time.perf_counter()
+    a @ a
+    return round(2 * size**3 / (time.perf_counter() - began) / 1e9, 2)

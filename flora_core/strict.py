@@ -1,0 +1,123 @@
+"""Read dataclasses from plain dicts: unknown keys and wrong types are errors that name the place and the right key."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .checks import nearest
+
+T = TypeVar("T")
+
+
+def read(cls: type[T], raw: Any, where: str, prefix: str = "") -> T:
+    """Make a `cls` from a mapping; `where` is the file, `prefix` the dotted path of this part in it."""
+    if not isinstance(raw, Mapping):
+        raise TypeError(f"{where}: {prefix or 'a recipe'} must be a mapping of keys to values, got {_show(raw)}")
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if key not in hints:
+            raise ValueError(f"{where}: unknown key {path!r}; {nearest(path, key_paths(cls, prefix))}")
+        values[key] = convert(hints[key], value, f"{where}: {path}", path, where)
+    missing = [field.name for field in dataclasses.fields(cls) if _required(field) and field.name not in values]  # type: ignore[arg-type]
+    if missing:
+        raise ValueError(f"{where}: {prefix + '.' if prefix else ''}{missing[0]} is missing; add it")
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{where}: {prefix + ': ' if prefix else ''}{error}") from None
+
+
+def key_paths(cls: type, prefix: str = "") -> list[str]:
+    """List the dotted paths of all keys, nested ones too."""
+    paths = []
+    for name, hint in get_type_hints(cls).items():
+        path = f"{prefix}.{name}" if prefix else name
+        paths.append(path)
+        nested = next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
+        paths += key_paths(nested, path) if isinstance(nested, type) else []
+    return paths
+
+
+def convert(hint: Any, value: Any, name: str, path: str = "", where: str = "") -> Any:
+    """Check a value against a type hint; text that reads as a number serves where only a number fits (YAML's 1e-3)."""
+    failures: list[Exception] = []
+    for option in sorted(_options(hint), key=lambda option: option in (float, str)):
+        try:
+            return _convert_one(option, value, name, path, where)
+        except _MismatchError as error:
+            failures.append(error)
+    wanted = " or ".join(dict.fromkeys(str(error) for error in failures))
+    raise TypeError(f"{name} must be {wanted}, got {_show(value)}")
+
+
+class _MismatchError(Exception):
+    """The value is of another type; the text says which one was wanted."""
+
+
+def _convert_one(option: Any, value: Any, name: str, path: str, where: str) -> Any:
+    origin, args = get_origin(option), get_args(option)
+    if dataclasses.is_dataclass(option) and isinstance(option, type):
+        if not isinstance(value, Mapping):
+            raise _MismatchError("a mapping")
+        return read(option, value, where, path)
+    if option is Any:
+        return value
+    if origin is Literal:
+        if value not in args:
+            raise _MismatchError(" | ".join(map(str, args)))
+        return value
+    if origin in (dict, Mapping) or option in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _MismatchError("a mapping")
+        item = args[1] if args else Any
+        return {str(key): convert(item, one, f"{name}.{key}", f"{path}.{key}", where) for key, one in value.items()}
+    if origin in (list, tuple, Sequence) or option in (list, tuple):
+        return _convert_list(origin or option, args, value, name, path, where)
+    return _convert_scalar(option, value)
+
+
+def _convert_list(kind: Any, args: tuple[Any, ...], value: Any, name: str, path: str, where: str) -> Any:
+    fixed = kind is tuple and args and args[-1] is not Ellipsis
+    wanted = f"a list of {len(args)} values" if fixed else "a list"
+    if not isinstance(value, (list, tuple)) or (fixed and len(value) != len(args)):
+        raise _MismatchError(wanted)
+    items = args if fixed else [args[0] if args else Any] * len(value)
+    found = [
+        convert(item, one, f"{name}[{i}]", path, where) for i, (item, one) in enumerate(zip(items, value, strict=True))
+    ]
+    return tuple(found) if kind is tuple else found
+
+
+def _convert_scalar(option: Any, value: Any) -> Any:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing (null)"}
+    if option is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise _MismatchError(names[float]) from None
+    if option is int and isinstance(value, bool):
+        raise _MismatchError(names[int])
+    if option is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, option):
+        raise _MismatchError(names.get(option, getattr(option, "__name__", str(option))))
+    return value
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return f"{text if len(text) < 60 else text[:57] + '...'} ({type(value).__name__})"
