@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Event = dict[str, Any]
+Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
 @dataclass
@@ -107,7 +108,7 @@ def show_number(value: float | None, spec: str = ".3f") -> str:
     return "-" if value is None else format(value, spec)
 
 
-def summary_tables(history: History) -> list[tuple[str, list[str], list[list[str]]]]:
+def summary_tables(history: History) -> list[Table]:
     """Return the tables that end a run: (title, columns, rows), all as text."""
     rows = history.client_rows()
     clients = [

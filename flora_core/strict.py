@@ -17,7 +17,7 @@ def read(cls: type[T], raw: Any, where: str, prefix: str = "") -> T:
     """Make a `cls` from a mapping; `where` is the file, `prefix` the dotted path of this part in it."""
     if not isinstance(raw, Mapping):
         raise TypeError(f"{where}: {prefix or 'a recipe'} must be a mapping of keys to values, got {_show(raw)}")
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     values = {}
     for key, value in raw.items():
         path = f"{prefix}.{key}" if prefix else str(key)
@@ -33,10 +33,31 @@ def read(cls: type[T], raw: Any, where: str, prefix: str = "") -> T:
         raise type(error)(f"{where}: {prefix + ': ' if prefix else ''}{error}") from None
 
 
+def hints_of(cls: type) -> dict[str, Any]:
+    """Return the types of a dataclass's fields."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def hint_at(cls: type, path: str) -> Any:
+    """Return the type of the value at a dotted path; ValueError names the nearest path there is."""
+    hint: Any = cls
+    for part in path.split("."):
+        inside = [option for option in _options(hint) if dataclasses.is_dataclass(option)]
+        maps = [option for option in _options(hint) if get_origin(option) in (dict, Mapping)]
+        if inside and part in hints_of(inside[0]):
+            hint = hints_of(inside[0])[part]
+        elif maps:
+            hint = get_args(maps[0])[1]
+        elif hint is not Any:
+            raise ValueError(f"unknown key {path!r}; {nearest(path, key_paths(cls))}")
+    return hint
+
+
 def key_paths(cls: type, prefix: str = "") -> list[str]:
     """List the dotted paths of all keys, nested ones too."""
     paths = []
-    for name, hint in get_type_hints(cls).items():
+    for name, hint in hints_of(cls).items():
         path = f"{prefix}.{name}" if prefix else name
         paths.append(path)
         nested = next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)

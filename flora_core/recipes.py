@@ -1,0 +1,288 @@
+"""Recipes: a whole run in one YAML file, read strictly, with `key=value` overrides.
+
+`load` finds and reads one, `build` makes of it what `Federation` needs. Everything that can be checked without data
+or a model is checked by `load`, so that a wrong key costs no waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import strict
+from .bank import AdapterConfig
+from .checks import check_number, nearest, require
+from .federation import FederationConfig
+from .trainer import TrainConfig
+
+if TYPE_CHECKING:
+    pass
+
+DEMO_DATA = "demo"
+
+
+@dataclass
+class DataRecipe:
+    """Where the examples come from and how they are split over the clients.
+
+    Args:
+        path: "demo", one JSONL file to split, or a mapping of client to that client's JSONL file.
+        per_client: At most so many training examples a client, drawn with the run's seed; None for all.
+        test: JSONL file of held-out records; None holds out a part of `path`.
+        test_fraction: The part of `path` that is held out where neither `test` nor `partitions` says which.
+        test_items: At most so many held-out records; None for all.
+        partition: How one file is split: iid, shard, dirichlet or natural.
+        partitions, split: A file {split: {client: [id, ...], "test": [id, ...]}} that splits it instead, and its split.
+        label: Column that shard and dirichlet separate.
+        alpha: Dirichlet concentration: small means clients that differ much.
+        shards_per_client: For shard.
+        client_column: Column that names the client, for natural.
+        id_column: Column that `partitions` names records by.
+        template: "chat" (the tokenizer's), "prompt" (a plain one), or "auto": chat where there is one.
+    """
+
+    path: str | dict[str, str] = DEMO_DATA
+    per_client: int | None = None
+    test: str | None = None
+    test_fraction: float = 0.1
+    test_items: int | None = None
+    partition: Literal["iid", "shard", "dirichlet", "natural"] = "iid"
+    partitions: str | None = None
+    split: str | None = None
+    label: str = "category"
+    alpha: float = 0.5
+    shards_per_client: int = 2
+    client_column: str = "client"
+    id_column: str = "id"
+    template: Literal["auto", "chat", "prompt"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("per_client", "test_items"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 1, whole=True)
+        check_number("test_fraction", self.test_fraction, 0, 0.9)
+        files = [self.test, self.partitions, *(self.path.values() if isinstance(self.path, dict) else [self.path])]
+        for file in files:
+            if file not in (None, DEMO_DATA) and not Path(file).is_file():
+                raise FileNotFoundError(f"file {file} does not exist (relative paths start at {Path.cwd()})")
+        require(
+            self.split is None or self.partitions is not None, "split needs partitions, the file that has the split"
+        )
+
+
+@dataclass
+class ClientOverride:
+    """What one client does differently: fields of AdapterConfig and of TrainConfig."""
+
+    adapter: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for part, cls in (("adapter", AdapterConfig), ("train", TrainConfig)):
+            values, hints = getattr(self, part), strict.hints_of(cls)
+            for key in values:
+                require(key in hints, f"unknown key {part}.{key!r}; {nearest(key, hints)}")
+                values[key] = strict.convert(hints[key], values[key], f"{part}.{key}")
+
+
+@dataclass
+class ClientsRecipe:
+    """The clients and their adapters.
+
+    Args:
+        count: How many; None: as many as names, or as the data defines, or as ranks.
+        names: Their names; None: the data's, or client-0, client-1, ...
+        ranks: Dealt to the clients in turn: ranks[i % len(ranks)].
+        alpha: LoRA alpha of all; None takes alpha_over_rank times the rank.
+        alpha_over_rank: The usual 2.
+        dropout, rslora: As in `AdapterConfig`.
+        overrides: Client name -> {adapter: {...}, train: {...}}.
+    """
+
+    count: int | None = None
+    names: list[str] | None = None
+    ranks: list[int] = field(default_factory=lambda: [8])
+    alpha: float | None = None
+    alpha_over_rank: float = 2.0
+    dropout: float = 0.0
+    rslora: bool = False
+    overrides: dict[str, ClientOverride] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require(len(self.ranks) > 0, "ranks must have at least one rank")
+        for rank in self.ranks:
+            check_number("ranks", rank, 0, whole=True)
+        if self.count is not None:
+            check_number("count", self.count, 1, whole=True)
+        if self.names is not None:
+            twice = [name for name in self.names if self.names.count(name) > 1]
+            require(not twice, f"names must differ, got {twice[0]!r} twice" if twice else "")
+            require(
+                self.count in (None, len(self.names)),
+                f"count must be {len(self.names)}, the number of names, got {self.count}; leave it out",
+            )
+        self.adapter("", 0)
+
+    def adapter(self, name: str, index: int) -> AdapterConfig:
+        """Return the adapter of the client with this name and number."""
+        rank = self.ranks[index % len(self.ranks)]
+        override = self.overrides[name].adapter if name in self.overrides else {}
+        rank = override.get("rank", rank)
+        alpha = self.alpha if self.alpha is not None else self.alpha_over_rank * rank
+        fields = dict(rank=rank, alpha=alpha, dropout=self.dropout, use_rslora=self.rslora)
+        return AdapterConfig(**{**fields, **override})
+
+
+@dataclass
+class Recipe:
+    """A whole run; see recipes/quickstart.yaml for one with comments.
+
+    Args:
+        model: A folder or hub name of a transformers causal LM, or smollm2-135m-instruct, the demo's.
+        target_modules: Names or suffixes of the layers that get adapters, or one regex over their whole paths.
+        strategy, strategy_options: How updates are aggregated.
+        out: Folder of the results; a run that stopped there is continued.
+        seed: Seed of everything random, also of `train` and `federation`.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: The base's: auto is bfloat16 on CUDA, float32 on a CPU.
+        threads: CPU threads for torch; None leaves torch's choice.
+    """
+
+    model: str
+    federation: FederationConfig
+    data: DataRecipe = field(default_factory=DataRecipe)
+    clients: ClientsRecipe = field(default_factory=ClientsRecipe)
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
+    train: TrainConfig = field(default_factory=TrainConfig)
+    strategy: str = "flora"
+    strategy_options: dict[str, Any] = field(default_factory=dict)
+    out: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_number("seed", self.seed, 0, whole=True)
+        if self.threads is not None:
+            check_number("threads", self.threads, 1, whole=True)
+        require(len(self.target_modules) > 0, "target_modules must name at least one layer")
+
+
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and change it by `key=value` overrides.
+
+    Args:
+        recipe: A file, or the bare name of one that travels with the package (quickstart).
+        overrides: Such as "train.lr=1e-3", "clients.count=4", "data=my.jsonl" (short for data.path).
+    Raises:
+        FileNotFoundError: If there is no such recipe.
+        ValueError, TypeError: If a key is unknown, missing or given twice, or a value does not fit.
+    """
+    path = find(recipe)
+    raw = _read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"{path} must hold a mapping of keys to values; it {'is empty' if raw is None else 'does not'}"
+        )
+    _expand(raw)
+    for override in overrides:
+        _apply(raw, override)
+    raw.setdefault("out", f"runs/{path.stem}")
+    for part in ("train", "federation"):
+        section = raw.setdefault(part, {})
+        if isinstance(section, dict):
+            section.setdefault("seed", raw.get("seed", 0))
+    if isinstance(raw["federation"], dict):
+        raw["federation"].setdefault("out", raw["out"])
+    return strict.read(Recipe, raw, str(path))
+
+
+def find(recipe: str | Path) -> Path:
+    """Return the path of a recipe that is given by path or by the bare name of a packaged one."""
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    packaged = packaged_recipes()
+    if str(recipe) in packaged:
+        return packaged[str(recipe)]
+    raise FileNotFoundError(
+        f"recipe {recipe} does not exist (relative paths start at {Path.cwd()}); "
+        f"packaged recipes, by name: {', '.join(packaged) or 'none'}"
+    )
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return name -> path of the recipes that travel with the package."""
+    here = Path(__file__).parent
+    # Installed they lie inside the package, in a checkout beside it.
+    folder = next((place for place in (here / "packaged_recipes", here.parent / "recipes") if place.is_dir()), here)
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses a key that is given twice, of which YAML would drop the first in silence."""
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{path}, line {node.start_mark.line + 1}: key {twice!r} is given twice")
+        return {
+            key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)
+        }
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        return yaml.load(path.read_text("utf-8"), Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: malformed YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; a recipe is a YAML file") from None
+
+
+def _expand(raw: dict[str, Any]) -> None:
+    """Write `data: PATH` out as `data: {path: PATH}`."""
+    if isinstance(raw.get("data"), str):
+        raw["data"] = {"path": raw["data"]}
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    import yaml
+
+    key, equals, text = override.partition("=")
+    require(bool(key and equals), f"override {override!r} must read key=value, such as train.lr=1e-3")
+    key = "data.path" if key == "data" else key
+    try:
+        hint = strict.hint_at(Recipe, key)
+        value = _parse(hint, text, yaml)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"override {override!r}: {error}") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        if not isinstance(raw.get(parent), dict):
+            raw[parent] = {}
+        raw = raw[parent]
+    raw[last] = value
+
+
+def _parse(hint: Any, text: str, yaml: Any) -> Any:
+    """Read an override's text as YAML, or as it stands where only text fits (out=2024)."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"malformed value: {' '.join(str(error).split())}") from None
+    try:
+        strict.convert(hint, value, "the value")
+        return value
+    except TypeError:
+        try:
+            return strict.convert(hint, text, "the value")
+        except TypeError:
+            pass
+        raise

@@ -1,0 +1,223 @@
+"""Turn a run's metrics.jsonl and run.json into plots (PNG) and one self-contained report.html."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .history import History, Table, summary_tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MANY_CLIENTS = 12
+_GLOBAL = dict(color="black", linewidth=2.5, marker="o", zorder=5)
+
+
+def read_history(run_dir: str | Path) -> History:
+    """Read the events of a run.
+
+    Raises:
+        FileNotFoundError: If the folder holds no metrics.jsonl.
+        ValueError: If a line of it is not an event (a torn last line of a killed run is left out).
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run_dir} holds no metrics.jsonl, so it is not the folder of a run; give the run's out="
+        )
+    lines = path.read_text("utf-8").split("\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            events += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: malformed JSON: {error.msg}") from None
+    if not all(isinstance(event, dict) and "event" in event for event in events):
+        raise ValueError(f"{path}: every line must be an object with an event; this is another program's file")
+    return History.of(events)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write loss.png, accuracy.png, bytes.png and report.html into a run's folder.
+
+    Args:
+        run_dir: Folder with metrics.jsonl and, for the facts about the run, run.json.
+    Returns:
+        The path of report.html; plots without data are left out.
+    Raises:
+        FileNotFoundError: If the folder holds no run.
+        OSError: If matplotlib is missing, or the files cannot be written.
+    """
+    run_dir = Path(run_dir)
+    history = read_history(run_dir)
+    plots: dict[str, Callable[[History], Figure | None]] = {
+        "loss": plot_loss,
+        "accuracy": plot_accuracy,
+        "bytes": plot_bytes,
+    }
+    images = []
+    for name, plot in plots.items():
+        figure = plot(history)
+        if figure is not None:
+            figure.savefig(run_dir / f"{name}.png", dpi=110)
+            images.append(run_dir / f"{name}.png")
+    path = run_dir / "report.html"
+    path.write_text(_page(history, images, _read_facts(run_dir)), "utf-8")
+    return path
+
+
+def plot_loss(history: History) -> Figure | None:
+    """Plot every client's training loss at the end of each round, and the global model's on held-out data."""
+    if not history.clients and not history.evaluated:
+        return None
+    figure, axes = _canvas("Loss over the rounds", "loss per labelled token (nats)")
+    rows = history.start.get("clients", [])
+    many = len(rows) > MANY_CLIENTS
+    for number, client in enumerate(rows):
+        done = [e for key, e in sorted(history.clients.items()) if key[1] == client["name"] and not e.get("refused")]
+        if done:
+            # The first point is the loss before the client's first step, at the round it started from.
+            rounds = [done[0]["round"] - 1, *(event["round"] for event in done)]
+            losses = [done[0]["loss_first"], *(event["loss_last"] for event in done)]
+            label = None if many else f"{client['name']} (rank {client['rank']})"
+            axes.plot(rounds, losses, label=label, color=_color(number, len(rows)), linewidth=1, alpha=0.8, marker=".")
+    if history.evaluated:
+        points = [(number, event["loss"]) for number, event in sorted(history.evaluated.items())]
+        axes.plot(*zip(*points, strict=True), label="global model, held-out data", **_GLOBAL)
+    axes.set_ylim(bottom=0)
+    return _finish(figure, axes, "clients, training data" if not many else f"{len(rows)} clients (thin)")
+
+
+def plot_accuracy(history: History) -> Figure | None:
+    """Plot exact match on held-out data per group, and over all."""
+    rounds = {
+        number: event for number, event in sorted(history.evaluated.items()) if event.get("exact_match") is not None
+    }
+    if not rounds:
+        return None
+    figure, axes = _canvas("Exact match on held-out data", "exact match (%)")
+    groups = list(dict.fromkeys(name for event in rounds.values() for name in event.get("groups") or {}))
+    for number, name in enumerate(groups):
+        found = {at: (event.get("groups") or {}).get(name, {}).get("exact_match") for at, event in rounds.items()}
+        points = [(at, 100 * value) for at, value in found.items() if value is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), label=name, color=_color(number, len(groups)), linewidth=1, marker="."
+            )
+    axes.plot(list(rounds), [100 * event["exact_match"] for event in rounds.values()], label="all", **_GLOBAL)
+    axes.set_ylim(-2, 102)
+    return _finish(figure, axes, "skill" if groups else "")
+
+
+def plot_bytes(history: History) -> Figure | None:
+    """Plot what travelled up and down in each round."""
+    if not history.aggregated:
+        return None
+    figure, axes = _canvas("Traffic per round", "megabytes, all clients together")
+    for shift, field, label in (
+        (-0.2, "bytes_up", "up: updates to the server"),
+        (0.2, "bytes_down", "down: to the clients"),
+    ):
+        bars = axes.bar(
+            [number + shift for number in history.aggregated],
+            [event[field] / 1e6 for event in history.aggregated.values()],
+            width=0.38,
+            label=label,
+            color="tab:blue" if shift < 0 else "tab:orange",
+        )
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.margins(y=0.1)
+    return _finish(figure, axes, "")
+
+
+def _canvas(title: str, unit: str) -> tuple[Figure, Axes]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise OSError("the report needs matplotlib: pip install 'flora-core[cli]'") from None
+    # A Figure of its own draws with Agg and touches neither pyplot's state nor a display.
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_ylabel(unit)
+    return figure, axes
+
+
+def _finish(figure: Figure, axes: Axes, legend_title: str) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("round (0: before training)" if axes.lines else "round")
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        # Outside, so that it never covers a line.
+        figure.legend(loc="outside right upper", title=legend_title or None, fontsize=9, frameon=False)
+    return figure
+
+
+def _color(number: int, count: int) -> Any:
+    from matplotlib import colormaps
+
+    if count <= 10:
+        return colormaps["tab10"](number)
+    return colormaps["viridis"](number / count)
+
+
+def _read_facts(run_dir: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((run_dir / "run.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{run_dir / 'run.json'}: malformed JSON: {error}") from None
+    return facts if isinstance(facts, dict) else {}
+
+
+def _page(history: History, images: list[Path], facts: dict[str, Any]) -> str:
+    start = history.start
+    size = f"{len(start.get('clients', []))} clients, {start.get('rounds', '?')} rounds"
+    title = f"{start.get('strategy', 'Federated')} run: {size}"
+    parts = [f"<h1>{html.escape(title)}</h1>"]
+    parts += [f"<p class=warning>{html.escape(event['message'])}</p>" for event in history.warnings]
+    if not history.end:
+        parts.append("<p class=warning>This run has not finished; the numbers are those of the rounds so far.</p>")
+    parts += [_table(table) for table in summary_tables(history)]
+    for image in images:
+        data = base64.b64encode(image.read_bytes()).decode("ascii")
+        parts.append(f'<img alt="{image.stem}" src="data:image/png;base64,{data}">')
+    if facts:
+        parts.append(f"<h2>run.json</h2><pre>{html.escape(json.dumps(facts, indent=2))}</pre>")
+    return _FRAME.format(title=html.escape(title), body="\n".join(parts))
+
+
+def _table(table: Table) -> str:
+    title, columns, rows = table
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
+    return f"<h2>{html.escape(title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>"
+
+
+_FRAME = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 0.25em 0.9em; border-bottom: 1px solid #ddd; text-align: right; }}
+th:first-child, td:first-child {{ text-align: left; }}
+img {{ max-width: 100%; display: block; margin: 1.5em 0; }}
+pre {{ background: #f6f6f6; padding: 1em; overflow: auto; max-height: 30em; font-size: 12px; }}
+.warning {{ background: #fff3cd; padding: 0.5em 1em; }}
+</style></head>
+<body>
+{body}
+</body></html>
+"""
