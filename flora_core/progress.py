@@ -112,7 +112,8 @@ class PlainProgress:
     """Write each event as one timed line; training steps at most every `every_s` seconds."""
 
     def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
-        self.stream, self.every_s = stream or sys.stderr, every_s
+        self.stream: TextIO = sys.stderr if stream is None else stream
+        self.every_s = every_s
         self.began = self.last_step = time.monotonic()
 
     def __enter__(self) -> PlainProgress:
@@ -179,25 +180,25 @@ class LiveProgress:
 
 def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
     """Pick live bars where `stream` (standard error) is a terminal and rich is there, else timed lines."""
-    stream = stream or sys.stderr
-    if not stream.isatty():
-        return PlainProgress(stream)
+    out: TextIO = sys.stderr if stream is None else stream
+    if not out.isatty():
+        return PlainProgress(out)
     try:
         from rich.console import Console
     except ImportError:
-        return PlainProgress(stream)
-    return LiveProgress(Console(file=stream))
+        return PlainProgress(out)
+    return LiveProgress(Console(file=out))
 
 
 def print_summary(history: History, stream: TextIO | None = None) -> None:
     """Print the closing tables, with rich where it is installed."""
-    stream = stream or sys.stdout
+    out: TextIO = sys.stdout if stream is None else stream
     for title, columns, rows in summary_tables(history):
         try:
             from rich.console import Console
             from rich.table import Table
         except ImportError:
-            _print_plain(title, columns, rows, stream)
+            _print_plain(title, columns, rows, out)
             continue
         table = Table(title=title, title_justify="left")
         for number, column in enumerate(columns):
@@ -205,7 +206,7 @@ def print_summary(history: History, stream: TextIO | None = None) -> None:
         for row in rows:
             table.add_row(*row)
         # A file or pipe has no width of its own; wrapped cells would be unreadable there.
-        Console(file=stream, width=None if stream.isatty() else 120).print(table)
+        Console(file=out, width=None if out.isatty() else 120).print(table)
 
 
 def _print_plain(title: str, columns: list[str], rows: list[list[str]], stream: TextIO) -> None:

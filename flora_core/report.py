@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MANY_CLIENTS = 12
-_GLOBAL = dict(color="black", linewidth=2.5, marker="o", zorder=5)
+_GLOBAL: dict[str, Any] = dict(color="black", linewidth=2.5, marker="o", zorder=5)
 
 
 def read_history(run_dir: str | Path) -> History:

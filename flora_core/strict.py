@@ -43,7 +43,7 @@ def hint_at(cls: type, path: str) -> Any:
     """Return the type of the value at a dotted path; ValueError names the nearest path there is."""
     hint: Any = cls
     for part in path.split("."):
-        inside = [option for option in _options(hint) if dataclasses.is_dataclass(option)]
+        inside = [option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)]
         maps = [option for option in _options(hint) if get_origin(option) in (dict, Mapping)]
         if inside and part in hints_of(inside[0]):
             hint = hints_of(inside[0])[part]

@@ -1,0 +1,79 @@
+# make demo | test | test-all | lint | clean. Each makes its own environment first, once.
+#   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
+#   PYTHON=FILE        use this interpreter and install nothing
+#   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
+#   THREADS=N          CPU threads for the tests
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+THREADS ?= 2
+SCALE ?= 1
+RECIPE ?= recipes/quickstart.yaml
+OVERRIDES ?=
+
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTHON3 = $(shell for python in python3 python3.13 python3.12 python3.11; do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PIP = $(PY) -m pip --disable-pip-version-check
+# What an environment that was handed over must have to count as complete.
+HAS_ALL := import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in \
+    "torch transformers safetensors tokenizers jinja2 gguf rich yaml matplotlib psutil peft pytest pytest_benchmark \
+    pytest_timeout hypothesis ruff pyright".split()))
+
+# An environment of somebody else's may not have this checkout installed, or another one: ours comes first.
+ifdef PYTHON
+PY := $(PYTHON)
+ENVIRONMENT :=
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+else
+PY := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/.flora-installed
+ifneq ($(VENV),.venv)
+export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
+endif
+endif
+
+# OpenMP teams larger than the machine's free cores are many times slower, not faster.
+LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
+
+.PHONY: demo test test-all lint clean environment install
+
+demo: environment
+	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
+
+test: environment
+	$(LIMITED) $(PY) -m pytest -q --scale=$(SCALE)
+
+test-all: environment
+	mkdir -p docs/logs
+	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=25 2>&1 | tee docs/logs/test-all.txt
+
+lint: environment
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright --pythonpath $(PY)
+
+environment: $(ENVIRONMENT)
+
+# The demo's model is made here too, so that nothing needs the network later.
+$(VENV)/.flora-installed: constraints.txt pyproject.toml setup.py
+	@if [ "$(VENV)" != .venv ] && $(PY) -c '$(HAS_ALL)' 2>/dev/null; then \
+	    echo "$(VENV) has the packages: used as it is"; \
+	else \
+	    $(MAKE) --no-print-directory install; \
+	fi
+
+install:
+	@[ -x $(PY) ] || [ -n "$(PYTHON3)" ] || { echo "Python 3.11 or newer is needed and was not found; set PYTHON="; exit 1; }
+	[ -x $(PY) ] || $(PYTHON3) -m venv $(VENV)
+	$(PIP) install $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PY) -m flora_core.demo_model
+	touch $(VENV)/.flora-installed
+
+clean:
+	rm -rf .venv build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
