@@ -122,7 +122,14 @@ class AdapterBank:
     ):
         self.names = tuple(names)
         self.shapes = dict(shapes)
+        clients = len(set(self.names))
+        require(clients == len(self.names), f"clients must have different names, got {', '.join(self.names)}")
         for module, (n, k) in self.shapes.items():
+            require(
+                len(ranks[module]) == len(scaling[module]) == clients,
+                f"{module} must have a rank and a scale for each of the {clients} clients, "
+                f"got {len(ranks[module])} and {len(scaling[module])}",
+            )
             for name, rank in zip(self.names, ranks[module], strict=True):
                 require(
                     0 <= rank <= min(n, k),

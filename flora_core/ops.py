@@ -57,6 +57,11 @@ class _Plan:
     bases: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 
 
+def _without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    # Autocast would take the widened fp32 sums back to 16 bits.
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: _Plan, x_MK: torch.Tensor, *factors: torch.Tensor):
@@ -74,22 +79,28 @@ class _LoraLinears(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: torch.Tensor):
-        plan: _Plan = ctx.plan
-        k, (x_MK, *saved) = plan.kernels, ctx.saved_tensors
-        dx_MK = torch.zeros_like(x_MK) if ctx.needs_input_grad[1] else None
-        factor_grads: list[torch.Tensor | None] = []
-        for i, (weight, _) in enumerate(plan.bases):
-            s_flat, A, B = saved[3 * i : 3 * i + 3]
-            dy_MN, ranks, scaling, dropout = grads[i], plan.ranks[i], plan.scaling[i], plan.dropout[i]
-            ds_flat = k.shrink(dy_MN, B, plan.tokens, ranks, scaling)
-            if dx_MK is not None:
-                dx_MK = dx_MK.addmm_(dy_MN, weight) if i else torch.mm(dy_MN, weight)
-                k.expand_(dx_MK, ds_flat, A, plan.tokens, ranks, None, dropout)
-            if any(ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]):
-                factor_grads += k.wgrad(ds_flat, x_MK, s_flat, dy_MN, plan.tokens, ranks, scaling, A.dtype, dropout)
-            else:
-                factor_grads += [None, None]
-        return None, dx_MK, *factor_grads
+        with _without_autocast(grads[0]):
+            return None, *_gradients(ctx, grads)
+
+
+def _gradients(ctx: Any, grads: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """dX, then dA and dB of every target."""
+    plan: _Plan = ctx.plan
+    k, (x_MK, *saved) = plan.kernels, ctx.saved_tensors
+    dx_MK = None
+    factor_grads: list[torch.Tensor | None] = []
+    for i, (weight, _) in enumerate(plan.bases):
+        s_flat, A, B = saved[3 * i : 3 * i + 3]
+        dy_MN, ranks, scaling, dropout = grads[i], plan.ranks[i], plan.scaling[i], plan.dropout[i]
+        ds_flat = k.shrink(dy_MN, B, plan.tokens, ranks, scaling)
+        if ctx.needs_input_grad[1]:
+            dx_MK = torch.mm(dy_MN, weight) if dx_MK is None else dx_MK.addmm_(dy_MN, weight)
+            k.expand_(dx_MK, ds_flat, A, plan.tokens, ranks, None, dropout)
+        if any(ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]):
+            factor_grads += k.wgrad(ds_flat, x_MK, s_flat, dy_MN, plan.tokens, ranks, scaling, A.dtype, dropout)
+        else:
+            factor_grads += [None, None]
+    return [dx_MK, *factor_grads]
 
 
 def lora_linear(
@@ -166,13 +177,16 @@ def lora_linears(
         tokens.total == x_MK.shape[0],
         f"tokens must cover the M={x_MK.shape[0]} rows of x_MK, got {tokens.total} in {len(tokens)} segments",
     )
+    keys = [None] * len(targets) if dropout_seed_C is None else dropout_seed_C
+    require(
+        len(keys) == len(targets),
+        f"dropout_seed_C must have one row for each of {len(targets)} targets, got {len(keys)}",
+    )
     dropouts = []
     for i, target in enumerate(targets):
         _check_target(f"targets[{i}]." if len(targets) > 1 else "", x_MK, target, tokens)
-        keys = target.dropout_seed_C
-        if keys is None and dropout_seed_C is not None:
-            keys = dropout_seed_C[i]
-        dropouts.append(_dropout(kernels, dropout_C, keys, row_C, len(tokens)))
+        seed_C = keys[i] if target.dropout_seed_C is None else target.dropout_seed_C
+        dropouts.append(_dropout(kernels, dropout_C, seed_C, row_C, len(tokens)))
     plan = _Plan(
         kernels,
         tuple(tokens),
@@ -182,7 +196,8 @@ def lora_linears(
         tuple((target.weight.detach(), target.bias) for target in targets),
     )
     factors = [factor for target in targets for factor in (target.A, target.B)]
-    return list(_LoraLinears.apply(plan, x_MK, *factors))  # pyright: ignore[reportGeneralTypeIssues]
+    with _without_autocast(x_MK):
+        return list(_LoraLinears.apply(plan, x_MK, *factors))  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def _check_target(prefix: str, x_MK: torch.Tensor, target: LoraWeights, tokens: Segments) -> None:
@@ -294,8 +309,8 @@ def stacked_merge_many_(
     require(rounding == "nearest" or seed is not None, "seed must be given for rounding='stochastic'")
     for i, item in enumerate(items):
         _check_merge(f"items[{i}]." if len(items) > 1 else "", item, rounding)
-    with torch.no_grad():
-        for i, item in enumerate(items):
+    for i, item in enumerate(items):
+        with torch.no_grad(), _without_autocast(item.weight):
             kernels.merge_(
                 item.weight,
                 item.A,
@@ -366,8 +381,8 @@ def cohort_adamw_(
     require(len(owner) == len(segments), f"owner must name a row for each of {len(segments)} ranges, got {len(owner)}")
     check_tensor("hyper_CH", hyper_CH, (None, len(HYPER_COLUMNS)), dtypes=kinds)
     require(
-        not len(owner) or max(owner) < hyper_CH.shape[0],
-        f"hyper_CH must have a row for each client, got {hyper_CH.shape[0]} rows and client index {max(owner, default=0)}",
+        not len(owner) or (min(owner) >= 0 and max(owner) < hyper_CH.shape[0]),
+        f"hyper_CH must have a row for each client, got {hyper_CH.shape[0]} rows and clients {sorted(set(owner))}",
     )
     with torch.no_grad():
         kernels.cohort_adamw_(param, grad, exp_avg, exp_avg_sq, tuple(segments), hyper_CH, owner)

@@ -215,7 +215,7 @@ def merge_(
     """W += B^T diag(coef) A in place: one sum in ``accumulate``, one rounding."""
     if weight_NK.stride(-1) != 1 and weight_NK.stride(0) == 1 and rounding == "nearest" and low_bits_NK is None:
         # A transposed weight (Conv1D): merge the transpose, which is contiguous.
-        return merge_(weight_NK.T, B_PN * coef_P[:, None], A_PK, torch.ones_like(coef_P), accumulate=accumulate)
+        return merge_(weight_NK.T, B_PN, A_PK, coef_P, accumulate=accumulate)
     wide = torch.promote_types(accumulate, torch.float64 if weight_NK.dtype == torch.float64 else torch.float32)
     a_PK = A_PK.to(wide)
     b_NP = B_PN.to(wide).T * coef_P.to(wide)
