@@ -137,7 +137,9 @@ def _evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
     first, last = (history.evaluated[pick(history.evaluated)] for pick in (min, max))
     before, after = (f"{'round ' + str(e['round']) if e['round'] else 'before'}" for e in (first, last))
     groups = {"all": (first, last)}
-    groups |= {name: (first["groups"].get(name, {}), end) for name, end in (last.get("groups") or {}).items()}
+    groups |= {
+        name: ((first.get("groups") or {}).get(name, {}), end) for name, end in (last.get("groups") or {}).items()
+    }
     rows = [
         [
             name,

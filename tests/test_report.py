@@ -1,0 +1,209 @@
+"""A run's events on their way to the terminal, the tables, the plots and the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+
+from flora_core.history import History, show_bytes, show_number, show_seconds, summary_tables
+from flora_core.progress import LiveProgress, PlainProgress, make_progress, print_summary, sentence
+from flora_core.report import plot_accuracy, plot_bytes, plot_loss, read_history, write_report
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+
+
+def events(clients: int = 3, rounds: int = 2, groups: bool = True):
+    """The events of a small run in which client-1 is refused in round 2."""
+    people = [dict(name=f"client-{i}", rank=4 * (i + 1), examples=10 + i) for i in range(clients)]
+    yield dict(event="run_start", rounds=rounds, strategy="flora", clients=people, device="cpu", out="runs/x")
+    yield evaluated(0, 3.0, 0.1, groups)
+    for number in range(1, rounds + 1):
+        names = [client["name"] for client in people]
+        yield dict(event="round_start", round=number, rounds=rounds, clients=names, cohorts=2)
+        yield dict(event="train_progress", round=number, step=1, steps=4, loss=2.5, tokens=100, seconds=2.0)
+        for index, client in enumerate(people):
+            refused = "gradients are not finite" if (number, index) == (2, 1) else None
+            last = math.nan if refused else 2.0 / number
+            yield dict(event="client_done", round=number, client=client["name"], rank=client["rank"], refused=refused,
+                       examples=client["examples"], tokens=500, steps=4, loss_first=3.0 / number, loss_last=last,
+                       seconds=2.5, tokens_per_s=200.0)  # fmt: skip
+        yield dict(event="aggregated", round=number, strategy="flora", clients=clients, aggregation_error=1e-8 * number,
+                   application_error=None, bytes_up=1_500_000, bytes_down=2_500_000, seconds=0.1)  # fmt: skip
+        yield evaluated(number, 3.0 / (number + 1), 0.1 + 0.3 * number, groups)
+        yield dict(event="round_end", round=number, rounds=rounds, applied=True, seconds=30.0, checkpoint="c",
+                   peak_memory_bytes=2.0e9 + number)  # fmt: skip
+    yield dict(event="warning", message="client-1 was refused <in round 2>", round=2)
+    yield dict(event="run_end", rounds=rounds, seconds=65.0, peak_memory_bytes=2.0e9, out="runs/x")
+
+
+def evaluated(number: int, loss: float, exact: float, groups: bool = True):
+    skills = {name: dict(loss=loss, exact_match=exact, examples=5) for name in ("sum", "reverse")}
+    return dict(event="evaluated", round=number, loss=loss, exact_match=exact, examples=10, seconds=1.0,
+                groups=skills if groups else None)  # fmt: skip
+
+
+def write_run(folder, lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_client_rows_count_only_good_rounds():
+    rows = History.of(events()).client_rows()
+    assert [row["rank"] for row in rows] == [4, 8, 12]
+    assert rows[0] == dict(client="client-0", rank=4, examples=10, rounds=2, loss_before=3.0, loss_after=1.0,
+                           tokens_per_s=200.0, refused=0)  # fmt: skip
+    assert (rows[1]["rounds"], rows[1]["refused"], rows[1]["loss_after"]) == (1, 1, 2.0)
+
+
+def test_a_round_redone_after_a_crash_counts_once():
+    once = list(events())
+    redone = once[:8] + once[2:]
+    assert History.of(redone).client_rows() == History.of(once).client_rows()
+    assert History.of(redone).totals() == History.of(once).totals()
+
+
+def test_totals_add_traffic_and_keep_the_largest_error():
+    totals = History.of(events()).totals()
+    assert totals == dict(aggregation_error=2e-8, application_error=None, bytes_up=3_000_000, bytes_down=5_000_000,
+                          seconds=60.0, peak_memory_bytes=2.0e9 + 2)  # fmt: skip
+
+
+@pytest.mark.parametrize("fold", [events(), events(groups=False), list(events())[:1], list(events())[:6], []])
+def test_tables_are_rectangular_at_every_moment(fold):
+    for _, columns, rows in summary_tables(History.of(fold)):
+        assert all(len(row) == len(columns) and all(isinstance(cell, str) for cell in row) for row in rows)
+
+
+def test_evaluation_table_says_before_and_after():
+    _, columns, rows = summary_tables(History.of(events()))[1]
+    assert columns == ["skill", "examples", "loss before", "loss round 2", "exact before", "exact round 2"]
+    assert rows[0] == ["all", "10", "3.000", "1.000", "10.0%", "70.0%"]
+    assert [row[0] for row in rows] == ["all", "sum", "reverse"]
+
+
+def test_every_event_but_an_unknown_one_is_a_sentence():
+    lines = [sentence(event) for event in events()]
+    assert all(lines)
+    assert sentence(dict(event="something_new")) is None
+    text = "\n".join(map(str, lines))
+    for words in ("before training: loss 3.000, exact match 10.0% of 10", "in 2 cohorts", "1.5 MB up, 2.5 MB down",
+                  "REFUSED: gradients are not finite", "loss 2.500, 50 tokens/s"):  # fmt: skip
+        assert words in text
+
+
+def test_plain_progress_has_timed_lines_and_spares_training_steps():
+    stream = io.StringIO()
+    with make_progress(stream) as progress:
+        assert isinstance(progress, PlainProgress)
+        for event in events():
+            progress(event)
+    lines = stream.getvalue().splitlines()
+    assert all(line.startswith("[") and "s] " in line for line in lines)
+    assert not any("tokens/s" in line for line in lines)
+
+
+def test_live_progress_takes_every_event():
+    from rich.console import Console
+
+    stream = io.StringIO()
+    with LiveProgress(Console(file=stream, force_terminal=True, width=100)) as progress:
+        for event in events():
+            progress(event)
+    assert "finished in 1 min 05 s" in stream.getvalue()
+    assert "2/2" in stream.getvalue()
+
+
+def test_summary_prints_all_tables():
+    stream = io.StringIO()
+    print_summary(History.of(events()), stream)
+    assert all(title in stream.getvalue() for title in ("Clients", "Held-out data", "The whole run"))
+
+
+def test_numbers_for_people():
+    assert [show_bytes(size) for size in (None, 0, 999, 1500, 2.5e9, 3e15)] == [
+        "-", "0 B", "999 B", "1.5 kB", "2.5 GB", "3000.0 TB"]  # fmt: skip
+    assert [show_seconds(value) for value in (None, 1.26, 65, 3660)] == ["-", "1.3 s", "1 min 05 s", "1 h 01 min"]
+    assert show_number(None) == "-"
+
+
+def test_report_is_one_self_contained_page(tmp_path):
+    run = write_run(tmp_path / "run", events())
+    (run / "run.json").write_text('{"versions": {"torch": "<2>"}}')
+    page = write_report(run).read_text()
+    assert {path.name for path in run.glob("*.png")} == {"loss.png", "accuracy.png", "bytes.png"}
+    assert page.count('src="data:image/png;base64,') == 3
+    assert "http" not in page
+    assert "client-1 was refused &lt;in round 2&gt;" in page
+    assert "&lt;2&gt;" in page
+
+
+def test_plots_show_every_client_and_the_global_model():
+    history = History.of(events())
+    figure = plot_loss(history)
+    assert figure is not None
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
+    assert list(lines) == [
+        "client-0 (rank 4)",
+        "client-1 (rank 8)",
+        "client-2 (rank 12)",
+        "global model, held-out data",
+    ]
+    assert list(lines["client-0 (rank 4)"].get_ydata()) == [3.0, 2.0, 1.0]
+    # The refused round leaves no point, so no NaN breaks the axis.
+    assert list(lines["client-1 (rank 8)"].get_xdata()) == [0, 1]
+    assert list(lines["global model, held-out data"].get_xdata()) == [0, 1, 2]
+    accuracy, traffic = plot_accuracy(history), plot_bytes(history)
+    assert accuracy is not None
+    assert [line.get_label() for line in accuracy.axes[0].lines] == ["sum", "reverse", "all"]
+    assert traffic is not None
+    assert len(traffic.axes[0].patches) == 4
+
+
+def test_many_clients_get_no_legend_entries_each():
+    figure = plot_loss(History.of(events(clients=40)))
+    assert figure is not None
+    assert len(figure.axes[0].get_legend_handles_labels()[1]) == 1
+
+
+def test_unfinished_run_with_a_torn_last_line_is_reported_as_such(tmp_path):
+    run = write_run(tmp_path / "run", list(events())[:10])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "evalu')
+    assert "has not finished" in write_report(run).read_text()
+
+
+def test_without_data_a_plot_is_left_out(tmp_path):
+    run = write_run(tmp_path / "run", list(events())[:1])
+    write_report(run)
+    assert not list(run.glob("*.png"))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no metrics\.jsonl.*give the run's out="):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{oops\n{}\n", "line 1: malformed JSON"),
+        ('{"loss": 1}\n', "another program's file"),
+        ("3\n", "another program's"),
+    ],
+)
+def test_metrics_of_something_else_are_refused(tmp_path, text, words):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_history(tmp_path)
+
+
+def test_malformed_run_json_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", events())
+    (run / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"run\.json: malformed JSON"):
+        write_report(run)
