@@ -1,0 +1,151 @@
+"""How far a round is from the exact sum: in what the strategy applied, and in what the write left in the weights.
+
+Distances are Frobenius norms in float64. A stack's norm comes from the P x P core of QR factorisations of both
+sides: like Gram matrices it needs no N x K matrix, but it does not square the error, so that a strategy which is
+exact by another route shows 1e-15 and not 1e-8. Where P is so large that N x K is smaller, the dense sum is used.
+
+Letters: K in_features, N out_features, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..update import ClientUpdate, RoundResult
+from .inputs import Stack, exact_stacks, round_terms
+
+_CHUNK_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The norms ``||applied - exact||`` and ``||exact||``; the latter is None where it was not needed."""
+
+    difference: float
+    exact: float | None
+
+    @property
+    def relative(self) -> float:
+        """Their ratio: 0 if there is no difference, infinity if only the exact value is zero."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.exact if self.exact else math.inf
+
+
+def total(deviations: Iterable[Deviation]) -> Deviation:
+    """Take several modules as one long vector."""
+    parts = list(deviations)
+    exact = None if any(part.exact is None for part in parts) else math.hypot(*(part.exact or 0.0 for part in parts))
+    return Deviation(math.hypot(*(part.difference for part in parts)), exact)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A round's two errors, each relative to the exact sum.
+
+    Args:
+        aggregation: Module -> what the strategy applied against the exact sum of p_k s_k B_k A_k.
+        application: Module -> ``(W_after - W_before)`` against the stack that was to be written.
+        rows: Rows of each weight that ``application`` looked at, None for all.
+    """
+
+    aggregation: Mapping[str, Deviation]
+    application: Mapping[str, Deviation] = field(default_factory=dict)
+    rows: int | None = None
+
+    @property
+    def aggregation_error(self) -> float:
+        """Relative error of the strategy over all modules."""
+        return total(self.aggregation.values()).relative
+
+    @property
+    def application_error(self) -> float | None:
+        """Relative error of the write over all modules, None before anything was written."""
+        return total(self.application.values()).relative if self.application else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Give both errors, over all modules and for each, as JSON values; an infinite error becomes None."""
+        return {
+            "aggregation_error": _json(self.aggregation_error),
+            "aggregation_error_by_module": {m: _json(d.relative) for m, d in self.aggregation.items()},
+            "application_error": _json(self.application_error),
+            "application_error_by_module": {m: _json(d.relative) for m, d in self.application.items()},
+            "application_rows": self.rows,
+        }
+
+
+def _json(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def certify(updates: Sequence[ClientUpdate], result: RoundResult) -> Certificate:
+    """Compare the change of the global model with the exact sum, for every module that a client of the round adapts."""
+    exact = exact_stacks(round_terms(updates))
+    applied = result.base_delta if result.delta is None else result.delta
+    differences = {module: norm(_minus(applied.get(module), stack)) for module, stack in exact.items()}
+    # ||exact|| costs as much as the difference, and 0 / ||exact|| does not need it.
+    needed = any(differences.values())
+    return Certificate({m: Deviation(differences[m], norm(exact[m]) if needed else None) for m in exact})
+
+
+def _minus(applied: Stack | None, exact: Stack) -> Stack:
+    """Stack applied - exact; rows that both share are kept once, so that they cancel exactly."""
+    A_exact, B_exact, coef_exact = exact
+    if applied is None:
+        return A_exact, B_exact, -coef_exact
+    A, B, coef = applied
+    if torch.equal(A, A_exact) and torch.equal(B, B_exact):
+        return A, B, coef.double() - coef_exact
+    return (
+        torch.cat([A.double(), A_exact.double()]),
+        torch.cat([B.double(), B_exact.double()]),
+        torch.cat([coef.double(), -coef_exact]),
+    )
+
+
+def norm(stack: Stack) -> float:
+    """Frobenius norm of ``B_PN.T @ diag(coef_P) @ A_PK`` in float64."""
+    A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
+    if not bool(coef_P.any()):
+        return 0.0
+    (P, K), N = A_PK.shape, B_PN.shape[1]
+    left, right = B_PN.T * coef_P, A_PK
+    if P * (N + K) < N * K:
+        left = torch.linalg.qr(left, mode="r").R
+        right = torch.linalg.qr(right.T, mode="r").R.T
+    return float(torch.linalg.matrix_norm(left @ right))
+
+
+def sample_rows(num_rows: int, count: int | None, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Choose ``count`` evenly spaced row indices, all of them for None or where there are fewer."""
+    if count is None or count >= num_rows:
+        return torch.arange(num_rows, device=device)
+    return torch.arange(count, device=device) * num_rows // count
+
+
+def write_deviation(
+    before_SK: torch.Tensor, after_SK: torch.Tensor, stack: Stack, rows_S: torch.Tensor | None = None
+) -> Deviation:
+    """Compare what a write changed with the stack that it was to add.
+
+    Args:
+        before_SK: The weight before (the fp32 master where there are low bits), all rows or those of ``rows_S``.
+        after_SK: The same rows after.
+        stack: (A_PK, B_PN, coef_P) that was to be added.
+        rows_S: Which rows of the weight they are; None for all.
+    Returns:
+        ``||(after - before) - exact||`` and ``||exact||`` over these rows, in float64, 1024 rows at a time.
+    """
+    A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
+    B_PS = B_PN if rows_S is None else B_PN[:, rows_S]
+    deviations = []
+    for rows in torch.arange(before_SK.shape[0], device=B_PS.device).split(_CHUNK_ROWS):
+        exact = (B_PS[:, rows].T * coef_P) @ A_PK
+        change = after_SK[rows].double() - before_SK[rows].double()
+        deviations.append(Deviation(float((change - exact).norm()), float(exact.norm())))
+    return total(deviations)

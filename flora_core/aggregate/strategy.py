@@ -1,0 +1,167 @@
+"""The interface of an aggregation strategy, the table of them, and the one way to call them.
+
+A third party adds a strategy in a file of its own::
+
+    @register
+    class Median(Strategy):
+        '''One line on the rule: it is shown in the table.'''
+
+        name = "median"
+
+        def aggregate(self, updates, state, *, trim=0.1):
+            return RoundResult(base_delta=...)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from ..checks import nearest, require
+from ..update import Adapters, ClientUpdate, RoundResult
+from .certificate import certify
+from .inputs import check_equal_ranks, check_updates
+
+
+class Strategy:
+    """One way to make a global model out of a round's updates. The docstring's first line is its rule.
+
+    Attributes:
+        name: What users call it.
+        exact: Whether what it applies is the sum of p_k s_k B_k A_k itself.
+        mixed_ranks: Whether clients may have different ranks in one module.
+        idle_safe: Whether a round in which nobody trains leaves every client's effective model as it is, at any
+            ranks that the strategy takes.
+        shared_start: Whether clients must start their first round from one common adapter (of which a smaller
+            client takes the first rows), because factors are averaged apart.
+    """
+
+    name: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = True
+    idle_safe: ClassVar[bool] = True
+    shared_start: ClassVar[bool] = False
+
+    def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any], **options: Any) -> RoundResult:
+        """Combine updates that were checked already.
+
+        Args:
+            updates: At least one; clients may adapt different modules; tensors of rank 0 are to be ignored.
+            state: What this strategy returned as ``state`` last round; empty in the first.
+            options: Keyword arguments named by the subclass; their names are checked against its signature.
+        Returns:
+            A result with base_delta, start, state, delta and bytes_down; ``aggregate`` fills in the rest.
+        """
+        raise NotImplementedError
+
+    def next_adapter(
+        self, state: Mapping[str, Any], client: str, ranks: Mapping[str, int], scaling: Mapping[str, float]
+    ) -> Adapters | None:
+        """Make a client's next starting point from the state alone, so that a run can resume without the result.
+
+        Args:
+            state: ``RoundResult.state`` of the last round.
+            client: The client's name.
+            ranks: Module -> the client's rank; modules of rank 0 are left out.
+            scaling: Module -> the client's s.
+        Returns:
+            Module -> (A_RK, B_RN); a module that is not in it starts fresh; None if all do.
+        """
+        return None
+
+    @property
+    def options(self) -> list[str]:
+        """Names of the keyword options that ``aggregate`` takes."""
+        parameters = inspect.signature(self.aggregate).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+STRATEGIES: dict[str, Strategy] = {}
+AnyStrategy = TypeVar("AnyStrategy", bound=type[Strategy])
+
+
+def register(cls: AnyStrategy) -> AnyStrategy:
+    """Add a ``Strategy`` subclass to the table (a class decorator).
+
+    Raises:
+        TypeError: If it is not a subclass of ``Strategy``.
+        ValueError: If it has no name, or another strategy has it.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Strategy)):
+        raise TypeError(f"register takes a subclass of Strategy, got {cls!r}")
+    require(bool(cls.name), f"{cls.__name__} must set name, what users will call the strategy")
+    known = STRATEGIES.get(cls.name)
+    same = known is None or (type(known).__module__, type(known).__qualname__) == (cls.__module__, cls.__qualname__)
+    require(same, f"strategy {cls.name!r} is already registered by {type(known).__module__}; choose another name")
+    STRATEGIES[cls.name] = cls()
+    return cls
+
+
+def _listed() -> list[Strategy]:
+    return sorted(STRATEGIES.values(), key=lambda one: (not one.exact, one.name))
+
+
+def table() -> str:
+    """Describe the registered strategies, one a line: name, exactness, ranks, idle rounds, rule."""
+    yes_no = {True: "yes", False: "no"}
+    rows = [("name", "exact", "mixed ranks", "idle-safe", "rule")]
+    for one in _listed():
+        rule = (inspect.getdoc(one) or "").partition("\n")[0]
+        rows.append((one.name, yes_no[one.exact], yes_no[one.mixed_ranks], yes_no[one.idle_safe], rule))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def get_strategy(name: str) -> Strategy:
+    """Look a strategy up by name.
+
+    Raises:
+        ValueError: If it is unknown; the message holds the nearest name and the table.
+    """
+    require(name in STRATEGIES, f"unknown strategy {name!r}; {nearest(str(name), STRATEGIES)}\n{table()}")
+    return STRATEGIES[name]
+
+
+def aggregate(
+    updates: Sequence[ClientUpdate],
+    strategy: str = "flora",
+    state: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> RoundResult:
+    """Combine a round's updates into one change of the global model.
+
+    The exact value is ``sum_k p_k s_k B_k A_k`` with p_k = n_k / sum n over the clients of the round, also for
+    a module that some of them do not adapt (their part is zero there). How far the strategy is from it stands in
+    ``result.certificate``.
+
+    Args:
+        updates: One ``ClientUpdate`` per client; ranks and sets of modules may differ.
+        strategy: A name from the table (``flora``, ``fedit``, ``zero_pad``, or one of your own).
+        state: ``RoundResult.state`` of the round before; None in the first round.
+        options: The strategy's own options.
+    Returns:
+        What to add to the base, what each client starts from, the state to carry on, certificate and bytes.
+    Raises:
+        ValueError: For updates that do not fit together, an unknown strategy or option, the state of another
+            strategy, or mixed ranks where the strategy cannot take them.
+    Deterministic: yes. Source: arXiv 2409.05976.
+    """
+    chosen = get_strategy(strategy)
+    for option in options:
+        known = chosen.options
+        require(option in known, f"strategy {strategy!r} has no option {option!r}; {nearest(option, known)}")
+    owner = (state or {}).get("strategy", strategy)
+    require(owner == strategy, f"state must be that of strategy {strategy!r}, got {owner!r}; start with state=None")
+    updates = list(updates)
+    check_updates(updates)
+    if not chosen.mixed_ranks:
+        able = [other.name for other in _listed() if other.mixed_ranks]
+        check_equal_ranks(updates, strategy, f"give these clients one rank, or use one of {', '.join(able)}")
+    result = chosen.aggregate(updates, state or {}, **options)
+    result.state = {**result.state, "strategy": strategy}
+    result.certificate = result.certificate or certify(updates, result)
+    result.bytes_up = sum(update.size_bytes for update in updates)
+    return result

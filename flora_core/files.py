@@ -1,0 +1,218 @@
+"""Files that are either whole or not there: write beside the target, fsync, rename.
+
+A writer killed at any instant leaves the target as it was, plus a ``.tmp-*`` entry that readers ignore
+and the next writer of the same target removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+TEMPORARY = ".tmp-"
+_OLD = ".tmp-old-"
+_counter = itertools.count()
+_in_flight: set[Path] = set()
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space and try again",
+    errno.EDQUOT: "the disk quota is used up: free some space and try again",
+    errno.EFBIG: "the file is larger than this file system or process may write: choose another place",
+    errno.EROFS: "the file system is read-only: choose another place",
+    errno.EACCES: "no permission to write there: choose another place or change its permissions",
+    errno.EPERM: "no permission to write there: choose another place or change its permissions",
+    errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
+}
+
+
+class SaveError(OSError):
+    """A file could not be written; what was there before is unchanged."""
+
+
+@contextlib.contextmanager
+def atomic_dir(path: str | os.PathLike[str], *, replaceable: Collection[str] = ()) -> Iterator[Path]:
+    """Fill a new folder that appears at ``path`` all at once, or not at all.
+
+    Args:
+        path: The folder to make; missing parents are made too.
+        replaceable: Names of entries that an existing folder may hold; a folder that holds nothing else is
+            replaced as a whole.
+    Yields:
+        A temporary folder in the same parent, to be filled.
+    Raises:
+        FileExistsError: If ``path`` holds anything that is not ``replaceable``.
+        SaveError: If writing fails; ``path`` is then as it was.
+    """
+    target = Path(os.path.abspath(path))
+    with _explained(target):
+        _check_replaceable(target, replaceable)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(target) as temporary:
+        temporary.mkdir()
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _fsync(Path(folder, name))
+            _fsync(Path(folder))
+        _swap_in(temporary, target)
+        _fsync(target.parent)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file that appears at ``path`` whole, or not at all; an existing file is replaced.
+
+    Raises:
+        SaveError: If writing fails; an existing file is then as it was.
+    """
+    target = Path(os.path.abspath(path))
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with _temporary(target) as temporary:
+        temporary.write_bytes(data)
+        _fsync(temporary)
+        os.replace(temporary, target)
+        _fsync(target.parent)
+
+
+def atomic_write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a value as JSON (sorted keys, UTF-8, a final newline) with ``atomic_write_bytes``.
+
+    Raises:
+        ValueError: If the value holds NaN or infinity, which JSON does not have.
+        SaveError: If writing fails; an existing file is then as it was.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    atomic_write_bytes(path, (text + "\n").encode())
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file, not atomically: for use inside ``atomic_dir``.
+
+    Raises:
+        OSError: If writing fails, with the system's error number, which safetensors hides in a text.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """Give an unused path beside the target; nothing is left of it when the block ends, well or badly."""
+    _remove_leftovers(target)
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{next(_counter)}-{target.name}")
+    _in_flight.add(temporary)
+    try:
+        with _explained(target):
+            yield temporary
+    finally:
+        _remove(temporary)
+        _in_flight.discard(temporary)
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SaveError, FileExistsError):
+        raise
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk, then try again")
+        text = f"could not save {target}: {error.strerror or error}; {remedy}; what was saved before is unchanged"
+        raise SaveError(error.errno, text) from error
+
+
+def _check_replaceable(target: Path, replaceable: Collection[str]) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise FileExistsError(f"{target} is a file, and a folder is to be saved there: choose another place")
+    names = {entry.name for entry in target.iterdir() if not entry.name.startswith(TEMPORARY)}
+    foreign = sorted(names - set(replaceable))
+    if foreign:
+        raise FileExistsError(f"{target} already holds {', '.join(foreign[:5])}: choose a new or an empty folder")
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what killed writers of this target left; put an old folder back if its replacement never came."""
+    old = target.with_name(_OLD + target.name)
+    if old.exists():
+        _remove(old) if target.exists() else old.rename(target)
+    for leftover in target.parent.glob(f"{TEMPORARY}*-{_escape(target.name)}"):
+        writer = re.fullmatch(rf"{re.escape(TEMPORARY)}(\d+)-\d+-{re.escape(target.name)}", leftover.name)
+        if writer and leftover not in _in_flight and not _is_other_live_process(int(writer[1])):
+            _remove(leftover)
+
+
+def _escape(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _is_other_live_process(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _swap_in(temporary: Path, target: Path) -> None:
+    """Rename onto the target; a folder that is there steps aside first, where ``_remove_leftovers`` finds it."""
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        old = target.with_name(_OLD + target.name)
+        target.rename(old)
+        try:
+            temporary.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        _remove(old)
+
+
+def _fsync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+__all__ = ["SaveError", "atomic_dir", "atomic_write_bytes", "atomic_write_json", "write_safetensors"]
