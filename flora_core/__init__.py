@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .aggregate import aggregate
     from .attach import ClientSpec, Cohort, attach, detach, explain
     from .bank import AdapterBank, AdapterConfig
+    from .config import TrainConfig
     from .evaluate import evaluate
     from .federation import Federation, FederationConfig
     from .merge import merge_adapter_
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .optimizer import CohortAdamW
     from .peft_io import load_peft_adapter, save_peft_adapter
     from .segments import Segments
-    from .trainer import CohortTrainer, TrainConfig
+    from .trainer import CohortTrainer
     from .update import ClientUpdate, RoundResult
 
 _HOMES = {
@@ -44,7 +45,8 @@ _HOMES = {
     "optimizer": "CohortAdamW",
     "peft_io": "load_peft_adapter save_peft_adapter",
     "segments": "Segments",
-    "trainer": "CohortTrainer TrainConfig",
+    "config": "TrainConfig",
+    "trainer": "CohortTrainer",
     "update": "ClientUpdate RoundResult",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

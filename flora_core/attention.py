@@ -1,0 +1,136 @@
+"""Attention over a packed cohort: every sequence on its own, no work and no leak across sequences.
+
+Registered with transformers as one more attention implementation and switched on only inside a packed batch.
+Letters: H heads, M packed tokens, D head size, L one sequence's length, n sequences of equal length in a row.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+NAME = "flora_packed"
+# Arguments that leave plain scaled dot-product attention what it is.
+_PLAIN = {"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal", "output_router_logits"}
+_LENGTHS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **extra: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed sequence; (1, H, M, D) in, (1, M, H, D) out.
+
+    Anything beyond plain attention (softcap, sinks) goes through the model's own eager function, per sequence.
+    The frozen base's attention dropout is off: its random numbers would depend on the cohort.
+    """
+    lengths = _LENGTHS[module]
+    special = {name: extra[name] for name in extra if name not in _PLAIN and extra[name] is not None}
+    parts, start = [], 0
+    for length, group in groupby(lengths):
+        rows = slice(start, start + length * len(list(group)))
+        start = rows.stop
+        q, k, v = (_sequences(t, rows, length) for t in (query, key, value))
+        if special:
+            mask = _causal(length, sliding_window, q.device, torch.zeros((), dtype=q.dtype))
+            out = _eager(module)(module, q, k, v, mask, scaling=scaling, dropout=0.0, **special)[0]
+        else:
+            out = _plain(q, k, v, scaling, length, sliding_window).transpose(1, 2)
+        parts.append(out.reshape(rows.stop - rows.start, out.shape[2], out.shape[3]))
+    return torch.cat(parts)[None], None
+
+
+def _sequences(t_1HMD: torch.Tensor, rows: slice, length: int) -> torch.Tensor:
+    """(n, H, L, D) view of n sequences of one length."""
+    part = t_1HMD[0, :, rows]
+    return part.reshape(part.shape[0], -1, length, part.shape[2]).transpose(0, 1)
+
+
+def _plain(q, k, v, scaling: float | None, length: int, window: int | None) -> torch.Tensor:
+    mask = None
+    if window is not None and window < length:
+        mask = _causal(length, window, q.device)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _causal(length: int, window: int | None, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor:
+    """(1, 1, L, L): True where a query may look, or with ``like`` an additive mask of its dtype."""
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index[None, :]
+    allowed = (distance >= 0) & (distance < (window or length))
+    if like is None:
+        return allowed[None, None]
+    blocked = torch.finfo(like.dtype).min
+    return torch.zeros_like(allowed, dtype=like.dtype).masked_fill(~allowed, blocked)[None, None]
+
+
+def _eager(module: torch.nn.Module) -> Any:
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+def unsupported(model: torch.nn.Module) -> str | None:
+    """Why a model's attention cannot be packed, as far as its configuration tells; None if it may be."""
+    if not getattr(model, "_supports_attention_backend", False):
+        return "the model does not go through transformers' attention interface"
+    for config in _configs(model):
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if kinds - {"full_attention", "sliding_attention"}:
+            return f"layers of type {', '.join(sorted(kinds))} mix tokens in other ways than causal attention"
+        if getattr(config, "attention_chunk_size", None):
+            return "attention is cut into chunks"
+        if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
+            return "attention is not causal"
+    return None
+
+
+def _configs(model: torch.nn.Module) -> list[Any]:
+    """Every configuration object that a module of the model reads."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+@contextmanager
+def packed(model: torch.nn.Module, lengths: Iterable[int]) -> Iterator[None]:
+    """Run the model's attention sequence by sequence over one packed row of tokens."""
+    _register()
+    lengths, configs = tuple(lengths), _configs(model)
+    before = [config._attn_implementation for config in configs]
+    for module in model.modules():
+        _LENGTHS[module] = lengths
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+        for module in model.modules():
+            _LENGTHS.pop(module, None)

@@ -1,0 +1,143 @@
+"""AdamW over a whole bank in one call, every client with its own settings.
+
+Letters: C clients, H hyper-parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .bank import AdapterBank
+from .checks import require
+from .config import TrainConfig
+from .ops import HYPER_COLUMNS, cohort_adamw_
+
+
+class CohortAdamW:
+    """AdamW over the flat buffer of a bank: per-client rate, schedule, decay, step count and clipping.
+
+    Args:
+        bank: The adapters to train. Its factors become leaves whose gradients are views of ``grad``.
+        configs: One ``TrainConfig`` per client, or one for all.
+        total_steps: Optimizer steps of each client's schedule, for decay.
+        first_steps: Where in its schedule each client starts.
+        backend: auto, reference, triton or native.
+    Deterministic: yes. Equal to one ``torch.optim.AdamW`` per client, with ``clip_grad_norm_`` before it.
+    """
+
+    def __init__(
+        self,
+        bank: AdapterBank,
+        configs: Sequence[TrainConfig] | TrainConfig,
+        total_steps: Sequence[int] | int = 1,
+        first_steps: Sequence[int] | int = 0,
+        backend: str = "auto",
+    ):
+        count = len(bank.names)
+        self.bank, self.backend = bank, backend
+        self.configs = [configs] * count if isinstance(configs, TrainConfig) else list(configs)
+        self.total_steps = [total_steps] * count if isinstance(total_steps, int) else list(total_steps)
+        self.first_steps = [first_steps] * count if isinstance(first_steps, int) else list(first_steps)
+        for name, values in (
+            ("configs", self.configs),
+            ("total_steps", self.total_steps),
+            ("first_steps", self.first_steps),
+        ):
+            require(len(values) == count, f"{name} must have one entry per client ({count}), got {len(values)}")
+        self.steps = [0] * count
+        self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(bank.param) for _ in range(3))
+        self._segments, self._owner = bank.segments, bank.owner
+        for path, (dA_PK, dB_PN) in bank.views_of(self.grad).items():
+            entry = bank.modules[path]
+            entry.A_PK.requires_grad_(True).grad = dA_PK
+            entry.B_PN.requires_grad_(True).grad = dB_PN
+
+    def zero_grad(self) -> None:
+        """Clear every client's gradient, a NaN included."""
+        self.grad.zero_()
+
+    def release(self) -> None:
+        """Let go of the gradients: the factors are plain tensors again."""
+        for entry in self.bank.modules.values():
+            for factor in (entry.A_PK, entry.B_PN):
+                factor.grad = None
+                factor.requires_grad_(False)
+
+    def _of_client(self, flat: torch.Tensor) -> list[list[torch.Tensor]]:
+        parts: list[list[torch.Tensor]] = [[] for _ in self.bank.names]
+        for part, owner in zip(flat.split(list(self._segments.lengths)), self._owner, strict=True):
+            if part.numel():
+                parts[owner].append(part)
+        return parts
+
+    def grad_norms(self) -> list[float]:
+        """The norm of each client's own gradient; NaN or inf stays with the client that has it."""
+        norms = [
+            torch.nn.utils.get_total_norm(parts) if parts else torch.zeros(()) for parts in self._of_client(self.grad)
+        ]
+        return [float(norm) for norm in norms]
+
+    def learning_rates(self) -> list[float]:
+        """The rate that each client's next step will use."""
+        schedule = zip(self.configs, self.first_steps, self.steps, self.total_steps, strict=True)
+        return [config.learning_rate(first + step, total) for config, first, step, total in schedule]
+
+    def step(self, active: Sequence[bool] | None = None, norms: Sequence[float] | None = None) -> None:
+        """Step the active clients; the others keep factors, moments and step count bit for bit.
+
+        Args:
+            active: One flag per client; all of them unless given.
+            norms: What ``grad_norms()`` gave, if it was already asked.
+        """
+        active = [True] * len(self.steps) if active is None else list(active)
+        clipping = any(config.clip_norm is not None for config in self.configs)
+        if norms is None:
+            norms = self.grad_norms() if clipping else [0.0] * len(self.steps)
+        rates, hyper = self.learning_rates(), []
+        for c, config in enumerate(self.configs):
+            self.steps[c] += active[c]
+            scale = 1.0 if config.clip_norm is None else min(1.0, config.clip_norm / (norms[c] + 1e-6))
+            step = self.steps[c] if active[c] else 0
+            hyper.append([rates[c], *config.betas, config.eps, config.weight_decay, step, scale])
+        hyper_CH = torch.tensor(hyper, dtype=torch.float64).view(-1, len(HYPER_COLUMNS))
+        cohort_adamw_(
+            self.bank.param,
+            self.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self._segments,
+            hyper_CH,
+            owner=self._owner,
+            backend=self.backend,
+        )
+
+    def state(self, client: str) -> dict[str, Any]:
+        """A client's moments and step count: ``{"step": int, "exp_avg": (E), "exp_avg_sq": (E)}``."""
+        c = self.bank.index(client)
+        average, square = (self._of_client(flat)[c] for flat in (self.exp_avg, self.exp_avg_sq))
+        return {"step": self.steps[c], "exp_avg": torch.cat(average), "exp_avg_sq": torch.cat(square)}
+
+    def load_state(self, client: str, state: dict[str, Any]) -> None:
+        """Continue from what ``state`` gave.
+
+        Raises:
+            ValueError: If the client's adapter has another size now.
+        """
+        c = self.bank.index(client)
+        size = sum(part.numel() for part in self._of_client(self.exp_avg)[c])
+        require(
+            state["exp_avg"].numel() == size == state["exp_avg_sq"].numel(),
+            f"client {client!r}: the optimizer state must have {size} elements to match the adapter, "
+            f"got {state['exp_avg'].numel()}; start it afresh with keep_optimizer=False",
+        )
+        self.steps[c] = int(state["step"])
+        for flat, name in ((self.exp_avg, "exp_avg"), (self.exp_avg_sq, "exp_avg_sq")):
+            parts = self._of_client(flat)[c]
+            for part, value in zip(parts, state[name].split([part.numel() for part in parts]), strict=True):
+                part.copy_(value)
+
+
+__all__ = ["CohortAdamW"]

@@ -1,0 +1,174 @@
+"""Which clients train together, and how many tokens are in flight, under a token or memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from .attach import Cohort
+from .checks import require
+from .config import TrainConfig
+
+T = TypeVar("T")
+# Tokens in flight where nothing limits them. On two CPU cores a pass gains nothing beyond about a thousand tokens
+# (bench/results); a GPU wants several thousand to fill its matrix units.
+_DEFAULT_TOKENS = {"cpu": 1024, "cuda": 16384}
+# The loss holds up to three chunks of 2**24 float32 logits.
+_LOSS_BYTES = 3 << 26
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one client asks of the machine: its micro-batch and longest sequence in tokens, its adapter in numbers."""
+
+    name: str
+    config: TrainConfig
+    tokens: int
+    longest: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cohorts that train one after another, the tokens in flight of each pass, and why."""
+
+    cohorts: tuple[tuple[str, ...], ...]
+    token_budget: int
+    memory_bytes: int
+    reason: str
+
+
+def plan(
+    demands: Sequence[Demand],
+    *,
+    bytes_per_token: float,
+    device: str = "cpu",
+    bytes_per_number: int = 4,
+) -> Plan:
+    """Group clients into cohorts.
+
+    Without a budget all clients train together and passes are cut at a size that suits the device. A token budget
+    bounds the tokens in flight, and cohorts are as large as fits it with one micro-batch of each client, so that a
+    budget of one client's tokens trains one client at a time. A memory budget takes as few cohorts as it allows.
+
+    Args:
+        demands: One per client, in order.
+        bytes_per_token: Bytes saved for backward per token in flight.
+        device: cpu or cuda.
+        bytes_per_number: Of an adapter, its gradient and its two moments each.
+    Returns:
+        The plan; ``memory_bytes`` is its estimate beyond the base and the finished adapters.
+    Raises:
+        ValueError: If the memory budget cannot hold even one client's longest sequence.
+    """
+    wanted = [d.config.token_budget for d in demands if d.config.token_budget is not None]
+    memory = [d.config.memory_budget_gb for d in demands if d.config.memory_budget_gb is not None]
+    groups = _alike(demands)
+
+    def cost(cohort: Sequence[Demand], tokens: int) -> int:
+        # Gradient and two moments, and a working copy where the cohort is not everybody.
+        copies = 3 if len(cohort) == len(demands) else 4
+        state = copies * bytes_per_number * sum(d.parameters for d in cohort)
+        return int(state + tokens * bytes_per_token + _LOSS_BYTES)
+
+    if wanted:
+        budget, cohorts = min(wanted), [c for group in groups for c in _fill(group, min(wanted))]
+        reason = f"token_budget={budget}"
+    else:
+        budget, cohorts = _DEFAULT_TOKENS.get(device, 1024), groups
+        reason = f"default for {device}"
+    if memory:
+        limit = int(min(memory) * 1e9)
+        budget, cohorts = _within(groups, cohorts, budget, limit, cost, bytes_per_token)
+        reason += f", memory_budget_gb={min(memory)}"
+    peak = max(cost(cohort, min(budget, max(sum(d.tokens for d in cohort), 1))) for cohort in cohorts)
+    return Plan(tuple(tuple(d.name for d in cohort) for cohort in cohorts), budget, peak, reason)
+
+
+def _alike(demands: Sequence[Demand]) -> list[list[Demand]]:
+    """Clients that can share a forward pass: same autocast dtype and checkpointing."""
+    groups: dict[tuple[str | None, bool], list[Demand]] = {}
+    for demand in demands:
+        groups.setdefault((demand.config.dtype, demand.config.gradient_checkpointing), []).append(demand)
+    return list(groups.values())
+
+
+def _fill(group: Sequence[Demand], budget: int) -> list[list[Demand]]:
+    """Consecutive clients whose micro-batches fit the budget together; a larger one stands alone."""
+    cohorts: list[list[Demand]] = [[]]
+    for demand in group:
+        if cohorts[-1] and sum(d.tokens for d in cohorts[-1]) + demand.tokens > budget:
+            cohorts.append([])
+        cohorts[-1].append(demand)
+    return cohorts
+
+
+def _within(groups, cohorts, budget: int, limit: int, cost, bytes_per_token: float):
+    """The fewest cohorts of about equal size that leave room for each client's micro-batch, else its longest."""
+    largest = max(len(cohort) for cohort in cohorts)
+    for size in range(largest, 0, -1):
+        split = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        room = min((limit - cost(cohort, 0)) // max(bytes_per_token, 1) for cohort in split)
+        needs = max(d.tokens if size > 1 else d.longest for cohort in split for d in cohort)
+        if room >= needs:
+            return int(min(budget, room)), split
+    single = [demand for group in groups for demand in group]
+    least = max(cost([d], d.longest) for d in single)
+    raise ValueError(
+        f"memory_budget_gb={limit / 1e9:g} cannot hold one client's longest sequence; the least is {least / 1e9:.2f} "
+        "(lower max_length, or turn gradient_checkpointing on)"
+    )
+
+
+def passes(items: Sequence[tuple[T, int]], budget: int, *, padded: bool = False) -> list[list[T]]:
+    """Cut (item, tokens) pairs into consecutive passes of about equal size within the budget.
+
+    ``padded`` counts every item at the length of the longest in its pass. An item longer than the budget goes alone.
+    """
+    total = sum(tokens for _, tokens in items)
+    even = -(-total // max(1, -(-total // budget)))
+    limit = budget if padded else min(budget, even + max((tokens for _, tokens in items), default=0) // 2)
+    cut: list[list[T]] = []
+    count, filled, longest = 0, 0, 0
+    for item, tokens in items:
+        size = (count + 1) * max(longest, tokens) if padded else filled + tokens
+        if not cut or (count and size > limit):
+            cut.append([])
+            count, filled, longest = 0, 0, 0
+        cut[-1].append(item)
+        count, filled, longest = count + 1, filled + tokens, max(longest, tokens)
+    return cut
+
+
+def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
+    """Bytes that one token's forward pass keeps for backward, measured on a short sequence."""
+    kept: dict[int, int] = {}
+    fixed = {p.untyped_storage().data_ptr() for p in cohort.model.parameters()}
+    fixed.add(cohort.bank.param.untyped_storage().data_ptr())
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in fixed:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    limit = getattr(cohort.model.config, "max_position_embeddings", None) or tokens
+    tokens = min(tokens, limit)
+    device = cohort.bank.param.device
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    counts = [tokens] + [0] * (len(cohort.active.names) - 1)
+    factors = cohort.parameters()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), cohort.batch(counts):
+            hidden = cohort.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        require(hidden.shape[1] == tokens, f"the decoder must keep {tokens} positions, got {hidden.shape[1]}")
+        return sum(kept.values()) / tokens
+    finally:
+        for factor in factors:
+            factor.requires_grad_(False)
+
+
+__all__ = ["Demand", "Plan", "measure_bytes_per_token", "passes", "plan"]
