@@ -1,0 +1,71 @@
+"""Packed and padded batches: the same tokens and targets, and no sequence predicts its neighbour."""
+
+import pytest
+import torch
+
+from flora_core.data.pack import epoch_order, micro_batches, pack, pad
+from flora_core.data.template import Example
+
+
+def example(*ids, loss_from=0):
+    return Example(list(ids), [-100] * loss_from + list(ids[loss_from:]), record=0)
+
+
+# Two sequences, none (a client that ran out of data), one of a single token and one of three.
+CLIENTS = [[example(1, 2, 3, loss_from=1), example(4, 5)], [], [example(6), example(7, 8, 9, loss_from=2)]]
+
+
+def test_pack():
+    batch = pack(CLIENTS)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2]]
+    assert batch.labels.tolist() == [[2, 3, -100, 5, -100, -100, -100, 9, -100]]
+    assert batch.tokens == (5, 0, 4)
+    assert batch.lengths == (3, 2, 1, 3)
+    assert batch.sequence_client == (0, 0, 2, 2)
+    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.labels.dtype == torch.int64
+
+
+def test_pad():
+    batch = pad(CLIENTS, pad_id=99)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 5, 99], [6, 99, 99], [7, 8, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch.labels.tolist() == [[2, 3, -100], [5, -100, -100], [-100] * 3, [-100, 9, -100]]
+    assert batch.real_index.tolist() == [0, 1, 2, 3, 4, 6, 9, 10, 11]
+    assert (batch.tokens, batch.lengths, batch.sequence_client) == ((5, 0, 4), (3, 2, 1, 3), (0, 0, 2, 2))
+
+
+def test_padded_real_tokens_are_the_packed_ones():
+    packed, padded = pack(CLIENTS), pad(CLIENTS, pad_id=0)
+    for name in ("input_ids", "labels"):
+        real = getattr(padded, name).flatten()[padded.real_index]
+        assert torch.equal(real, getattr(packed, name)[0])
+
+
+def test_nothing_to_pack():
+    assert pack([[], []]).input_ids.shape == (1, 0)
+    assert pack([[], []]).tokens == (0, 0)
+    assert pad([[], []], 0).input_ids.shape == (0, 0)
+    assert pad([[], []], 0).real_index.tolist() == []
+
+
+def test_pad_id_is_checked():
+    with pytest.raises(TypeError, match="pad_id must be a whole number, got None"):
+        pad(CLIENTS, pad_id=None)  # pyright: ignore[reportArgumentType]
+
+
+def test_micro_batches():
+    examples = [example(number) for number in range(5)]
+    assert [[e.input_ids[0] for e in batch] for batch in micro_batches(examples, 2)] == [[0, 1], [2, 3], [4]]
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        micro_batches(examples, 0)
+
+
+def test_epoch_order_is_a_permutation_of_its_own():
+    order = epoch_order(50, 3, "a", 1, 0)
+    assert sorted(order) == list(range(50))
+    assert order == epoch_order(50, 3, "a", 1, 0)
+    others = [(4, "a", 1, 0), (3, "b", 1, 0), (3, "a", 0, 0), (3, "a", 1, 1), (3, "a", 0, 1)]
+    orders = [order, *(epoch_order(50, *other) for other in others)]
+    assert len({tuple(order) for order in orders}) == len(orders)
+    assert epoch_order(0, 3, "a", 1, 0) == []
