@@ -30,7 +30,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from .history import Event, History, show_bytes, show_number, show_seconds, summary_tables
+from .history import Event, Table, show_bytes, show_number, show_seconds
 
 
 def sentence(event: Event) -> str | None:
@@ -190,23 +190,24 @@ def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
     return LiveProgress(Console(file=out))
 
 
-def print_summary(history: History, stream: TextIO | None = None) -> None:
-    """Print the closing tables, with rich where it is installed."""
+def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
+    """Print tables on `stream` (standard output), with rich where it is installed."""
     out: TextIO = sys.stdout if stream is None else stream
-    for title, columns, rows in summary_tables(history):
+    for title, columns, rows in tables:
         try:
             from rich.console import Console
-            from rich.table import Table
+            from rich.table import Table as RichTable
         except ImportError:
             _print_plain(title, columns, rows, out)
             continue
-        table = Table(title=title, title_justify="left")
+        table = RichTable(title=title, title_justify="left")
         for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(column, justify="right" if number and len(columns) > 2 else "left")
         for row in rows:
             table.add_row(*row)
         # A file or pipe has no width of its own; wrapped cells would be unreadable there.
-        Console(file=out, width=None if out.isatty() else 120).print(table)
+        console = Console(file=out, width=None if out.isatty() else 120, markup=False, highlight=False)
+        console.print(table)
 
 
 def _print_plain(title: str, columns: list[str], rows: list[list[str]], stream: TextIO) -> None:

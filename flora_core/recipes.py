@@ -9,16 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from . import strict
 from .bank import AdapterConfig
 from .checks import check_number, nearest, require
+from .config import TrainConfig
 from .federation import FederationConfig
-from .trainer import TrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 DEMO_DATA = "demo"
 
@@ -40,7 +37,6 @@ class DataRecipe:
         shards_per_client: For shard.
         client_column: Column that names the client, for natural.
         id_column: Column that `partitions` names records by.
-        template: "chat" (the tokenizer's), "prompt" (a plain one), or "auto": chat where there is one.
     """
 
     path: str | dict[str, str] = DEMO_DATA
@@ -56,7 +52,6 @@ class DataRecipe:
     shards_per_client: int = 2
     client_column: str = "client"
     id_column: str = "id"
-    template: Literal["auto", "chat", "prompt"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("per_client", "test_items"):
@@ -229,13 +224,13 @@ def _read_yaml(path: Path) -> Any:
         """Refuses a key that is given twice, of which YAML would drop the first in silence."""
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ValueError(f"{path}, line {node.start_mark.line + 1}: key {twice!r} is given twice")
-        return {
-            key: loader.construct_object(value, deep=True) for key, (_, value) in zip(keys, node.value, strict=True)
-        }
+        found: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            key = loader.construct_object(key_node)
+            if key in found:
+                raise ValueError(f"{path}, line {key_node.start_mark.line + 1}: key {key!r} is given twice")
+            found[key] = loader.construct_object(value_node, deep=True)
+        return found
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:

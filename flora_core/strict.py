@@ -29,7 +29,7 @@ def read(cls: type[T], raw: Any, where: str, prefix: str = "") -> T:
         raise ValueError(f"{where}: {prefix + '.' if prefix else ''}{missing[0]} is missing; add it")
     try:
         return cls(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FileNotFoundError) as error:
         raise type(error)(f"{where}: {prefix + ': ' if prefix else ''}{error}") from None
 
 

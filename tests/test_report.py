@@ -9,7 +9,7 @@ import math
 import pytest
 
 from flora_core.history import History, show_bytes, show_number, show_seconds, summary_tables
-from flora_core.progress import LiveProgress, PlainProgress, make_progress, print_summary, sentence
+from flora_core.progress import LiveProgress, PlainProgress, make_progress, print_tables, sentence
 from flora_core.report import plot_accuracy, plot_bytes, plot_loss, read_history, write_report
 
 pytest.importorskip("matplotlib")
@@ -118,9 +118,9 @@ def test_live_progress_takes_every_event():
     assert "2/2" in stream.getvalue()
 
 
-def test_summary_prints_all_tables():
+def test_all_tables_are_printed():
     stream = io.StringIO()
-    print_summary(History.of(events()), stream)
+    print_tables(summary_tables(History.of(events())), stream)
     assert all(title in stream.getvalue() for title in ("Clients", "Held-out data", "The whole run"))
 
 

@@ -1,0 +1,171 @@
+"""Make of a recipe what `Federation` needs: the clients with their examples, held-out records, model, tokenizer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .attach import ClientSpec
+from .checks import nearest, require
+from .data.partition import partition, partition_file
+from .data.records import Record, load_records
+from .demo_model import NAME as DEMO_MODEL
+from .demo_model import demo_model_dir
+from .device import pick_device, pick_dtype
+from .seeds import derive
+
+if TYPE_CHECKING:
+    from .recipes import DataRecipe, Recipe
+
+Parts = dict[str, list[Record]]
+
+
+def build(recipe: Recipe) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
+    """Load data, tokenizer and model of a recipe, in the order of what fails fastest.
+
+    Returns:
+        model, tokenizer, clients (one `ClientSpec` with its records each), held-out records.
+    Raises:
+        ValueError, TypeError: If the data do not fit the recipe.
+        OSError: If a file or the model cannot be read.
+    """
+    clients, test_records = build_clients(recipe)
+    device = pick_device(recipe.device)
+    folder = model_folder(recipe.model)
+    return load_model(folder, device, pick_dtype(recipe.dtype, device)), load_tokenizer(folder), clients, test_records
+
+
+def build_clients(recipe: Recipe) -> tuple[list[ClientSpec], list[Record]]:
+    """Read and split a recipe's data; return the clients and the held-out records."""
+    parts, test_records = split_data(recipe)
+    for name in recipe.clients.overrides:
+        require(name in parts, f"clients.overrides names {name!r}, who is no client; {nearest(name, parts)}")
+    specs = []
+    for index, (name, records) in enumerate(parts.items()):
+        override = recipe.clients.overrides.get(name)
+        adapter = recipe.clients.adapter(name, index)
+        specs.append(ClientSpec(name, records, adapter, train=override.train if override and override.train else None))
+    return specs, test_records
+
+
+def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
+    """Return each client's records and the held-out ones, cut down to the numbers that the recipe asks for."""
+    data, clients = recipe.data, recipe.clients
+    if data.path == "demo":
+        parts, test_records = _demo(recipe)
+    elif isinstance(data.path, dict):
+        parts, test_records = _one_file_each(data, data.path, recipe.seed)
+    else:
+        parts, test_records = _split_file(recipe, load_records(data.path))
+    if data.test is not None:
+        test_records = load_records(data.test)
+    wanted = clients.count or (len(clients.names) if clients.names else len(parts))
+    require(
+        wanted <= len(parts),
+        f"clients.count asks for {wanted} clients, and the data has {len(parts)}: {', '.join(list(parts)[:12])}",
+    )
+    names = clients.names or list(parts)
+    parts = dict(zip(names, list(parts.values())[:wanted], strict=False))
+    parts = {name: _draw(records, data.per_client, recipe.seed, "train", name) for name, records in parts.items()}
+    for name, records in parts.items():
+        require(len(records) > 0, f"client {name!r} has no examples; give it data, or fewer clients.count")
+    return parts, _draw(test_records, data.test_items, recipe.seed, "test")
+
+
+def _demo(recipe: Recipe) -> tuple[Parts, list[Record]]:
+    from .data.demo import make_demo
+
+    count = recipe.clients.count or len(recipe.clients.names or recipe.clients.ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        made = make_demo(
+            folder,
+            clients=count,
+            train_per_client=recipe.data.per_client or 40,
+            test_items=recipe.data.test_items or 100,
+            seed=recipe.seed,
+        )
+        return {name: load_records(path) for name, path in made.clients.items()}, load_records(made.test)
+
+
+def _one_file_each(data: DataRecipe, paths: dict[str, str], seed: int) -> tuple[Parts, list[Record]]:
+    """Read every client's own file; each client holds out the same fraction unless there is a test file."""
+    parts, held_out = {}, []
+    for name, path in paths.items():
+        parts[name], held = _hold_out(load_records(path), data, seed, name)
+        held_out += held
+    return parts, held_out
+
+
+def _split_file(recipe: Recipe, records: list[Record]) -> tuple[Parts, list[Record]]:
+    data = recipe.data
+    if data.partitions is not None:
+        # Without a split its error lists those of the file.
+        parts, held = partition_file(data.partitions, records, data.split or "", id_column=data.id_column)
+        named = {name: [records[i] for i in part] for name, part in parts.items()}
+        return named, [records[i] for i in held]
+    count = recipe.clients.count or len(recipe.clients.names or recipe.clients.ranks)
+    rest, held_out = _hold_out(records, data, recipe.seed, "all")
+    parts = partition(
+        rest,
+        None if data.partition == "natural" else count,
+        data.partition,
+        seed=derive(recipe.seed, "partition"),
+        label=data.label,
+        alpha=data.alpha,
+        shards_per_client=data.shards_per_client,
+        client_column=data.client_column,
+    )
+    return {name: [rest[i] for i in part] for name, part in parts.items()}, held_out
+
+
+def _hold_out(records: list[Record], data: DataRecipe, seed: int, part: str) -> tuple[list[Record], list[Record]]:
+    """Divide into training and held-out records, in the order of the file."""
+    if data.test is not None or data.test_fraction == 0:
+        return records, []
+    size = max(1, round(len(records) * data.test_fraction)) if len(records) > 1 else 0
+    chosen = set(Random(derive(seed, "held-out", part)).sample(range(len(records)), size))
+    kept = [record for index, record in enumerate(records) if index not in chosen]
+    return kept, [records[index] for index in sorted(chosen)]
+
+
+def _draw(records: Sequence[Record], most: int | None, seed: int, *part: str) -> list[Record]:
+    """Draw at most so many records, in their order."""
+    if most is None or len(records) <= most:
+        return list(records)
+    return [records[i] for i in sorted(Random(derive(seed, "draw", *part)).sample(range(len(records)), most))]
+
+
+def model_folder(model: str) -> str:
+    """Return what transformers loads: the demo model's folder, an existing folder, or a hub name as it stands."""
+    if model == DEMO_MODEL:
+        return str(demo_model_dir())
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or os.sep != "/"
+    folder = Path(model).expanduser()
+    if folder.is_dir() or not looks_local:
+        return str(folder) if folder.is_dir() else model
+    raise FileNotFoundError(
+        f"model {model} is not a folder (relative paths start at {Path.cwd()}); "
+        f"give the folder of a transformers causal LM, a hub name (owner/name), or {DEMO_MODEL}"
+    )
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Load a tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_model(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a causal LM onto a device, without bars."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)

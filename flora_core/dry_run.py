@@ -1,0 +1,85 @@
+"""Say what a recipe would do, and the memory it would take, without training: `flora run --dry-run`.
+
+Loads the model and the data, attaches the cohort and measures one short forward pass; writes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import planner
+from .attach import attach, detach
+from .build import build
+from .history import Table, show_bytes
+from .recipes import Recipe
+from .trainer import CohortTrainer
+
+
+def dry_run(recipe: Recipe) -> list[Table]:
+    """Return the plan of a recipe as tables: the whole, and client by client.
+
+    Raises:
+        ValueError, TypeError, OSError: Whatever would stop the run before training.
+    """
+    model, tokenizer, clients, test_records = build(recipe)
+    cohort = attach(model, clients, recipe.target_modules, seed=recipe.seed)
+    try:
+        trainer = CohortTrainer(cohort, recipe.train, tokenizer)
+        plan = trainer.plan()
+        rows = [_client_row(trainer, name) for name in cohort.names]
+        # The planner measures only where there is a budget to keep.
+        activations = _tokens_in_flight(plan, trainer) * planner.measure_bytes_per_token(cohort)
+        targets = f"{len(cohort.layers)} layers: {', '.join(sorted({path.split('.')[-1] for path in cohort.layers}))}"
+    finally:
+        detach(model)
+    base = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = sum(row["parameters"] for row in rows)
+    state = 4 * 4 * parameters  # float32: factors, gradients and two moments
+    facts = {
+        "model": f"{recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
+        "runs in": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
+        "targets": targets,
+        "strategy": f"{recipe.strategy}, {recipe.federation.rounds} rounds",
+        "results": recipe.out,
+        "training examples": f"{sum(row['examples'] for row in rows):,}",
+        "held-out examples": f"{len(test_records):,}",
+        "cohorts": f"{len(plan.cohorts)} ({plan.reason}): {'; '.join(_shorten(names) for names in plan.cohorts)}",
+        "tokens in flight": f"{_tokens_in_flight(plan, trainer):,}",
+        "memory: base": show_bytes(base),
+        "memory: adapters": f"{show_bytes(state)}, with gradients and optimizer state",
+        "memory: activations": show_bytes(activations),
+        "memory: together": f"about {show_bytes(base + state + activations)}, besides Python and its libraries",
+        "sent up in a round": f"{show_bytes(4 * parameters)}, if every client takes part",
+    }
+    columns = list(rows[0])
+    cells = [[f"{row[c]:,}" if isinstance(row[c], int) else str(row[c]) for c in columns] for row in rows]
+    return [("Plan", ["what", "value"], [[k, str(v)] for k, v in facts.items()]), ("Clients, a round", columns, cells)]
+
+
+def _client_row(trainer: CohortTrainer, name: str) -> dict[str, Any]:
+    client, adapter = trainer.clients[name], trainer.cohort.spec(name).adapter
+    factors = trainer.cohort.bank.adapters(name).values()
+    return {
+        "client": name,
+        "rank": adapter.rank,
+        "alpha": f"{adapter.alpha:g}",
+        "examples": len(client.examples),
+        "tokens": sum(len(example.input_ids) for example in client.examples) * client.config.local_epochs,
+        "steps": client.steps,
+        "lr": f"{client.config.lr:g}",
+        "parameters": sum(A.numel() + B.numel() for A, B in factors),
+    }
+
+
+def _tokens_in_flight(plan: planner.Plan, trainer: CohortTrainer) -> int:
+    """Return the tokens of the largest pass: an average optimizer step's micro-batches, within the budget."""
+    sizes = []
+    for cohort in plan.cohorts:
+        clients = [trainer.clients[name] for name in cohort]
+        mean = [sum(len(ex.input_ids) for ex in client.examples) / len(client.examples) for client in clients]
+        sizes.append(sum(m * client.config.batch_size for m, client in zip(mean, clients, strict=True)))
+    return int(min(max(sizes), plan.token_budget))
+
+
+def _shorten(names: tuple[str, ...]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]} .. {names[-1]} ({len(names)} clients)"

