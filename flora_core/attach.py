@@ -5,10 +5,9 @@ Letters: M packed tokens, K in_features, N out_features, C clients.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import attention, seeds
 from .backends import resolve
 from .bank import AdapterBank, AdapterConfig, BankModule, matches_target
 from .checks import require
+from .forward import Batch, find_way
 from .linear import Layout, MultiLoRALinear, Route, is_conv1d, weight_view
 from .loss import Head
 from .segments import Segments
@@ -338,83 +338,15 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-_PROBE_LENGTHS = (5, 3, 4)
-
-
-@torch.no_grad()
 def _probe(cohort: Cohort) -> None:
-    """Find a way of running the model that gives its own logits: packed or padded, head by hand or the model's."""
-    model = cohort.model
-    was_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        vocabulary = model.get_input_embeddings().weight.shape[0]  # pyright: ignore
-        ids = [(torch.arange(n) * 7919 + 13 * n) % vocabulary for n in _PROBE_LENGTHS]
-        ids = [row.to(cohort.bank.param.device) for row in ids]
-        own = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in ids])
-        require(bool(torch.isfinite(own).all()), "the base model gives logits that are not finite; check its weights")
-        cohort.packing_reason = attention.unsupported(model) or ""
-        tried = []
-        for packs in [True, False] if not cohort.packing_reason else [False]:
-            for kind in ("linear", "model"):
-                why = _differs(cohort, ids, own, packs, kind)
-                if why is None:
-                    return
-                tried.append(f"{'packed' if packs else 'padded'} with the {kind} head: {why}")
-            cohort.packing_reason = cohort.packing_reason or tried[-1]
-        raise ValueError(f"our loss would not be this model's own ({'; '.join(tried)}); the model is not supported")
-    finally:
-        for module in was_training:
-            module.training = True
+    """Find how to run the model, under the row check of every wrapped layer."""
 
+    def context(_: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+        counts = [*batch.tokens] + [0] * (len(cohort.names) - 1)
+        return cohort.batch(counts, sequences=batch.sequences, positions=batch.positions, adapters=False)
 
-def _differs(cohort: Cohort, ids: list[torch.Tensor], own: torch.Tensor, packs: bool, kind: str) -> str | None:
-    """Why one way of running gives other logits than the model; None, and the way is kept, if it does not."""
-    try:
-        head = Head(cohort.model, kind)
-        hidden = _probe_hidden(cohort, ids, packs)
-        if not _close(head.logits(hidden), own, hidden.dtype):
-            return "logits differ from the model's"
-    except Exception as error:  # whatever an unknown model raises is the reason to refuse this way
-        return f"{type(error).__name__}: {error}"
-    if kind == "linear" and _bends(cohort.model, head, hidden):
-        return "the model bends large logits after the product"
-    cohort.head, cohort.packs = head, packs
-    return None
-
-
-def _close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Equal but for rounding in dtype: within sqrt(eps) of the largest. Wrong logits differ by far more."""
-    return (got - want).abs().max().item() <= math.sqrt(torch.finfo(dtype).eps) * want.abs().max().item()
-
-
-def _bends(model: nn.Module, linear: Head, hidden: torch.Tensor) -> bool:
-    """Whether the model's own head departs from the product where logits are large: a softcap hides at small ones."""
-    loud = hidden * (100 / linear.logits(hidden).abs().max().clamp_min(1e-6)).to(hidden.dtype)
-    try:
-        own = Head(model, "model").logits(loud)
-    except Exception:  # no stand-in for this family's decoder: the comparison at normal size has to do
-        return False
-    return not _close(linear.logits(loud), own, hidden.dtype)
-
-
-def _probe_hidden(cohort: Cohort, ids: list[torch.Tensor], packs: bool) -> torch.Tensor:
-    lengths = [len(row) for row in ids]
-    tokens = [sum(lengths)] + [0] * (len(cohort.names) - 1)
-    decoder = cohort.model.base_model
-    if packs:
-        positions = torch.cat([torch.arange(n, device=ids[0].device) for n in lengths])[None]
-        with cohort.batch(tokens, sequences=lengths, adapters=False):
-            return decoder(  # pyright: ignore[reportCallIssue]
-                input_ids=torch.cat(ids)[None], position_ids=positions, use_cache=False
-            ).last_hidden_state[0]
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    mask = (
-        torch.arange(padded.shape[1], device=padded.device)[None] < torch.tensor(lengths, device=padded.device)[:, None]
-    )
-    with cohort.batch(tokens, positions=padded.numel(), adapters=False):
-        hidden = decoder(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state  # pyright: ignore
-    return hidden[mask]
+    way = find_way(cohort.model, context)
+    cohort.head, cohort.packs, cohort.packing_reason = way.head, way.packs, way.reason
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,8 @@ class MultiLoRALinear(nn.Module):
         backend: str = "auto",
     ):
         super().__init__()
-        self.weight, self.bias = original.weight, original.bias
+        self.weight: torch.Tensor = original.weight  # pyright: ignore[reportAttributeAccessIssue]
+        self.bias: torch.Tensor | None = original.bias  # pyright: ignore[reportAttributeAccessIssue]
         # Not a submodule: it would double every name in the state dict.
         object.__setattr__(self, "original", original)
         self.path, self.route, self.entry, self.backend = path, route, entry, backend
@@ -71,7 +73,7 @@ class MultiLoRALinear(nn.Module):
     @property
     def weight_NK(self) -> torch.Tensor:
         """The weight as N x K, a view; Conv1D stores K x N."""
-        return weight_view(self.original)  # pyright: ignore[reportArgumentType]
+        return weight_view(self.original)
 
     @property
     def out_features(self) -> int:
@@ -143,7 +145,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def weight_view(module: nn.Module) -> torch.Tensor:
+def weight_view(module: Any) -> torch.Tensor:
     """The detached weight of a Linear or Conv1D as N x K; writing to it changes the module."""
     weight = module.weight.detach()
     return weight.T if is_conv1d(module) else weight

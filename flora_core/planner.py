@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -145,8 +145,9 @@ def passes(items: Sequence[tuple[T, int]], budget: int, *, padded: bool = False)
 
 def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
     """Bytes that one token's forward pass keeps for backward, measured on a short sequence."""
+    model: Any = cohort.model
     kept: dict[int, int] = {}
-    fixed = {p.untyped_storage().data_ptr() for p in cohort.model.parameters()}
+    fixed = {p.untyped_storage().data_ptr() for p in model.parameters()}
     fixed.add(cohort.bank.param.untyped_storage().data_ptr())
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -155,7 +156,7 @@ def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    limit = getattr(cohort.model.config, "max_position_embeddings", None) or tokens
+    limit = getattr(model.config, "max_position_embeddings", None) or tokens
     tokens = min(tokens, limit)
     device = cohort.bank.param.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
@@ -163,7 +164,7 @@ def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
     factors = cohort.parameters()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), cohort.batch(counts):
-            hidden = cohort.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         require(hidden.shape[1] == tokens, f"the decoder must keep {tokens} positions, got {hidden.shape[1]}")
         return sum(kept.values()) / tokens
     finally:

@@ -20,9 +20,10 @@ from .attach import Cohort
 from .bank import AdapterBank
 from .checks import require
 from .config import TrainConfig
-from .data.pack import epoch_order, pack, pad
+from .data.pack import epoch_order
 from .data.records import check_records, load_records
-from .data.template import EncodeReport, Example, encode, require_examples
+from .data.template import IGNORE, EncodeReport, Example, encode, require_examples
+from .forward import Batch, evaluation_mode, labelled_hidden, lay_out
 from .loss import client_losses
 from .optimizer import CohortAdamW
 from .segments import Segments
@@ -115,7 +116,7 @@ class CohortTrainer:
         return _Client(spec.name, config, self._examples(spec, config), self.round)
 
     def _examples(self, spec: Any, config: TrainConfig) -> list[Example]:
-        data = spec.data
+        data: Any = spec.data
         require(data is not None, f"client {spec.name!r} has no data: pass a JSONL path, records or encoded examples")
         if not isinstance(data, (list, tuple)):
             data = load_records(data)
@@ -180,7 +181,8 @@ class CohortTrainer:
         chosen = self.plan()
         steps = sum(max(self.clients[name].steps for name in cohort) for cohort in chosen.cohorts)
         progress = {"steps": steps, "done": 0, "started": time.perf_counter(), "cohorts": len(chosen.cohorts)}
-        with _frozen_base(self.cohort.model):
+        # The base's own dropout is off: its random numbers would depend on who else is in the cohort.
+        with evaluation_mode(self.cohort.model):
             for number, names in enumerate(chosen.cohorts):
                 self._train_cohort(names, chosen.token_budget, {**progress, "cohort": number + 1})
                 progress["done"] += max(self.clients[name].steps for name in names)
@@ -258,46 +260,38 @@ class CohortTrainer:
         self, clients: Sequence[_Client], batches: Sequence[Sequence[Example]], step: int, token_budget: int
     ) -> tuple[list[float], list[int]]:
         """Accumulate every client's gradient; losses and tokens per client."""
-        counts = [sum(label != -100 for ex in batch for label in ex.labels[1:]) for batch in batches]
+        counts = [sum(map(_num_labels, batch)) for batch in batches]
         weight_C = [1.0 / count if count else 0.0 for count in counts]
         items = [((c, ex), len(ex.input_ids)) for c, batch in enumerate(batches) for ex in batch]
         tokens, losses = [0] * len(clients), None
         for group in planner.passes(items, token_budget, padded=not self.cohort.packs):
             chosen = [[ex for owner, ex in group if owner == c] for c in range(len(clients))]
-            with self._batch(clients, chosen, step, tokens) as (hidden_MH, target_M, labelled):
-                loss_C = client_losses(self.cohort.head, hidden_MH, target_M, labelled, weight_C)
+            batch = lay_out(chosen, self.cohort.packs, self.cohort.bank.param.device, self._pad_id())
+            with self._running(clients, batch, step, tokens) as hidden_MH:
+                labelled = Segments.from_lengths(sum(map(_num_labels, rows)) for rows in chosen)
+                loss_C = client_losses(self.cohort.head, hidden_MH, batch.target_M, labelled, weight_C)
                 loss_C.sum().backward()
             losses = loss_C.detach() if losses is None else losses + loss_C.detach()
-            tokens = [n + sum(len(ex.input_ids) for ex in rows) for n, rows in zip(tokens, chosen, strict=True)]
+            tokens = [done + new for done, new in zip(tokens, batch.tokens, strict=True)]
         return ([] if losses is None else losses.tolist()), tokens
 
     @contextmanager
-    def _batch(
-        self, clients: Sequence[_Client], chosen: Sequence[Sequence[Example]], step: int, done_C: Sequence[int]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, Segments]]:
-        """Hidden states at the labelled positions of one pass, their targets, and whose they are."""
-        device = self.cohort.bank.param.device
-        common: dict[str, Any] = {
-            "row_C": list(done_C),
-            "dropout_step": step,
-            "seed_C": [client.config.seed for client in clients],
-            "round": self.round,
-        }
-        if self.cohort.packs:
-            packed = pack(chosen)
-            inputs = {"input_ids": packed.input_ids, "position_ids": packed.position_ids}
-            layout, labels_M = {"sequences": packed.lengths}, packed.labels[0]
-        else:
-            packed = pad(chosen, self._pad_id())
-            inputs = {"input_ids": packed.input_ids, "attention_mask": packed.attention_mask}
-            labels_M = packed.labels.reshape(-1)
-            layout = {"real_index": packed.real_index.to(device), "positions": labels_M.numel()}
-        index = (labels_M != -100).nonzero()[:, 0]
-        with self.cohort.batch(packed.tokens, **layout, **common), self._autocast(clients[0].config):
-            inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-            hidden = self.cohort.model.base_model(**inputs, use_cache=False).last_hidden_state
-            rows = hidden.reshape(labels_M.numel(), -1).index_select(0, index.to(device))
-            yield rows, labels_M[index].to(device), _labelled(chosen)
+    def _running(
+        self, clients: Sequence[_Client], batch: Batch, step: int, done_C: Sequence[int]
+    ) -> Iterator[torch.Tensor]:
+        """Hidden states at the labelled positions of one pass; the context must last through the backward pass."""
+        routed = self.cohort.batch(
+            batch.tokens,
+            sequences=batch.sequences,
+            real_index=batch.real_index,
+            positions=batch.positions,
+            row_C=list(done_C),
+            dropout_step=step,
+            seed_C=[client.config.seed for client in clients],
+            round=self.round,
+        )
+        with routed, self._autocast(clients[0].config):
+            yield labelled_hidden(self.cohort.model, batch)
 
     def _pad_id(self) -> int:
         pad_id = getattr(self.tokenizer, "pad_token_id", None)
@@ -323,20 +317,9 @@ class CohortTrainer:
         )
 
 
-def _labelled(chosen: Sequence[Sequence[Example]]) -> Segments:
-    return Segments.from_lengths(sum(label != -100 for ex in rows for label in ex.labels[1:]) for rows in chosen)
-
-
-@contextmanager
-def _frozen_base(model: torch.nn.Module) -> Iterator[None]:
-    """The base's own dropout is off: its random numbers would depend on who else is in the cohort."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _num_labels(example: Example) -> int:
+    """Labels with a token before them."""
+    return sum(label != IGNORE for label in example.labels[1:])
 
 
 @contextmanager

@@ -1,0 +1,172 @@
+"""How to run a causal LM so that it gives its own logits: packed or padded, its head by hand or by its own code.
+
+Found by trying on a few tokens, because families transform logits after the head (softcaps, scales) and mix tokens
+in ways that no configuration tells. Letters: M positions with a label, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import attention
+from .checks import require
+from .data.pack import pack, pad
+from .data.template import IGNORE, Example
+from .loss import Head
+
+_PROBE_LENGTHS = (5, 3, 4)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of running a model that was seen to give the model's own logits.
+
+    Args:
+        head: From hidden states to logits.
+        packs: Whether sequences may be packed into one row; if not, they are padded.
+        reason: Why they may not.
+    """
+
+    head: Head
+    packs: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences laid out for one forward pass.
+
+    Args:
+        inputs: Keyword arguments of the decoder.
+        tokens: Real tokens of each client.
+        sequences: Lengths of the packed sequences; None where they are padded.
+        real_index: Flat positions of the real tokens where sequences are padded; None where packed.
+        positions: All positions, padding included.
+        label_index: Flat positions that have a target.
+        target_M: Their targets.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    tokens: tuple[int, ...]
+    sequences: tuple[int, ...] | None
+    real_index: torch.Tensor | None
+    positions: int
+    label_index: torch.Tensor
+    target_M: torch.Tensor
+
+
+def lay_out(
+    sequences: Sequence[Sequence[Example]], packs: bool, device: torch.device | str = "cpu", pad_id: int = 0
+) -> Batch:
+    """Pack the clients' sequences into one row, or pad them to the longest; everything ends on ``device``."""
+    if packs:
+        layout = pack(sequences)
+        inputs, real_index = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}, None
+    else:
+        layout = pad(sequences, pad_id)
+        inputs = {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask}
+        real_index = layout.real_index.to(device)
+    labels = layout.labels.reshape(-1)
+    index = (labels != IGNORE).nonzero()[:, 0]
+    return Batch(
+        {name: tensor.to(device) for name, tensor in inputs.items()},
+        layout.tokens,
+        layout.lengths if packs else None,
+        real_index,
+        labels.numel(),
+        index.to(device),
+        labels[index].to(device),
+    )
+
+
+def labelled_hidden(model: Any, batch: Batch) -> torch.Tensor:
+    """Last hidden states (M, H) at the positions that have a target."""
+    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return hidden.reshape(batch.positions, -1).index_select(0, batch.label_index)
+
+
+def alone(model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+    """The context of a forward pass of the model as it stands, without a cohort's tokens."""
+    return nullcontext() if batch.sequences is None else attention.packed(model, batch.sequences)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch every module to evaluation, and back to what each was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()
+def find_way(model: Any, context: Callable[[Any, Batch], AbstractContextManager[Any]] = alone) -> Way:
+    """Find a way of running the model that gives its own logits; ``context(model, batch)`` is around each pass.
+
+    Raises:
+        ValueError: If the model's logits are not finite, or no way gives them.
+    """
+    weight = model.get_input_embeddings().weight
+    ids = [[(7919 * i + 13 * n) % weight.shape[0] for i in range(n)] for n in _PROBE_LENGTHS]
+    with evaluation_mode(model):
+        rows = (torch.tensor([row], device=weight.device) for row in ids)
+        own = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
+        require(bool(torch.isfinite(own).all()), "the base model's logits are not finite; check its weights")
+        reason, tried = attention.unsupported(model) or "", []
+        for packs in [False] if reason else [True, False]:
+            for kind in ("linear", "model"):
+                head, why = _try(model, packs, kind, ids, own, context)
+                if head is not None:
+                    return Way(head, packs, reason)
+                tried.append(f"{'packed' if packs else 'padded'}, {kind} head: {why}")
+            reason = reason or tried[-1]
+    raise ValueError(f"our loss would not be this model's own ({'; '.join(tried)}); the model is not supported")
+
+
+def _try(
+    model: Any, packs: bool, kind: str, ids: Sequence[Sequence[int]], own: torch.Tensor, context: Callable[..., Any]
+) -> tuple[Head | None, str]:
+    """The head if this way gives the model's logits, else None and why not."""
+    # A label everywhere but at a sequence's first token keeps every position that has a successor.
+    examples = [Example(list(row), [IGNORE, *row[1:]], 0) for row in ids]
+    last = [sum(_PROBE_LENGTHS[: i + 1]) - 1 for i in range(len(_PROBE_LENGTHS))]
+    expected = own[[i for i in range(len(own)) if i not in last]]
+    try:
+        head, batch = Head(model, kind), lay_out([examples], packs, own.device)
+        with context(model, batch):
+            hidden = labelled_hidden(model, batch)
+        if not _close(head.logits(hidden), expected, hidden.dtype):
+            return None, "logits differ from the model's"
+    except Exception as error:  # whatever an unknown model raises is the reason to refuse this way
+        return None, f"{type(error).__name__}: {error}"
+    if kind == "linear" and _bends(model, head, hidden):
+        return None, "the model bends large logits after the product"
+    return head, ""
+
+
+def _close(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for rounding in dtype: within sqrt(eps) of the largest. Wrong logits differ by far more."""
+    return (got - want).abs().max().item() <= math.sqrt(torch.finfo(dtype).eps) * want.abs().max().item()
+
+
+def _bends(model: Any, linear: Head, hidden: torch.Tensor) -> bool:
+    """Whether the model's own head departs from the product where logits are large: a softcap hides at small ones."""
+    loud = hidden * (100 / linear.logits(hidden).abs().max().clamp_min(1e-6)).to(hidden.dtype)
+    try:
+        own = Head(model, "model").logits(loud)
+    except Exception:  # no stand-in for this family's decoder: the comparison at normal size has to do
+        return False
+    return not _close(linear.logits(loud), own, hidden.dtype)
+
+
+__all__ = ["Batch", "Way", "alone", "evaluation_mode", "find_way", "labelled_hidden", "lay_out"]
