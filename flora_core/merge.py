@@ -1,0 +1,189 @@
+"""Write adapters and rounds into a model's weights, in place.
+
+Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from .aggregate.certificate import Deviation, sample_rows, total, write_deviation
+from .aggregate.inputs import Stack, check_adapters
+from .checks import FLOAT_DTYPES, check_choice, nearest, require
+from .linear import MultiLoRALinear, is_conv1d, weight_view
+from .ops import MergeItem, stacked_merge_many_
+from .update import ClientUpdate
+
+ROUNDINGS = ("low_bits", "nearest", "stochastic")
+
+
+def merge_adapter_(
+    model: torch.nn.Module, update: ClientUpdate, *, rounding: str = "nearest", seed: int | None = None
+) -> Deviation:
+    """Add a client's adapter to a model's weights in place: ``W += s B_RN.T @ A_RK`` for each of its modules.
+
+    The sum is made in float64 and rounded once to the weight's dtype.
+
+    Args:
+        model: A model whose modules have the paths of the update; targets are ``nn.Linear`` or GPT-2's ``Conv1D``.
+        update: The adapter; its weight in an aggregation plays no part.
+        rounding: ``nearest`` or, for bfloat16 weights, ``stochastic`` (needs ``seed``).
+        seed: Key of the stochastic rounding.
+    Returns:
+        What the write missed, over all modules: ``.relative`` is large where 16-bit weights swallow a small update.
+    Raises:
+        ValueError: If a module is unknown, tied, quantised or of another shape; nothing is changed then.
+    Deterministic: yes.
+    """
+    check_adapters(update)
+    check_choice("rounding", rounding, ("nearest", "stochastic"))
+    weights = target_weights(model, [module for module, rank in update.ranks.items() if rank])
+    stacks = {}
+    for module, weight in weights.items():
+        A_RK, B_RN = (factor.to(weight.device) for factor in update.adapters[module])
+        coef_R = A_RK.new_full((A_RK.shape[0],), update.scaling[module], dtype=torch.float64)
+        stacks[module] = A_RK, B_RN, coef_R
+    return total(apply_base_delta_(weights, stacks, rounding=rounding, seed=seed).values())
+
+
+def apply_base_delta_(
+    weights: Mapping[str, torch.Tensor],
+    base_delta: Mapping[str, Stack],
+    *,
+    low_bits: Mapping[str, torch.Tensor] | None = None,
+    rounding: str = "low_bits",
+    seed: int | None = None,
+    check_rows: int | None = 64,
+    accumulate: str = "float64",
+) -> dict[str, Deviation]:
+    """Add a round to the weights in place: ``W += B_PN.T @ diag(coef_P) @ A_PK``, summed and rounded once.
+
+    With ``accumulate="float64"`` every element is the exact sum rounded once to fp32 (to the weight's own dtype
+    without low bits): within 1 ulp of the larger of its values before and after.
+
+    Args:
+        weights: Module -> weight (N, K), any strides; for a Conv1D the transpose of its parameter.
+        base_delta: Module -> (A_PK, B_PN, coef_P), as in ``RoundResult``.
+        low_bits: Module -> int16 (N, K) of a bfloat16 weight, changed in place; see ``new_low_bits``.
+        rounding: ``low_bits`` (bfloat16 weights keep an exact fp32 master in ``low_bits``, others need none),
+            ``nearest``, or ``stochastic`` for bfloat16 weights.
+        seed: Key of the stochastic rounding.
+        check_rows: Rows of each weight whose change is compared with the exact one; None for all, at the cost of
+            a copy of the weights; 0 for none.
+        accumulate: ``float64``, or ``float32`` for speed.
+    Returns:
+        Module -> how far the change of the checked rows is from the exact one.
+    Raises:
+        ValueError: If a module is not among the weights, a shape does not fit, or low bits are missing or cannot
+            be kept; nothing is changed then.
+    Deterministic: yes.
+    """
+    check_choice("rounding", rounding, ROUNDINGS)
+    unknown = [module for module in base_delta if module not in weights]
+    require(not unknown, f"base_delta has modules without a weight: {', '.join(unknown)}; known: {_some(weights)}")
+    lows = {module: _low_bits(module, weights[module], low_bits or {}, rounding) for module in base_delta}
+    items = [MergeItem(weights[module], *base_delta[module], lows[module]) for module in base_delta]
+    rows = {m: sample_rows(weights[m].shape[0], check_rows, weights[m].device) for m in base_delta}
+    before = {m: _master_rows(weights[m], lows[m], rows[m]) for m in base_delta}
+    stacked_merge_many_(
+        items, rounding="nearest" if rounding == "low_bits" else rounding, seed=seed, accumulate=accumulate
+    )
+    return {
+        m: write_deviation(before[m], _master_rows(weights[m], lows[m], rows[m]), base_delta[m], rows[m])
+        for m in base_delta
+    }
+
+
+def new_low_bits(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Make the low bits of untouched weights: int16 zeros for each bfloat16 weight, nothing for the others."""
+    return {
+        module: torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
+        for module, weight in weights.items()
+        if weight.dtype == torch.bfloat16
+    }
+
+
+def target_weights(model: torch.nn.Module, modules: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Find modules' weights as views (N, K) that can be written: a Conv1D's parameter is transposed.
+
+    Raises:
+        ValueError: If a module is unknown, not linear, quantised, or tied to another parameter; all unknown ones
+            are listed at once.
+    """
+    known = {name: _original(module) for name, module in model.named_modules()}
+    wanted = list(modules)
+    unknown = [module for module in wanted if module not in known]
+    linear = [name for name, module in known.items() if _is_linear(module)]
+    require(
+        not unknown,
+        f"the model has no module {', '.join(map(repr, unknown))}; {nearest((unknown or [''])[0], linear)}",
+    )
+    owners = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    return {module: _weight(module, known[module], owners) for module in wanted}
+
+
+def _weight(name: str, module: Any, owners: Mapping[int, list[str]]) -> torch.Tensor:
+    require(
+        _is_linear(module),
+        f"module {name!r} is a {type(module).__name__}; an adapter can be merged into nn.Linear and Conv1D only",
+    )
+    weight = module.weight
+    plain = type(weight.data) is torch.Tensor and weight.dtype in FLOAT_DTYPES and weight.dim() == 2
+    require(
+        plain,
+        f"module {name!r} has a quantised or sharded weight ({type(weight.data).__name__}, {weight.dtype}), which would"
+        " lose the update; load the model in a floating-point dtype, or keep the adapter beside it",
+    )
+    tied = [other for other in owners[id(weight)] if other != f"{name}.weight"]
+    require(
+        not tied,
+        f"module {name!r} shares its weight with {', '.join(tied)}, which the merge would change too;"
+        " untie them first (tie_word_embeddings=False)",
+    )
+    return weight_view(module)
+
+
+def _original(module: torch.nn.Module) -> torch.nn.Module:
+    """The layer below a cohort's wrapper, which shares its parameters."""
+    return module.original if isinstance(module, MultiLoRALinear) else module  # pyright: ignore[reportReturnType]
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or is_conv1d(module)
+
+
+def _low_bits(
+    module: str, weight: torch.Tensor, low_bits: Mapping[str, torch.Tensor], rounding: str
+) -> torch.Tensor | None:
+    if rounding != "low_bits" or weight.dtype in (torch.float32, torch.float64):
+        return None
+    require(
+        weight.dtype == torch.bfloat16,
+        f"module {module!r} is {weight.dtype}, which has no low bits; load the model in bfloat16 or float32, or choose"
+        " rounding='nearest'",
+    )
+    require(
+        module in low_bits,
+        f"module {module!r} is bfloat16, so rounding='low_bits' needs its low_bits; make them with new_low_bits",
+    )
+    return low_bits[module]
+
+
+def _master_rows(weight: torch.Tensor, low_bits: torch.Tensor | None, rows_S: torch.Tensor) -> torch.Tensor:
+    from flora_kernels.reference import join_master
+
+    return weight[rows_S] if low_bits is None else join_master(weight[rows_S], low_bits[rows_S])
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+__all__ = ["ROUNDINGS", "apply_base_delta_", "merge_adapter_", "new_low_bits", "target_weights"]

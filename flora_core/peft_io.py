@@ -1,0 +1,348 @@
+"""PEFT LoRA adapters in and out: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else.
+
+Whatever an adapter carries is either loaded exactly or refused by name; nothing is dropped in silence.
+Facts are those of peft 0.21's own source (``tuners/lora``, ``utils/save_and_load.py``).
+
+Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bank import match_pattern, matches_target
+from .checks import FLOAT_DTYPES, require
+from .files import atomic_dir, atomic_write_json, write_safetensors
+from .update import Adapters, ClientUpdate, RoundResult
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+
+# Fields that say how an adapter was made or who made it, and leave the meaning of A and B as it is.
+_HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_ga_config", "loftq_config",
+    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
+}  # fmt: skip
+_READ = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "init_lora_weights",
+}  # fmt: skip
+# Fields that would change the meaning, refused unless they have the default; what to do about each.
+_REFUSED: dict[str, tuple[Any, str]] = {
+    "bias": ("none", "train with bias='none'"),
+    "use_dora": (False, "train without DoRA"),
+    "lora_bias": (False, "train with lora_bias=False"),
+    "ensure_weight_tying": (False, "train with ensure_weight_tying=False"),
+    "modules_to_save": (None, "train without modules_to_save"),
+    "trainable_token_indices": (None, "train without trained embeddings"),
+    "layer_replication": (None, "train without layer_replication"),
+    "target_parameters": (None, "target nn.Linear modules with target_modules"),
+}
+# Initialisations that leave the base weight as it is; A and B then mean what they say.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
+
+
+def load_peft_adapter(path: str | os.PathLike[str], *, client: str | None = None, weight: float = 1.0) -> ClientUpdate:
+    """Load a PEFT LoRA adapter as a client's update.
+
+    ``s = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``; r and alpha by module from ``rank_pattern`` and
+    ``alpha_pattern``, of which the first match of ``(.*\\.)?key$`` wins.
+
+    Args:
+        path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        client: The client's name; that of the folder unless given.
+        weight: Its weight in an aggregation.
+    Returns:
+        The update; factors in the dtype of the file, on the CPU.
+    Raises:
+        FileNotFoundError: If a file is missing; a pickled ``adapter_model.bin`` is not read.
+        ValueError: If config and tensors disagree, or the adapter has a feature that this engine does not have.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    pairs = _read_factors(folder)
+    adapters: Adapters = {}
+    scaling: dict[str, float] = {}
+    for module, (A_RK, B_NR) in pairs.items():
+        _check_module(folder, config, module, A_RK, B_NR)
+        # Clones: the file's own memory is mapped, and is gone when somebody truncates the file.
+        adapters[module] = (A_RK.clone(), B_NR.T.clone(memory_format=torch.contiguous_format))
+        scaling[module] = _scaling(config, module, A_RK.shape[0])
+    return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); save the adapter again") from error
+    require(isinstance(config, dict), f"{path} must hold a JSON object, got {type(config).__name__}")
+    kind = config.get("peft_type")
+    require(kind == "LORA", f"{path}: peft_type must be 'LORA', got {kind!r}; other methods are not supported")
+    _check_features(path, config)
+    for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        config[default] = config.get(default, 8)
+        config[pattern] = config.get(pattern) or {}
+        for value in (config[default], *config[pattern].values()):
+            require(_is_number(value), f"{path}: {default} and {pattern} must hold numbers, got {value!r}")
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_features(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse every field that would change what A and B mean."""
+    for field, (default, remedy) in _REFUSED.items():
+        value = config.get(field, default)
+        require(value == default or value in ([], {}), f"{path}: {field}={value!r} is not supported; {remedy}")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r} changed the base weights, so the adapter does not fit the original"
+            " model; convert it with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    require(
+        init is None or init in _PLAIN_INITS,
+        f"{path}: init_lora_weights={init!r} is not supported; use one of {', '.join(map(str, _PLAIN_INITS))}",
+    )
+    for field, value in config.items():
+        if field in _HARMLESS or field in _READ or field in _REFUSED:
+            continue
+        # None, False and empty are the defaults of every optional feature that PEFT has grown so far.
+        require(
+            value is None or value is False or value in ([], {}, ""),
+            f"{path}: unknown field {field}={value!r}, which may change what the adapter means: train without it,"
+            " or delete it from the file if that is its default in your version of peft",
+        )
+
+
+def _read_factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Read module -> (lora_A [R, K], lora_B [N, R]); every tensor of the file must be one of these."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        if (folder / "adapter_model.bin").is_file():
+            raise FileNotFoundError(
+                f"{folder} holds adapter_model.bin, a pickle, which could run code and is not read; load it with peft"
+                " where you trust it and save it with save_pretrained(..., safe_serialization=True)"
+            )
+        raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; give the folder that peft saved")
+    tensors = _read_safetensors(path)
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            strange.append(key)
+            continue
+        factors.setdefault(match["module"], {})[match["factor"]] = tensor
+    require(not strange, f"{path} holds tensors that are not plain LoRA factors: {_explain(strange)}")
+    single = [module for module, pair in factors.items() if len(pair) != 2]
+    require(not single, f"{path}: lora_A and lora_B must come together, got one alone for {', '.join(single[:3])}")
+    require(bool(factors), f"{path} holds no LoRA factors; the adapter is empty")
+    return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); save or copy it again") from error
+
+
+def _explain(keys: list[str]) -> str:
+    """Name a few tensors and, for the kinds that PEFT writes, what they are and what to do."""
+    known = {
+        "lora_magnitude_vector": "DoRA: train with use_dora=False",
+        "lora_embedding_": "an adapted embedding: train without it",
+        "base_layer": "weights of the base: save with save_embedding_layers=False",
+        "embed_tokens": "trained embeddings: save with save_embedding_layers=False",
+        "lm_head": "trained embeddings: save with save_embedding_layers=False",
+        "bias": "biases: train with bias='none' and lora_bias=False",
+    }
+    reasons = [reason for part, reason in known.items() if any(part in key for key in keys)]
+    return ", ".join(keys[:3]) + (f" ({'; '.join(reasons)})" if reasons else "; train without them")
+
+
+def _check_module(folder: Path, config: Mapping[str, Any], module: str, A_RK: torch.Tensor, B_NR: torch.Tensor) -> None:
+    where = f"{folder}: module {module!r}"
+    shapes = f"{tuple(A_RK.shape)} and {tuple(B_NR.shape)}"
+    fits = A_RK.dim() == B_NR.dim() == 2 and A_RK.shape[0] == B_NR.shape[1] > 0
+    require(fits, f"{where}: lora_A must be (r, in) and lora_B (out, r) with one r above 0, got {shapes}")
+    for tensor in (A_RK, B_NR):
+        require(tensor.dtype in FLOAT_DTYPES, f"{where}: factors must be floating-point, got {tensor.dtype}")
+    rank = match_pattern(config["rank_pattern"], module, config["r"])
+    require(
+        rank == A_RK.shape[0],
+        f"{where}: the config says rank {rank} (r or rank_pattern), the tensors have rank {A_RK.shape[0]};"
+        " config and weights are not of one adapter (or peft, which sorts the keys of rank_pattern when it saves,"
+        " changed which one matches first: order them alphabetically before training)",
+    )
+    require(
+        _is_target(config, module),
+        f"{where} is not what target_modules, exclude_modules and layers_to_transform name: peft would ignore its"
+        " tensors; config and weights are not of one adapter",
+    )
+
+
+def _is_target(config: Mapping[str, Any], module: str) -> bool:
+    """Whether peft would adapt this module (``check_target_module_exists``); unset targets depend on the model."""
+    wanted, excluded, layers = (config.get(f) for f in ("target_modules", "exclude_modules", "layers_to_transform"))
+    if excluded and matches_target(excluded, module):
+        return False
+    if wanted is None or isinstance(wanted, str) or module in wanted or layers in (None, []):
+        return wanted is None or matches_target(wanted, module)
+    patterns = config.get("layers_pattern") or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    keys = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    index = next((int(match[1]) for key in keys if (match := re.match(key, module))), None)
+    return matches_target(wanted, module) and index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = match_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def save_peft_adapter(
+    update: ClientUpdate,
+    path: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Save a client's update as a PEFT LoRA adapter, whole or not at all.
+
+    Modules of rank 0 are left out: PEFT has no such thing, and they change nothing. The client's name and weight are
+    not part of an adapter. rsLoRA scalings are written as ``use_rslora`` where that makes every alpha a whole number.
+
+    Args:
+        update: What to save; factors keep their dtype.
+        path: A new folder, or one that holds an adapter and nothing else, which is replaced.
+        base_model: Written as ``base_model_name_or_path``.
+        fan_in_fan_out: True for a model of Conv1D (GPT-2); peft corrects a wrong value with a warning.
+    Raises:
+        ValueError: If no module has a rank above 0.
+        FileExistsError: If the folder holds anything else.
+        SaveError: If writing fails; what was there is unchanged.
+    """
+    pairs = {module: pair for module, pair in update.adapters.items() if pair[0].shape[0] > 0}
+    require(bool(pairs), f"client {update.client!r} adapts no module with a rank above 0; there is nothing to save")
+    ranks = {module: A_RK.shape[0] for module, (A_RK, _) in pairs.items()}
+    rslora, alphas = _alphas(ranks, update.scaling)
+    config = _config(ranks, alphas, rslora, base_model, fan_in_fan_out)
+    _save(path, pairs, config)
+
+
+def save_stacked_adapter(
+    result: RoundResult,
+    path: str | os.PathLike[str],
+    *,
+    base_model: str | None = None,
+    fan_in_fan_out: bool = False,
+) -> None:
+    """Save a round's ``base_delta`` as one legal PEFT adapter of rank P, so that base + adapter is the new model.
+
+    ``r = alpha = P`` per module (``rank_pattern`` and ``alpha_pattern`` where P differs), so the scale is 1: client
+    weights and scalings are folded into B.
+
+    Args:
+        result: A round of ``flora`` or another strategy that changes the base.
+        path: A new folder, or one that holds an adapter and nothing else, which is replaced.
+        base_model: Written as ``base_model_name_or_path``.
+        fan_in_fan_out: True for a model of Conv1D (GPT-2).
+    Raises:
+        ValueError: If the round does not change the base.
+        FileExistsError: If the folder holds anything else.
+        SaveError: If writing fails; what was there is unchanged.
+    """
+    stacks = {module: stack for module, stack in result.base_delta.items() if stack[0].shape[0] > 0}
+    require(
+        bool(stacks),
+        "base_delta is empty, so there is no stacked adapter to save; save the clients' next_adapter instead",
+    )
+    pairs = {m: (A, (B.double() * coef.double()[:, None]).to(B)) for m, (A, B, coef) in stacks.items()}
+    ranks = {module: A_PK.shape[0] for module, (A_PK, _) in pairs.items()}
+    _save(path, pairs, _config(ranks, dict(ranks), False, base_model, fan_in_fan_out))
+
+
+def _save(path: str | os.PathLike[str], pairs: Adapters, config: Mapping[str, Any]) -> None:
+    tensors = {}
+    for module, (A_RK, B_RN) in pairs.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A_RK
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B_RN.T
+    with atomic_dir(path, replaceable=(CONFIG, WEIGHTS)) as folder:
+        write_safetensors(folder / WEIGHTS, tensors)
+        atomic_write_json(folder / CONFIG, config)
+
+
+def _alphas(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> tuple[bool, dict[str, float]]:
+    """Find alphas that give the scalings back bit for bit: whole numbers, plain or rsLoRA, before fractions."""
+    for rslora in (False, True):
+        alphas = {m: round(scaling[m] * (math.sqrt(r) if rslora else r)) for m, r in ranks.items()}
+        if all(alphas[m] / (math.sqrt(r) if rslora else r) == scaling[m] for m, r in ranks.items()):
+            return rslora, dict(alphas)
+    return False, {module: _fraction(scaling[module], rank) for module, rank in ranks.items()}
+
+
+def _fraction(scaling: float, rank: int) -> float:
+    alpha = scaling * rank
+    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((value for value in near if value / rank == scaling), alpha)
+
+
+def _config(
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    rslora: bool,
+    base_model: str | None,
+    fan_in_fan_out: bool,
+) -> dict[str, Any]:
+    rank, alpha = _commonest(ranks), _commonest(alphas)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {_exactly(module): r for module, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(module): a for module, a in alphas.items() if a != alpha},
+        "use_rslora": rslora,
+        "target_modules": sorted(ranks),
+        "fan_in_fan_out": fan_in_fan_out,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def _commonest(values: Mapping[str, Any]) -> Any:
+    return Counter(values.values()).most_common(1)[0][0]
+
+
+def _exactly(module: str) -> str:
+    """A pattern key for this module and no other: PEFT reads keys as regular expressions over path endings."""
+    return "^" + re.escape(module)
+
+
+__all__ = ["load_peft_adapter", "save_peft_adapter", "save_stacked_adapter"]

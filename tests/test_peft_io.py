@@ -1,0 +1,433 @@
+"""PEFT adapters in and out, against peft itself: the same logits in both directions, or a refusal by name.
+
+Letters: K in_features, N out_features, R a rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from flora_core.aggregate import aggregate
+from flora_core.merge import merge_adapter_
+from flora_core.peft_io import load_peft_adapter, save_peft_adapter, save_stacked_adapter
+from flora_core.update import ClientUpdate, RoundResult
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = [
+    # peft's own use of transformers, not ours.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # peft counts a pattern key as unused when an earlier one matched; "first match wins" needs such keys.
+    pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning"),
+]
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "mlp.c_proj"]}
+FAMILIES = pytest.mark.parametrize("family", list(TARGETS))
+TOKENS = torch.arange(14).view(2, 7) * 5 % 31
+
+
+def make_model(family: str, dtype=torch.float64):
+    """A random two-layer model; the same weights at every call."""
+    torch.manual_seed(0)
+    if family == "llama":
+        config = transformers.LlamaConfig(
+            vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=32,
+        )  # fmt: skip
+        model = transformers.LlamaForCausalLM(config)
+    else:
+        config = transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=2, n_head=4, n_positions=32)
+        model = transformers.GPT2LMHeadModel(config)
+    return model.to(dtype).eval()
+
+
+def make_peft(family: str, seed: int = 1, dtype=torch.float64, **config):
+    """A peft model whose adapter has random factors, B not zero."""
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS[family], "fan_in_fan_out": family == "gpt2"}
+    model = peft.get_peft_model(make_model(family, dtype), peft.LoraConfig(**{**settings, **config}))
+    randomise(model, seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def assert_same(got: torch.Tensor, want: torch.Tensor):
+    assert float((got - want).abs().max() / want.abs().max()) < 1e-9
+
+
+def peft_from(family: str, folder: Path, dtype=torch.float64):
+    return peft.PeftModel.from_pretrained(make_model(family, dtype), folder).eval()
+
+
+# Case -> fields for both families, or for each (peft warns of a pattern that matches nothing).
+CONFIGS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "lora_alpha": 8},
+    "patterns": {
+        "llama": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r".*\.0\.self_attn.*": 9}},
+        "gpt2": {"rank_pattern": {"1.mlp.c_proj": 3}, "alpha_pattern": {"attn.c_attn": 5}},
+    },
+    "rslora-patterns": {
+        "llama": {"use_rslora": True, "rank_pattern": {"layers.1.self_attn.q_proj": 7}},
+        "gpt2": {"use_rslora": True, "rank_pattern": {"c_attn": 1}},
+    },
+    "first-match-wins": {
+        "llama": {"rank_pattern": {r".*0\.self_attn\.q_proj": 2, "proj": 9, "q_proj": 3}},
+        "gpt2": {"rank_pattern": {"attn": 9, r"c_(attn|proj)": 5, "c_attn": 6}},
+    },
+    "regex-targets": {"target_modules": r".*\.(1\.self_attn\.q_proj|h\.1\.attn\.c_attn)|.*1\.self_attn\.[kv]_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+    "layers": {"layers_to_transform": [1]},
+    "exclude": {"exclude_modules": r".*\.0\.(mlp\.down_proj|mlp\.c_proj)"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "dropout": {"lora_dropout": 0.5},
+}
+
+
+def config_of(case: str, family: str) -> dict:
+    fields = CONFIGS[case]
+    return fields.get(family, fields)
+
+
+@FAMILIES
+@pytest.mark.parametrize("case", CONFIGS)
+def test_peft_s_adapter_goes_in_and_out_with_the_same_logits(family, case, tmp_path):
+    theirs = make_peft(family, **config_of(case, family))
+    theirs.save_pretrained(tmp_path / "client-a")
+    want = logits(theirs)
+    update = load_peft_adapter(tmp_path / "client-a")
+    assert (update.client, update.weight) == ("client-a", 1.0)
+    adapted = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
+    assert update.ranks == {name: module.r["default"] for name, module in adapted.items()}
+    assert update.scaling == {name: module.scaling["default"] for name, module in adapted.items()}
+
+    ours = make_model(family)
+    before = logits(ours)
+    assert float((before - want).abs().max()) > 1e-3, "the adapter must matter for this test to mean anything"
+    save_peft_adapter(update, tmp_path / "ours", fan_in_fan_out=family == "gpt2")
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    back = load_peft_adapter(tmp_path / "ours")
+    assert (back.scaling, back.ranks) == (update.scaling, update.ranks)
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(ours, tmp_path / "ours").eval()), want)
+
+    merged = make_model(family)
+    merge_adapter_(merged, update)
+    assert_same(logits(merged), want)
+
+
+def test_peft_s_sorting_of_patterns_is_not_followed_into_another_rank(tmp_path):
+    """peft writes rank_pattern with sorted keys, so the first match can change; it cannot load that file itself."""
+    theirs = make_peft("llama", rank_pattern={"q_proj": 2, ".*proj": 3})
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft_from("llama", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"config says rank 3 .*tensors have rank 2; .* sorts the keys of rank_pattern"
+    ):
+        load_peft_adapter(tmp_path)
+
+
+def test_eva_adapter_with_its_own_ranks_is_plain_lora(tmp_path):
+    """EVA leaves the base as it is; peft writes the ranks that it chose into rank_pattern."""
+    theirs = make_peft("llama", rank_pattern={"q_proj": 3}, alpha_pattern={"q_proj": 4.5})
+    theirs.peft_config["default"].init_lora_weights = "eva"
+    theirs.peft_config["default"].eva_config = peft.EvaConfig()
+    theirs.save_pretrained(tmp_path)
+    ours = make_model("llama")
+    merge_adapter_(ours, load_peft_adapter(tmp_path))
+    assert_same(logits(ours), logits(theirs))
+
+
+@FAMILIES
+def test_adapters_of_other_dtypes_keep_them(family, tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs = make_peft(family)
+        theirs.save_pretrained(tmp_path / "wide")
+        update = load_peft_adapter(tmp_path / "wide")
+        update.adapters = {m: (A.to(dtype), B.to(dtype)) for m, (A, B) in update.adapters.items()}
+        save_peft_adapter(update, tmp_path / "narrow")
+        back = load_peft_adapter(tmp_path / "narrow")
+        for module, pair in update.adapters.items():
+            assert all(torch.equal(x, y) for x, y in zip(pair, back.adapters[module], strict=True))
+
+
+def three_clients(family, folder, rslora) -> list[ClientUpdate]:
+    """Adapters of three ranks, one of which adapts fewer modules, as peft saves them."""
+    updates = []
+    for i, (rank, weight) in enumerate([(5, 10.0), (3, 70.0), (1, 20.0)]):
+        targets = TARGETS[family][: 1 + (i != 1)]
+        make_peft(family, i, r=rank, lora_alpha=3 + i, use_rslora=rslora, target_modules=targets).save_pretrained(
+            folder / f"c{i}"
+        )
+        updates.append(load_peft_adapter(folder / f"c{i}", weight=weight))
+    return updates
+
+
+@FAMILIES
+@pytest.mark.parametrize("rslora", [False, True], ids=["plain", "rslora"])
+def test_stacked_round_is_one_peft_adapter(family, rslora, tmp_path):
+    result = aggregate(three_clients(family, tmp_path, rslora))
+    save_stacked_adapter(result, tmp_path / "stack", fan_in_fan_out=family == "gpt2", base_model="tiny")
+    config = json.loads((tmp_path / "stack" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert {config["r"], *config["rank_pattern"].values()} == {9, 6}, "P is 5 + 3 + 1, and 5 + 1 where one is missing"
+    assert config["use_rslora"] is False
+    assert config["base_model_name_or_path"] == "tiny"
+    merged = make_model(family)
+    targets = merged.state_dict()
+    for module, change in result.dense().items():
+        targets[f"{module}.weight"] += change.T if family == "gpt2" else change
+    assert_same(logits(peft_from(family, tmp_path / "stack")), logits(merged))
+    stacked = load_peft_adapter(tmp_path / "stack")
+    assert set(stacked.scaling.values()) == {1.0}
+    for module, change in aggregate([stacked]).dense().items():
+        assert_same(change, result.dense()[module])
+
+
+@FAMILIES
+def test_flora_equals_peft_s_own_concatenation(family, tmp_path):
+    """``add_weighted_adapter(combination_type="cat")`` is an independent oracle (not under rsLoRA, see DESIGN)."""
+    updates = three_clients(family, tmp_path, rslora=False)
+    theirs = peft.PeftModel.from_pretrained(make_model(family), tmp_path / "c0", adapter_name="c0")
+    for name in ("c1", "c2"):
+        theirs.load_adapter(tmp_path / name, adapter_name=name)
+    theirs.add_weighted_adapter(["c0", "c1", "c2"], [0.1, 0.7, 0.2], "all", combination_type="cat")
+    theirs.set_adapter("all")
+    for module, change in aggregate(updates).dense().items():
+        layer = theirs.get_submodule(f"base_model.model.{module}")
+        want = layer.get_delta_weight("all").detach()
+        assert_same(change, want.T if family == "gpt2" else want)
+
+
+def bank_like_update() -> ClientUpdate:
+    """Factors that are views of one buffer, one of rank 0, a scaling that only rsLoRA gives a whole alpha."""
+    flat = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    adapters = {
+        "a.q": (flat[:12].view(3, 4), flat[12:27].view(3, 5)),
+        "b.a.q": (flat[27:35].view(2, 4), flat[35:45].view(2, 5)),
+        "a.none": (torch.zeros(0, 4), torch.zeros(0, 5)),
+    }
+    return ClientUpdate("c", adapters, {"a.q": 16 / math.sqrt(3), "b.a.q": 16 / math.sqrt(2), "a.none": 0.0}, 7.0)
+
+
+def test_views_of_a_bank_save_and_rank_zero_is_left_out(tmp_path):
+    update = bank_like_update()
+    save_peft_adapter(update, tmp_path / "c")
+    config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
+    assert (config["use_rslora"], config["lora_alpha"], config["alpha_pattern"]) == (True, 16, {})
+    # "a.q" would match "b.a.q" too, so the key is anchored and escaped.
+    assert config["r"] == 3
+    assert config["rank_pattern"] == {"^b\\.a\\.q": 2}
+    back = load_peft_adapter(tmp_path / "c", client="renamed", weight=7)
+    assert (back.client, back.weight, list(back.adapters)) == ("renamed", 7, ["a.q", "b.a.q"])
+    assert back.scaling == {m: s for m, s in update.scaling.items() if s}
+    for module, pair in back.adapters.items():
+        assert all(torch.equal(x, y) for x, y in zip(pair, update.adapters[module], strict=True))
+        assert all(factor.is_contiguous() for factor in pair)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.lists(st.integers(1, 64), min_size=1, max_size=4),
+    scaling=st.lists(st.floats(1e-6, 1e6), min_size=4, max_size=4),
+    kind=st.sampled_from(["any", "plain", "rslora"]),
+)
+def test_scalings_survive_bit_for_bit(ranks, scaling, kind, tmp_path_factory):
+    modules = [f"m{i}" for i in range(len(ranks))]
+    whole = {"plain": lambda s, r: round(s + 1) / r, "rslora": lambda s, r: round(s + 1) / math.sqrt(r)}
+    values = [whole[kind](s, r) if kind in whole else s for s, r in zip(scaling, ranks, strict=False)]
+    adapters = {m: (torch.ones(r, 2), torch.ones(r, 3)) for m, r in zip(modules, ranks, strict=True)}
+    update = ClientUpdate("c", adapters, dict(zip(modules, values, strict=True)))
+    folder = tmp_path_factory.mktemp("adapter") / "c"
+    save_peft_adapter(update, folder)
+    back = load_peft_adapter(folder)
+    assert back.ranks == update.ranks
+    for module, value in update.scaling.items():
+        if kind == "any":  # not every number is some alpha / r: the nearest is
+            assert back.scaling[module] == pytest.approx(value, rel=4e-16)
+        else:
+            assert back.scaling[module] == value
+
+
+def test_saving_replaces_an_adapter_but_nothing_else(tmp_path):
+    update = bank_like_update()
+    save_peft_adapter(update, tmp_path / "c")
+    update.adapters["a.q"][0].zero_()
+    save_peft_adapter(update, tmp_path / "c")
+    assert float(load_peft_adapter(tmp_path / "c").adapters["a.q"][0].abs().max()) == 0
+    (tmp_path / "c" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"already holds notes.txt: choose a new or an empty folder"):
+        save_peft_adapter(update, tmp_path / "c")
+    assert (tmp_path / "c" / "notes.txt").read_text() == "mine"
+
+
+def test_nothing_to_save_is_said(tmp_path):
+    empty = ClientUpdate("c", {"q": (torch.zeros(0, 4), torch.zeros(0, 5))}, {"q": 0.0})
+    with pytest.raises(ValueError, match=r"client 'c' adapts no module with a rank above 0; there is nothing to save"):
+        save_peft_adapter(empty, tmp_path / "c")
+    with pytest.raises(ValueError, match=r"base_delta is empty, .* save the clients' next_adapter instead"):
+        save_stacked_adapter(RoundResult({}), tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A good adapter on disk, and a way to change its config."""
+    folder = tmp_path / "adapter"
+    save_peft_adapter(bank_like_update(), folder)
+
+    def change(**fields):
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+        return folder
+
+    return change
+
+
+UNSUPPORTED = {
+    "dora": ({"use_dora": True}, "use_dora=True is not supported; train without DoRA"),
+    "lora-bias": ({"lora_bias": True}, "lora_bias=True is not supported"),
+    "bias": ({"bias": "all"}, "bias='all' is not supported; train with bias='none'"),
+    "modules-to-save": ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+    "tokens": ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
+    "replication": ({"layer_replication": [[0, 1]]}, "layer_replication=.* is not supported"),
+    "parameters": ({"target_parameters": ["w"]}, "target_parameters=.* is not supported; target nn.Linear"),
+    "tying": ({"ensure_weight_tying": True}, "ensure_weight_tying=True is not supported"),
+    "pissa": ({"init_lora_weights": "pissa"}, "'pissa' changed the base weights.*path_initial_model_for_weight_conv"),
+    "pissa-niter": ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changed the base weights"),
+    "olora": ({"init_lora_weights": "olora"}, "'olora' changed the base weights"),
+    "corda": ({"init_lora_weights": "corda"}, "'corda' changed the base weights"),
+    "lora-ga": ({"init_lora_weights": "lora_ga"}, "'lora_ga' changed the base weights"),
+    "loftq": ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported; use one of True, False"),
+    "qalora": ({"use_qalora": True}, "unknown field use_qalora=True.*train without it, or delete it"),
+    "kasa": ({"kasa_config": {"beta": 1}}, "unknown field kasa_config="),
+    "velora": ({"velora_config": {"num_groups": 64}}, "unknown field velora_config="),
+    "bd-lora": ({"use_bdlora": {"nblocks": 2}}, "unknown field use_bdlora="),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, "unknown field alora_invocation_tokens="),
+    "future": ({"twist": 0.5}, "unknown field twist=0.5"),
+    "other-method": ({"peft_type": "IA3"}, "peft_type must be 'LORA', got 'IA3'"),
+    "rank": ({"r": 8}, "module 'a.q': the config says rank 8 .* the tensors have rank 3"),
+    "rank-pattern": ({"rank_pattern": {"b.a.q": 3}}, "module 'b.a.q': the config says rank 3 .*tensors have rank 2"),
+    "rank-text": ({"r": "3"}, "r and rank_pattern must hold numbers, got '3'"),
+    "alpha-text": ({"alpha_pattern": {"q": None}}, "lora_alpha and alpha_pattern must hold numbers, got None"),
+    "target": ({"target_modules": ["b.a.q"]}, "module 'a.q' is not what target_modules, .* name"),
+    "target-regex": ({"target_modules": "a.q"}, "module 'b.a.q' is not what target_modules"),
+    "excluded": ({"exclude_modules": ["b.a.q"]}, "module 'b.a.q' is not what target_modules, exclude_modules"),
+    "layer": ({"target_modules": ["q"], "layers_to_transform": 3}, "module 'a.q' is not what .*layers_to_transform"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_cannot_be_loaded_exactly_is_refused_by_name(case, saved):
+    fields, words = UNSUPPORTED[case]
+    with pytest.raises(ValueError, match=words):
+        load_peft_adapter(saved(**fields))
+
+
+def test_harmless_and_default_fields_are_ignored(saved):
+    folder = saved(
+        lora_dropout=0.1, revision="main", inference_mode=False, peft_version="99", use_dora=False,
+        modules_to_save=None, new_feature=None, another_new=False, megatron_config=None, loftq_config={},
+        runtime_config={"x": 1}, target_modules=None, layers_pattern=None, init_lora_weights="gaussian",
+    )  # fmt: skip
+    assert load_peft_adapter(folder).ranks == {"a.q": 3, "b.a.q": 2}
+
+
+def test_every_field_that_peft_writes_is_known():
+    """A field that a newer peft adds must be judged: read, harmless, or refused unless unset."""
+    from flora_core import peft_io
+
+    defaults = peft.LoraConfig().to_dict()
+    unknown = set(defaults) - peft_io._HARMLESS - peft_io._READ - set(peft_io._REFUSED)
+    assert {field for field in unknown if defaults[field] not in (None, False)} == set()
+    assert {f: defaults[f] for f in peft_io._REFUSED} == {f: value for f, (value, _) in peft_io._REFUSED.items()}
+
+
+TENSORS = {
+    "dora": ("base_model.model.a.q.lora_magnitude_vector", "DoRA: train with use_dora=False"),
+    "embedding": ("base_model.model.e.lora_embedding_A", "an adapted embedding: train without it"),
+    "base": ("base_model.model.e.base_layer.weight", "weights of the base: save with save_embedding_layers=False"),
+    "head": ("base_model.model.lm_head.weight", "trained embeddings: save with save_embedding_layers=False"),
+    "bias": ("base_model.model.a.q.lora_B.bias", "biases: train with bias='none'"),
+    "strange": ("a.q.lora_A.weight", r"not plain LoRA factors: a.q.lora_A.weight; train without them"),
+    "alone": ("base_model.model.z.lora_A.weight", "lora_A and lora_B must come together, got one alone for z"),
+}
+
+
+@pytest.mark.parametrize("case", TENSORS)
+def test_tensors_that_are_not_factors_are_refused_by_name(case, saved):
+    key, words = TENSORS[case]
+    path = saved() / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({**{k: t.clone() for k, t in tensors.items()}, key: torch.zeros(3, 4)}, path)
+    with pytest.raises(ValueError, match=words):
+        load_peft_adapter(path.parent)
+
+
+def test_factors_of_wrong_shape_or_dtype_are_refused(saved):
+    path = saved() / "adapter_model.safetensors"
+    tensors = {k: t.clone() for k, t in load_file(path).items()}
+    key = "base_model.model.a.q.lora_B.weight"
+    save_file({**tensors, key: tensors[key].T.contiguous()}, path)
+    with pytest.raises(ValueError, match=r"lora_A must be \(r, in\) and lora_B \(out, r\).*got \(3, 4\) and \(3, 5\)"):
+        load_peft_adapter(path.parent)
+    save_file({**tensors, key: tensors[key].to(torch.int32)}, path)
+    with pytest.raises(ValueError, match=r"factors must be floating-point, got torch.int32"):
+        load_peft_adapter(path.parent)
+    save_file({}, path)
+    with pytest.raises(ValueError, match=r"holds no LoRA factors; the adapter is empty"):
+        load_peft_adapter(path.parent)
+
+
+def test_missing_broken_and_pickled_files_are_told_apart(saved):
+    folder = saved()
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_peft_adapter(folder)
+    weights.rename(folder / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"adapter_model.bin, a pickle, .* safe_serialization=True"):
+        load_peft_adapter(folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_model.safetensors; give the folder that peft saved"):
+        load_peft_adapter(folder)
+    config.write_text('{"r": ')
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        load_peft_adapter(folder)
+    config.write_text("[1]")
+    with pytest.raises(ValueError, match="must hold a JSON object, got list"):
+        load_peft_adapter(folder)
+    config.unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no PEFT adapter: adapter_config.json is missing"):
+        load_peft_adapter(folder)
+
+
+def test_loaded_factors_survive_the_file(saved):
+    folder = saved()
+    update = load_peft_adapter(folder)
+    os.truncate(folder / "adapter_model.safetensors", 0)
+    assert torch.isfinite(update.adapters["a.q"][0]).all()
+    assert torch.isfinite(update.adapters["a.q"][1]).all()
