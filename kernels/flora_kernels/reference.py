@@ -46,19 +46,24 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def dropout_keep(rows: int, columns: int, q: int, seed: int, first_row: int, device: torch.device) -> torch.Tensor:
-    """Bool (rows, columns), True where an element is kept.
+def _draws(rows: int, columns: int, seed: int, first_row: int, stream: int, device: torch.device) -> torch.Tensor:
+    """16-bit draws (rows, columns), held in int64.
 
-    The key is ``seed`` (low word, high word), the counter is (column // 8, row, 0, 0); draw ``column % 8`` is a
-    16-bit half of word ``(column % 8) // 2``, the low half first. Kept where the draw is at least q.
+    The key is ``seed`` (low word, high word), the counter is (column // 8, row, 0, stream); draw ``column % 8`` is a
+    16-bit half of word ``(column % 8) // 2``, the low half first.
     """
     row_M1 = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)[:, None]
     group_1G = torch.arange((columns + 7) // 8, dtype=torch.int64, device=device)[None, :]
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox4x32((group_1G, row_M1, zero, zero), (seed & _U32, (seed >> 32) & _U32))
+    words = philox4x32((group_1G, row_M1, zero, zero + stream), (seed & _U32, (seed >> 32) & _U32))
     words = [word.expand(rows, group_1G.shape[1]) for word in words]
     draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (draws >= q).reshape(rows, -1)[:, :columns]
+    return draws.flatten(1)[:, :columns]
+
+
+def dropout_keep(rows: int, columns: int, q: int, seed: int, first_row: int, device: torch.device) -> torch.Tensor:
+    """Bool (rows, columns), True where an element is kept: where its draw is at least q."""
+    return _draws(rows, columns, seed, first_row, 0, device) >= q
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -184,14 +189,7 @@ def join_master(weight: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
 
 def round_stochastic(master: torch.Tensor, dtype: torch.dtype, seed: int, first_row: int) -> torch.Tensor:
     """Round fp32 to bf16 up or down with the odds of its 16 low bits; draws are counted by row and column."""
-    rows, columns = master.shape
-    row_M1 = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=master.device)[:, None]
-    group_1G = torch.arange((columns + 7) // 8, dtype=torch.int64, device=master.device)[None, :]
-    zero = torch.zeros((), dtype=torch.int64, device=master.device)
-    words = philox4x32((group_1G, row_M1, zero, zero + 1), (seed & _U32, (seed >> 32) & _U32))
-    words = [word.expand(rows, group_1G.shape[1]) for word in words]
-    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    draws = draws.reshape(rows, -1)[:, :columns]
+    draws = _draws(*master.shape, seed, first_row, 1, master.device)
     bits = master.contiguous().view(torch.int32).to(torch.int64)
     rounded = torch.where(torch.isfinite(master), bits + draws, bits) >> 16
     return rounded.to(torch.int16).view(torch.bfloat16).to(dtype)
