@@ -14,7 +14,7 @@ import torch
 from .attach import ClientSpec
 from .checks import nearest, require
 from .data.partition import partition, partition_file
-from .data.records import Record, load_records
+from .data.records import Record, load_records, read_jsonl
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
 from .device import pick_device, pick_dtype
@@ -64,7 +64,7 @@ def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
     else:
         parts, test_records = _split_file(recipe, load_records(data.path))
     if data.test is not None:
-        test_records = load_records(data.test)
+        test_records = _read_test(data.test)
     wanted = clients.count or (len(clients.names) if clients.names else len(parts))
     require(
         wanted <= len(parts),
@@ -76,6 +76,12 @@ def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
     for name, records in parts.items():
         require(len(records) > 0, f"client {name!r} has no examples; give it data, or fewer clients.count")
     return parts, _draw(test_records, data.test_items, recipe.seed, "test")
+
+
+def _read_test(path: str) -> list[Record]:
+    """Read held-out records, which may also be multiple choice (question, choices, answer)."""
+    records = read_jsonl(path)
+    return records if records and "choices" in records[0] else load_records(path)
 
 
 def _demo(recipe: Recipe) -> tuple[Parts, list[Record]]:

@@ -103,6 +103,11 @@ def show_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def hit_rate(event: Event) -> float | None:
+    """Return an evaluation's share of right answers, whichever way it counts them."""
+    return event.get("exact_match", event.get("accuracy"))
+
+
 def show_number(value: float | None, spec: str = ".3f") -> str:
     """Write a number, or a dash where there is none."""
     return "-" if value is None else format(value, spec)
@@ -135,21 +140,22 @@ def _evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
     if not history.evaluated:
         return [], []
     first, last = (history.evaluated[pick(history.evaluated)] for pick in (min, max))
-    before, after = (f"{'round ' + str(e['round']) if e['round'] else 'before'}" for e in (first, last))
+    before, after = (f"round {event['round']}" if event["round"] else "before" for event in (first, last))
     groups = {"all": (first, last)}
     groups |= {
         name: ((first.get("groups") or {}).get(name, {}), end) for name, end in (last.get("groups") or {}).items()
     }
-    rows = [
-        [
-            name,
-            str(end["examples"]),
-            *(show_number(event.get("loss")) for event in (begin, end)),
-            *(show_number(event.get("exact_match"), ".1%") for event in (begin, end)),
-        ]
-        for name, (begin, end) in groups.items()
-    ]
-    columns = ["skill", "examples", f"loss {before}", f"loss {after}", f"exact {before}", f"exact {after}"]
+    columns, rows = ["skill", "examples"], [[name, str(end["examples"])] for name, (_, end) in groups.items()]
+    for key, word, spec in (
+        ("loss", "loss", ".3f"),
+        ("exact_match", "exact", ".1%"),
+        ("accuracy", "accuracy", ".1%"),
+    ):
+        if last.get(key) is None:
+            continue
+        columns += [f"{word} {before}", f"{word} {after}"]
+        for row, pair in zip(rows, groups.values(), strict=True):
+            row += [show_number(event.get(key), spec) for event in pair]
     return columns, rows
 
 

@@ -14,8 +14,8 @@ client_done     round, client, rank, examples, tokens, steps, loss_first, loss_l
                 refused?: why this update was not used (non-finite, too large, ...)
 aggregated      round, strategy, clients: number of updates used, aggregation_error?, application_error?,
                 bytes_up, bytes_down, seconds
-evaluated       round, loss, examples, exact_match? (0..1), seconds,
-                groups?: {skill: {loss, exact_match?, examples}}
+evaluated       round, examples, seconds, loss?, exact_match? (0..1), accuracy? (0..1; multiple choice has only this),
+                groups?: {skill: {examples, loss?, exact_match?, accuracy?}}: what `evaluate` returns
 round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes,
                 checkpoint?: path
 run_end         rounds, seconds, peak_memory_bytes, out?
@@ -78,10 +78,10 @@ def _say_aggregated(event: Event) -> str:
 
 def _say_evaluated(event: Event) -> str:
     when = f"after round {event['round']}" if event["round"] else "before training"
-    text = f"{when}: loss {event['loss']:.3f}"
-    if event.get("exact_match") is not None:
-        text += f", exact match {event['exact_match']:.1%}"
-    return f"{text} of {event['examples']} held-out examples"
+    parts = [f"loss {event['loss']:.3f}"] if event.get("loss") is not None else []
+    for field, words in (("exact_match", "exact match"), ("accuracy", "accuracy")):
+        parts += [f"{words} {event[field]:.1%}"] if event.get(field) is not None else []
+    return f"{when}: {', '.join(parts)} of {event['examples']} held-out examples"
 
 
 def _say_round_end(event: Event) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .history import History, Table, summary_tables
+from .history import History, Table, hit_rate, summary_tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,30 +88,29 @@ def plot_loss(history: History) -> Figure | None:
             losses = [done[0]["loss_first"], *(event["loss_last"] for event in done)]
             label = None if many else f"{client['name']} (rank {client['rank']})"
             axes.plot(rounds, losses, label=label, color=_color(number, len(rows)), linewidth=1, alpha=0.8, marker=".")
-    if history.evaluated:
-        points = [(number, event["loss"]) for number, event in sorted(history.evaluated.items())]
+    points = [(at, e["loss"]) for at, e in sorted(history.evaluated.items()) if e.get("loss") is not None]
+    if points:
         axes.plot(*zip(*points, strict=True), label="global model, held-out data", **_GLOBAL)
     axes.set_ylim(bottom=0)
     return _finish(figure, axes, "clients, training data" if not many else f"{len(rows)} clients (thin)")
 
 
 def plot_accuracy(history: History) -> Figure | None:
-    """Plot exact match on held-out data per group, and over all."""
-    rounds = {
-        number: event for number, event in sorted(history.evaluated.items()) if event.get("exact_match") is not None
-    }
+    """Plot the share of right answers on held-out data per group, and over all."""
+    rounds = {number: event for number, event in sorted(history.evaluated.items()) if hit_rate(event) is not None}
     if not rounds:
         return None
-    figure, axes = _canvas("Exact match on held-out data", "exact match (%)")
+    kind = "Exact match" if "exact_match" in rounds[min(rounds)] else "Accuracy"
+    figure, axes = _canvas(f"{kind} on held-out data", f"{kind.lower()} (%)")
     groups = list(dict.fromkeys(name for event in rounds.values() for name in event.get("groups") or {}))
     for number, name in enumerate(groups):
-        found = {at: (event.get("groups") or {}).get(name, {}).get("exact_match") for at, event in rounds.items()}
-        points = [(at, 100 * value) for at, value in found.items() if value is not None]
+        found = {at: hit_rate((event.get("groups") or {}).get(name, {})) for at, event in rounds.items()}
+        points = [(at, 100 * rate) for at, rate in found.items() if rate is not None]
         if points:
             axes.plot(
                 *zip(*points, strict=True), label=name, color=_color(number, len(groups)), linewidth=1, marker="."
             )
-    axes.plot(list(rounds), [100 * event["exact_match"] for event in rounds.values()], label="all", **_GLOBAL)
+    axes.plot(list(rounds), [100 * (hit_rate(event) or 0.0) for event in rounds.values()], label="all", **_GLOBAL)
     axes.set_ylim(-2, 102)
     return _finish(figure, axes, "skill" if groups else "")
 

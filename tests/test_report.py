@@ -164,6 +164,20 @@ def test_plots_show_every_client_and_the_global_model():
     assert len(traffic.axes[0].patches) == 4
 
 
+def test_multiple_choice_has_an_accuracy_and_no_loss():
+    scores = [dict(event="evaluated", round=at, accuracy=rate, examples=4, seconds=1.0,
+                   groups={"law": dict(accuracy=rate, examples=4)}) for at, rate in ((0, 0.25), (1, 0.5))]  # fmt: skip
+    history = History.of([next(iter(events())), *scores])
+    assert sentence(scores[1]) == "after round 1: accuracy 50.0% of 4 held-out examples"
+    assert summary_tables(history)[1][1:] == (
+        ["skill", "examples", "accuracy before", "accuracy round 1"],
+        [["all", "4", "25.0%", "50.0%"], ["law", "4", "25.0%", "50.0%"]],
+    )
+    figure = plot_accuracy(history)
+    assert figure is not None
+    assert figure.axes[0].get_ylabel() == "accuracy (%)"
+
+
 def test_many_clients_get_no_legend_entries_each():
     figure = plot_loss(History.of(events(clients=40)))
     assert figure is not None
