@@ -43,10 +43,8 @@ def resolve(backend: str, op: str) -> tuple[ModuleType, str]:
             if name in available and hasattr(importlib.import_module(_MODULES[name]), op):
                 skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
                 return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
-    require(
-        backend in reasons or backend == "auto",
-        f"backend must be one of auto, {', '.join(reasons)}, got {backend!r}",
-    )
+        raise ValueError(f"no backend has {op} here; available: {', '.join(available)}")
+    require(backend in reasons, f"backend must be one of auto, {', '.join(reasons)}, got {backend!r}")
     require(
         backend in available,
         f"backend={backend!r} is not to be had here ({reasons.get(backend)}); available: {', '.join(available)}",

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +19,8 @@ from . import seeds
 from .checks import check_number, require
 from .segments import Segments
 from .update import Adapters
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class AdapterConfig:
 
     def scaling_of(self, module: str) -> float:
         """The scale s in one module; 0 where the rank is 0."""
-        rank, alpha = self.rank_of(module), match_pattern(self.alpha_pattern or {}, module, self.alpha)
+        rank, alpha = self.rank_of(module), match_pattern(self.alpha_pattern or {}, module, self.alpha or 0.0)
         if rank == 0:
             return 0.0
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
@@ -72,7 +75,7 @@ class AdapterConfig:
         return self.rank_of(module) > 0 and matches_target(wanted, module)
 
 
-def match_pattern(patterns: Mapping[str, float], module: str, default):
+def match_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
     """The value of the first pattern that matches a module path, as PEFT reads rank_pattern and alpha_pattern."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):

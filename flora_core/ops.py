@@ -209,7 +209,7 @@ def _check_target(prefix: str, x_MK: torch.Tensor, target: LoraWeights, tokens: 
     if target.bias is not None:
         check_tensor(f"{prefix}bias_N", target.bias, (n,), dtypes=[x_MK.dtype], like=x)
         require(not target.bias.requires_grad, f"{prefix}bias_N must be frozen; call requires_grad_(False) on it first")
-    masters = [x_MK.dtype] if x_MK.dtype == torch.float64 else [x_MK.dtype, torch.float32]
+    masters = [x_MK.dtype] if x_MK.dtype in (torch.float32, torch.float64) else [x_MK.dtype, torch.float32]
     why = f"for ranks that sum to P={p}"
     check_tensor(f"{prefix}A_PK", target.A, (p, k), dtypes=masters, like=x, why=why)
     check_tensor(f"{prefix}B_PN", target.B, (p, n), dtypes=masters, like=x, why=why)

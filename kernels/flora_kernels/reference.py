@@ -12,6 +12,9 @@ block of m_c x r_c numbers follows client c-1's. 16-bit inputs are widened to fl
 are always at least float32. Rows of different clients never meet in a sum: a NaN stays with its client.
 """
 
+# torch leaves its _foreach functions out of its stubs.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -189,7 +192,8 @@ def join_master(weight: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
 
 def round_stochastic(master: torch.Tensor, dtype: torch.dtype, seed: int, first_row: int) -> torch.Tensor:
     """Round fp32 to bf16 up or down with the odds of its 16 low bits; draws are counted by row and column."""
-    draws = _draws(*master.shape, seed, first_row, 1, master.device)
+    rows, columns = master.shape
+    draws = _draws(rows, columns, seed, first_row, 1, master.device)
     bits = master.contiguous().view(torch.int32).to(torch.int64)
     rounded = torch.where(torch.isfinite(master), bits + draws, bits) >> 16
     return rounded.to(torch.int16).view(torch.bfloat16).to(dtype)
