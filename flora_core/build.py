@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from .data.records import Record, load_records, read_jsonl
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
 from .device import pick_device, pick_dtype
+from .files import atomic_write_bytes, atomic_write_json
+from .history import Event
 from .seeds import derive
 
 if TYPE_CHECKING:
@@ -147,6 +151,17 @@ def _draw(records: Sequence[Record], most: int | None, seed: int, *part: str) ->
     return [records[i] for i in sorted(Random(derive(seed, "draw", *part)).sample(range(len(records)), most))]
 
 
+def save_inputs(event: Event, recipe: Recipe, clients: Sequence[ClientSpec], test_records: list[Record]) -> None:
+    """When a run starts, keep beside its results the whole recipe and, of the demo, its data."""
+    if event["event"] != "run_start" or recipe.out is None:
+        return
+    out = Path(recipe.out)
+    atomic_write_json(out / "recipe.json", json.loads(json.dumps(asdict(recipe), default=str)))
+    if recipe.data.path == "demo":
+        for name, records in (*((spec.name, spec.data) for spec in clients), ("held-out", test_records)):
+            atomic_write_bytes(out / "data" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+
+
 def model_folder(model: str) -> str:
     """Return what transformers loads: the demo model's folder, an existing folder, or a hub name as it stands."""
     if model == DEMO_MODEL:
@@ -174,4 +189,5 @@ def load_model(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.to(device)

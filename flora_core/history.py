@@ -60,8 +60,8 @@ class History:
                     rank=client["rank"],
                     examples=client["examples"],
                     rounds=len(good),
-                    loss_before=good[0]["loss_first"] if good else None,
-                    loss_after=good[-1]["loss_last"] if good else None,
+                    loss_before=good[0].get("loss_first") if good else None,
+                    loss_after=good[-1].get("loss_last") if good else None,
                     tokens_per_s=tokens / seconds if seconds else None,
                     refused=sum(bool(event.get("refused")) for event in done),
                 )

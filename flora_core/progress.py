@@ -10,7 +10,7 @@ round_start     round, rounds, clients: [name], cohorts?: number of cohorts the 
 train_progress  round, step, steps: optimizer steps done and planned in this round, over all cohorts,
                 loss: mean over the clients that just stepped, tokens: trained so far in this round, seconds: since
                 round_start, cohort?: 1.., cohorts?            (not written to metrics.jsonl)
-client_done     round, client, rank, examples, tokens, steps, loss_first, loss_last, seconds, tokens_per_s,
+client_done     round, client, rank, examples, tokens, steps, loss_first?, loss_last?, seconds, tokens_per_s,
                 refused?: why this update was not used (non-finite, too large, ...)
 aggregated      round, strategy, clients: number of updates used, aggregation_error?, application_error?,
                 bytes_up, bytes_down, seconds
@@ -63,7 +63,7 @@ def _say_train(event: Event) -> str:
 def _say_client(event: Event) -> str:
     text = (
         f"round {event['round']}: {event['client']} (rank {event['rank']}, {event['examples']} examples) "
-        f"loss {show_number(event['loss_first'])} -> {show_number(event['loss_last'])}"
+        f"loss {show_number(event.get('loss_first'))} -> {show_number(event.get('loss_last'))}"
     )
     return text + (f"; REFUSED: {event['refused']}" if event.get("refused") else "")
 

@@ -137,7 +137,7 @@ class Recipe:
     Args:
         model: A folder or hub name of a transformers causal LM, or smollm2-135m-instruct, the demo's.
         target_modules: Names or suffixes of the layers that get adapters, or one regex over their whole paths.
-        strategy, strategy_options: How updates are aggregated.
+        strategy: How updates are aggregated; its options are federation.strategy_options.
         out: Folder of the results; a run that stopped there is continued.
         seed: Seed of everything random, also of `train` and `federation`.
         device: auto, cpu, cuda, cuda:1, ...
@@ -152,7 +152,6 @@ class Recipe:
     target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: str = "flora"
-    strategy_options: dict[str, Any] = field(default_factory=dict)
     out: str | None = None
     seed: int = 0
     device: str = "auto"

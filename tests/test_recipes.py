@@ -89,7 +89,7 @@ def test_ranks_are_dealt_in_turn_and_overrides_win(tmp_path):
         ("target_modules=[q_proj]", lambda r: r.target_modules, ["q_proj"]),
         ("out=2024", lambda r: r.out, "2024"),
         ("out=a=b", lambda r: r.out, "a=b"),
-        ("strategy_options.tau=0.9", lambda r: r.strategy_options, {"tau": 0.9}),
+        ("federation.strategy_options.tau=0.9", lambda r: r.federation.strategy_options, {"tau": 0.9}),
     ],
 )
 def test_overrides_change_one_value(recipe_file, override, read, value):

@@ -1,0 +1,159 @@
+"""The `flora` command: run, report, doctor.
+
+Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one paragraph, no traceback), 130 stopped by
+Ctrl-C. Heavy modules are imported by the command that needs them, so that --help and bad arguments answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .recipes import Recipe
+
+_EXAMPLES = """examples:
+  flora run quickstart                                      the demo: ten clients, mixed ranks, three rounds
+  flora run quickstart --dry-run                            what it would do, and the memory it would take
+  flora run quickstart clients.count=4 federation.rounds=1  change anything by its dotted name
+  flora run quickstart data=my.jsonl clients.ranks=[8,4]    your own examples
+  flora report runs/quickstart                              plots and report.html again
+  flora doctor                                              what this machine has
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    options = _parse(argv)
+    try:
+        return options.command(options)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("FLORA_TRACEBACK"):
+            raise
+        print(f"flora: {_paragraph(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("flora: stopped", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments in one piece only; overrides may also stand after an option.
+    if rest and (options.command is not _run or not all("=" in word and not word.startswith("-") for word in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if options.command is _run:
+        options.overrides += rest + ([f"out={options.out}"] if options.out else [])
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="flora",
+        description="Federated LoRA fine-tuning: many clients of different ranks, one base, exact aggregation.",
+        epilog=_EXAMPLES + "\nFLORA_CACHE: folder of the demo model. FLORA_TRACEBACK=1: show where an error came from.",
+        formatter_class=shape,
+    )
+    commands = parser.add_subparsers(required=True, metavar="run | report | doctor")
+    run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)
+    run.add_argument("recipe", help="a YAML file, or the bare name of a packaged recipe (quickstart, dolly)")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.lr=1e-3")
+    run.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate; train nothing")
+    run.add_argument("--out", metavar="DIR", help="folder of the results (short for out=DIR)")
+    run.set_defaults(command=_run)
+    report = commands.add_parser("report", help="write plots and report.html of a run")
+    report.add_argument("run_dir", help="the out= folder of a run, finished or not")
+    report.set_defaults(command=_report)
+    doctor = commands.add_parser("doctor", help="tell what this machine has, and what is missing")
+    doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _paragraph(error: BaseException) -> str:
+    """Write an error as one paragraph; the system's own errors get their file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _run(options: argparse.Namespace) -> int:
+    from .recipes import load
+
+    recipe = load(options.recipe, options.overrides)
+    if recipe.threads is not None:
+        import torch
+
+        torch.set_num_threads(recipe.threads)
+    if options.dry_run:
+        from .dry_run import dry_run
+        from .progress import print_tables
+
+        print_tables(dry_run(recipe))
+        return 0
+    try:
+        return _train(recipe)
+    except KeyboardInterrupt:
+        print(f"flora: stopped. {_what_is_saved(recipe.out)}", file=sys.stderr)
+        return 130
+
+
+def _train(recipe: Recipe) -> int:
+    from .build import build, save_inputs
+    from .federation import Federation
+    from .history import History, summary_tables
+    from .progress import make_progress, print_tables
+    from .report import write_report
+
+    model, tokenizer, clients, test_records = build(recipe)
+    # What a client's failure is about is told by its event; the warning of the same is for people without callbacks.
+    warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
+    with make_progress() as progress:
+        result = Federation(
+            model,
+            tokenizer,
+            clients,
+            strategy=recipe.strategy,
+            config=recipe.federation,
+            train=recipe.train,
+            target_modules=recipe.target_modules,
+            eval_data=test_records or None,
+            callbacks=[progress, lambda event: save_inputs(event, recipe, clients, test_records)],
+        ).run()
+    print_tables(summary_tables(History.of(result.events)))
+    if result.out is not None:
+        print(f"report: {write_report(result.out)}\nmodel and adapters: {result.out}")
+    return 0
+
+
+def _what_is_saved(out: str | None) -> str:
+    from .checkpoint import ROUNDS
+
+    if out is None:
+        return "Nothing is saved, for out= is null."
+    done = sorted(path.name for path in (Path(out) / ROUNDS).glob("[0-9]*"))
+    saved = f"Rounds up to {int(done[-1])} are saved in {out}" if done else f"No round is over yet in {out}"
+    return f"{saved}; the same command goes on from there."
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    print(write_report(options.run_dir))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .device import doctor, doctor_text
+
+    facts = doctor()
+    print(json.dumps(facts, indent=2) if options.json else doctor_text(facts))
+    return 0
