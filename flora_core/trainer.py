@@ -328,8 +328,12 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    before = model.is_gradient_checkpointing
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    # transformers 5.23 has new names for these and warns at the old ones.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+    # The hook that makes embeddings ask for gradients would outlive this, and is not needed without re-entrance.
+    model.disable_input_require_grads()
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     try:
         for layer in layers:
@@ -339,7 +343,7 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
         for layer in layers:
             layer.training = False
         if not before:
-            model.gradient_checkpointing_disable()
+            getattr(model, f"{kind}_checkpointing_disable")()
 
 
 __all__ = ["CohortTrainer", "TrainConfig"]
