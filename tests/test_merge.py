@@ -19,7 +19,7 @@ N, K = 70, 50
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 
 
-def round_of_clients(scale_of_update: float, take: int = 10) -> list[ClientUpdate]:
+def round_of_clients(size: float, take: int = 10, n: int = N, k: int = K) -> list[ClientUpdate]:
     """Ten clients of the demo's ranks with rsLoRA scalings, of which ``take`` take part, one in a single module.
 
     The first two nearly cancel, so that terms are far larger than their sum.
@@ -28,28 +28,25 @@ def round_of_clients(scale_of_update: float, take: int = 10) -> list[ClientUpdat
     updates = []
     for i, rank in enumerate(RANKS):
         adapters = {
-            module: (
-                torch.randn(rank, K, generator=generator),
-                torch.randn(rank, N, generator=generator) * scale_of_update,
-            )
+            module: (torch.randn(rank, k, generator=generator), torch.randn(rank, n, generator=generator) * size)
             for module in (("x", "y") if i != 2 else ("x",))
         }
         scaling = dict.fromkeys(adapters, 2 * rank / math.sqrt(rank))
         updates.append(ClientUpdate(f"c{i}", adapters, scaling, weight=3.0 + i))
     (A, B), twin = updates[1].adapters["x"], updates[0].adapters["x"]
-    updates[1].adapters["x"] = (A, B)
     twin[0][:32], twin[1][:32] = A, -B * (1 + 2**-9)
     return updates[:take]
 
 
 def exact_sum(updates, module) -> torch.Tensor:
     total = sum(update.weight for update in updates)
-    dense = torch.zeros(N, K, dtype=torch.float64)
-    for update in updates:
-        if module in update.adapters:
-            A, B = update.adapters[module]
-            dense += update.weight / total * update.scaling[module] * (B.double().T @ A.double())
-    return dense
+    parts = [
+        update.weight / total * update.scaling[module] * (B.double().T @ A.double())
+        for update in updates
+        for A, B in [update.adapters.get(module, (None, None))]
+        if A is not None and B is not None
+    ]
+    return torch.stack(parts).sum(0)
 
 
 def ulps(got, ideal, before) -> float:
@@ -61,9 +58,10 @@ def ulps(got, ideal, before) -> float:
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4], ids=["large", "like-the-weight", "small"])
 @pytest.mark.parametrize("take", [10, 3, 1], ids=["all", "three", "one"])
-def test_fp32_weight_is_the_exact_sum_rounded_once(size, take):
-    updates = round_of_clients(size, take)
-    before = {m: torch.randn(N, K, generator=torch.Generator().manual_seed(5)) * 0.02 for m in "xy"}
+def test_fp32_weight_is_the_exact_sum_rounded_once(size, take, scale):
+    n, k = scale(70, 576, "rows of a weight"), scale(50, 576, "columns of a weight")
+    updates = round_of_clients(size, take, n, k)
+    before = {m: torch.randn(n, k, generator=torch.Generator().manual_seed(5)) * 0.02 for m in "xy"}
     weights = {m: w.clone() for m, w in before.items()}
     deviations = apply_base_delta_(weights, aggregate(updates).base_delta, check_rows=None)
     for module in "xy":
@@ -74,11 +72,12 @@ def test_fp32_weight_is_the_exact_sum_rounded_once(size, take):
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4], ids=["large", "like-the-weight", "small"])
-def test_bf16_weight_with_low_bits_is_the_exact_sum_rounded_once_over_rounds(size):
-    weights = {m: (torch.randn(N, K, generator=torch.Generator().manual_seed(5)) * 0.02).bfloat16() for m in "xy"}
+def test_bf16_weight_with_low_bits_is_the_exact_sum_rounded_once_over_rounds(size, scale):
+    n, k = scale(70, 576, "rows of a weight"), scale(50, 576, "columns of a weight")
+    weights = {m: (torch.randn(n, k, generator=torch.Generator().manual_seed(5)) * 0.02).bfloat16() for m in "xy"}
     low = new_low_bits(weights)
     for take in (10, 3, 5):
-        updates = round_of_clients(size, take)
+        updates = round_of_clients(size, take, n, k)
         before = {m: join_master(weights[m], low[m]) for m in "xy"}
         before_16 = {m: weights[m].clone() for m in "xy"}
         apply_base_delta_(weights, aggregate(updates).base_delta, low_bits=low)
