@@ -42,7 +42,11 @@ def build(recipe: Recipe) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
     clients, test_records = build_clients(recipe)
     device = pick_device(recipe.device)
     folder = model_folder(recipe.model)
-    return load_model(folder, device, pick_dtype(recipe.dtype, device)), load_tokenizer(folder), clients, test_records
+    try:
+        tokenizer = load_tokenizer(folder)
+        return load_model(folder, device, pick_dtype(recipe.dtype, device)), tokenizer, clients, test_records
+    except OSError as error:
+        raise OSError(f"model {recipe.model} could not be loaded from {folder}: {error}") from error
 
 
 def build_clients(recipe: Recipe) -> tuple[list[ClientSpec], list[Record]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import strict
+from .aggregate import STRATEGIES
 from .bank import AdapterConfig
-from .checks import check_number, nearest, require
+from .checks import check_choice, check_number, nearest, require
 from .config import TrainConfig
 from .federation import FederationConfig
 
@@ -160,6 +161,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_number("seed", self.seed, 0, whole=True)
+        check_choice("strategy", self.strategy, STRATEGIES)
         if self.threads is not None:
             check_number("threads", self.threads, 1, whole=True)
         require(len(self.target_modules) > 0, "target_modules must name at least one layer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def read(cls: type[T], raw: Any, where: str, prefix: str = "") -> T:
     for key, value in raw.items():
         path = f"{prefix}.{key}" if prefix else str(key)
         if key not in hints:
-            raise ValueError(f"{where}: unknown key {path!r}; {nearest(path, key_paths(cls, prefix))}")
+            raise ValueError(f"{where}: unknown key {path!r}; {_nearest_path(path, key_paths(cls, prefix))}")
         values[key] = convert(hints[key], value, f"{where}: {path}", path, where)
     missing = [field.name for field in dataclasses.fields(cls) if _required(field) and field.name not in values]  # type: ignore[arg-type]
     if missing:
@@ -50,7 +51,7 @@ def hint_at(cls: type, path: str) -> Any:
         elif maps:
             hint = get_args(maps[0])[1]
         elif hint is not Any:
-            raise ValueError(f"unknown key {path!r}; {nearest(path, key_paths(cls))}")
+            raise ValueError(f"unknown key {path!r}; {_nearest_path(path, key_paths(cls))}")
     return hint
 
 
@@ -75,6 +76,17 @@ def convert(hint: Any, value: Any, name: str, path: str = "", where: str = "") -
             failures.append(error)
     wanted = " or ".join(dict.fromkeys(str(error) for error in failures))
     raise TypeError(f"{name} must be {wanted}, got {_show(value)}")
+
+
+def _nearest_path(path: str, known: list[str]) -> str:
+    """Say which dotted path is meant: lr means train.lr; else list the keys that stand beside it."""
+    same_end = [other for other in known if other.rpartition(".")[2] == path.rpartition(".")[2]]
+    if same_end:
+        return f"did you mean {' or '.join(map(repr, same_end[:3]))}?"
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.7)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return nearest(path, [other for other in known if other.count(".") == path.count(".")] or known)
 
 
 class _MismatchError(Exception):

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("yaml")
-
 from flora_core import recipes
 from flora_core.build import build_clients, model_folder, split_data
 from flora_core.recipes import Recipe, load
@@ -128,6 +126,7 @@ def test_a_later_override_wins(recipe_file):
         (MINIMAL + "data: {split: a}", ValueError, r"split needs partitions"),
         (MINIMAL + "data: {test_fraction: 1}", ValueError, r"test_fraction must be between 0 and 0\.9"),
         (MINIMAL + "target_modules: []", ValueError, r"target_modules must name at least one layer"),
+        (MINIMAL + "strategy: flroa", ValueError, r"strategy must be one of .*flora.*did you mean 'flora'"),
         (MINIMAL + "seed: -1", ValueError, r"seed must be at least 0"),
         (MINIMAL + "seed: 1\nseed: 2", ValueError, r"line 4: key 'seed' is given twice"),
         ("model: x", ValueError, r"mine\.yaml: federation\.rounds is missing; add it"),
@@ -146,7 +145,9 @@ def test_mistakes_in_a_file_name_the_file_and_the_key(tmp_path, text, error, wor
     ("override", "error", "words"),
     [
         ("trian.lr=1", ValueError, r"override 'trian\.lr=1': unknown key 'trian\.lr'; did you mean 'train\.lr'"),
-        ("lr=1", ValueError, r"unknown key 'lr'"),
+        ("lr=1", ValueError, r"unknown key 'lr'; did you mean 'train\.lr'\?"),
+        ("federation.lr=1", ValueError, r"unknown key 'federation\.lr'; did you mean 'train\.lr'\?"),
+        ("zzz=1", ValueError, r"unknown key 'zzz'; known: clients, data, device"),
         ("train.lr.x=1", ValueError, r"unknown key 'train\.lr\.x'"),
         ("train.lr=fast", TypeError, r"override 'train\.lr=fast': the value must be a number, got 'fast'"),
         ("train.lr", ValueError, r"must read key=value"),
