@@ -168,7 +168,7 @@ def _letter(random: Random) -> tuple[str, str]:
 
 
 def _add(random: Random) -> tuple[str, str]:
-    number, more = random.randint(10, 189), random.randint(1, 3)
+    number, more = random.randint(10, 98), random.randint(1, 4)
     return f"{number} plus {more}", str(number + more)
 
 
