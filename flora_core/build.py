@@ -76,7 +76,8 @@ def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
     wanted = clients.count or (len(clients.names) if clients.names else len(parts))
     require(
         wanted <= len(parts),
-        f"clients.count asks for {wanted} clients, and the data has {len(parts)}: {', '.join(list(parts)[:12])}",
+        f"clients.count asks for {wanted} clients, and the data has {len(parts)} ({', '.join(list(parts)[:12])}); "
+        "lower it, or set it to null for all of them",
     )
     names = clients.names or list(parts)
     parts = dict(zip(names, list(parts.values())[:wanted], strict=False))

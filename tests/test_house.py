@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import pytest
 
 import flora_core
 from flora_core import demo_model
+from flora_core.recipes import load
+from tests.federation_cases import make_model, make_records, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -77,6 +81,37 @@ def test_make_installs_torch_first_and_by_exact_version(tmp_path):
         r"torch==\d+\.\d+\.\d+ -c constraints\.txt --extra-index-url https://example\.org/whl", installs[0]
     )
     assert "-c constraints.txt -e '.[dev]'" in installs[1]
+
+
+# Every example in the README and in the recipes' comments works.
+
+
+def commands() -> list[str]:
+    texts = [(ROOT / "README.md").read_text(), *(path.read_text() for path in (ROOT / "recipes").glob("*.yaml"))]
+    return [line.split("   ")[0] for text in texts for line in re.findall(r"^(?:#   )?(flora run .*)$", text, re.M)]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_that_is_shown_reads_its_recipe(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "PATH").mkdir()
+    for name in ("all", "a", "b", "held-out", "my", "PATH/dolly15k"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "PATH/partitions.json").write_text("{}")
+    words = [word for word in shlex.split(command) if not word.startswith("--")]
+    assert load(words[2], words[3:])
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_model().save_pretrained("model")
+    make_tokenizer().save_pretrained("model")
+    for name in ("a", "b", "held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in make_records(name, 6)))
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(code, {"path": "model"})  # noqa: S102
+    before, after = map(float, capsys.readouterr().out.split())
+    assert after < before
 
 
 # The demo's model.
