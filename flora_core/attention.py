@@ -16,9 +16,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .checks import require
+
 NAME = "flora_packed"
 # Arguments that leave plain scaled dot-product attention what it is.
-_PLAIN = {"position_ids", "use_cache", "output_attentions", "cache_position", "is_causal", "output_router_logits"}
+_PLAIN = {
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "cache_position",
+    "is_causal",
+    "output_router_logits",
+    "sliding_window",
+}
 _LENGTHS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -30,15 +40,15 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     **extra: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence; (1, H, M, D) in, (1, M, H, D) out.
 
-    Anything beyond plain attention (softcap, sinks) goes through the model's own eager function, per sequence.
-    The frozen base's attention dropout is off: its random numbers would depend on the cohort.
+    ``attention_mask`` is what ``_window_mask`` made: the layer's sliding window, or None. Anything beyond plain
+    attention (softcap, sinks) goes through the model's own eager function, per sequence. The frozen base's
+    attention dropout is off: its random numbers would depend on the cohort.
     """
-    lengths = _LENGTHS[module]
+    lengths, window = _LENGTHS[module], _window(attention_mask)
     special = {name: extra[name] for name in extra if name not in _PLAIN and extra[name] is not None}
     parts, start = [], 0
     for length, group in groupby(lengths):
@@ -46,10 +56,10 @@ def packed_attention(
         start = rows.stop
         q, k, v = (_sequences(t, rows, length) for t in (query, key, value))
         if special:
-            mask = _causal(length, sliding_window, q.device, torch.zeros((), dtype=q.dtype))
+            mask = _causal(length, window, q.device, torch.zeros((), dtype=q.dtype))
             out = _eager(module)(module, q, k, v, mask, scaling=scaling, dropout=0.0, **special)[0]
         else:
-            out = _plain(q, k, v, scaling, length, sliding_window).transpose(1, 2)
+            out = _plain(q, k, v, scaling, length, window).transpose(1, 2)
         parts.append(out.reshape(rows.stop - rows.start, out.shape[2], out.shape[3]))
     return torch.cat(parts)[None], None
 
@@ -85,8 +95,20 @@ def _eager(module: torch.nn.Module) -> Any:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
+def _window_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Tensor | None:
+    """Instead of a mask, only how far it would let a layer look back.
+
+    Families differ in whether they also tell the attention function (``sliding_window=``): the mask is what counts.
+    """
+    return None if local_size is None else torch.tensor(local_size, device="cpu")
+
+
+def _window(attention_mask: torch.Tensor | None) -> int | None:
+    require(
+        attention_mask is None or attention_mask.dim() == 0,
+        "the model makes an attention mask of its own, which a packed batch cannot follow",
+    )
+    return None if attention_mask is None else int(attention_mask)
 
 
 def unsupported(model: torch.nn.Module) -> str | None:
@@ -94,9 +116,9 @@ def unsupported(model: torch.nn.Module) -> str | None:
     if not getattr(model, "_supports_attention_backend", False):
         return "the model does not go through transformers' attention interface"
     for config in _configs(model):
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if kinds - {"full_attention", "sliding_attention"}:
-            return f"layers of type {', '.join(sorted(kinds))} mix tokens in other ways than causal attention"
+        odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if odd:
+            return f"layers of type {', '.join(sorted(odd))} mix tokens in other ways than causal attention"
         if getattr(config, "attention_chunk_size", None):
             return "attention is cut into chunks"
         if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
@@ -114,7 +136,7 @@ def _register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
+    AttentionMaskInterface.register(NAME, _window_mask)
 
 
 @contextmanager

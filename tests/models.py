@@ -75,7 +75,9 @@ FAMILIES = {
     ),
     # The second layer looks back over fewer tokens than the sequences have.
     "qwen2": Family(
-        "Qwen2Config", _COMMON | dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1), **_LLAMA_LIKE
+        "Qwen2Config",
+        _COMMON | dict(use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+        **_LLAMA_LIKE,
     ),
     # The caps are low enough to bend these models' logits.
     "gemma2": Family(
@@ -102,14 +104,17 @@ def tiny(family: str = "llama", dtype: torch.dtype = torch.float64, seed: int = 
     """A random model of a family; float32 and float64 have the same values."""
     spec = FAMILIES[family]
     config = getattr(transformers, spec.config)(**spec.fields | fields)
-    model: Any = transformers.AutoModelForCausalLM.from_config(config)
+    return randomised(transformers.AutoModelForCausalLM.from_config(config), seed).to(dtype)
+
+
+def randomised(model: Any, seed: int = 0) -> Any:
+    """Far from the usual tiny start, so that attention, norms and biases all matter."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            # Far from the usual tiny start, so that attention, norms and biases all matter.
             noise = torch.randn(parameter.shape, generator=random)
             parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else parameter + 0.2 * noise)
-    return model.to(dtype)
+    return model
 
 
 def examples(seed: int, lengths: Sequence[int], vocab: int = VOCAB) -> list[Example]:
@@ -232,9 +237,7 @@ def peft_model(model: Any, spec: flora.ClientSpec, targets: Any, adapters: Adapt
 def lora_layers(peft: Any) -> dict[str, Any]:
     """Path in the base model -> PEFT's layer."""
     prefix = "base_model.model."
-    return {
-        path.removeprefix(prefix): module for path, module in peft.named_modules() if isinstance(module, LoraLayer)
-    }
+    return {path.removeprefix(prefix): module for path, module in peft.named_modules() if isinstance(module, LoraLayer)}
 
 
 def factors(peft: Any, of: Callable[[nn.Parameter], Any] = lambda weight: weight.detach()) -> Adapters:
@@ -285,8 +288,10 @@ def peft_train(
         norms.append(float(nn.utils.clip_grad_norm_(weights, config.clip_norm or math.inf)))
         optimizer.step()
         schedule.step()
-    moments = [factors(peft, lambda w, name=name: optimizer.state[w][name]) for name in ("exp_avg", "exp_avg_sq")]
-    return Trained(losses, grads, factors(peft), *moments, norms)
+    average, square = (
+        factors(peft, lambda w, name=name: optimizer.state[w][name]) for name in ("exp_avg", "exp_avg_sq")
+    )
+    return Trained(losses, grads, factors(peft), average, square, norms)
 
 
 def step_batches(spec: flora.ClientSpec, config: flora.TrainConfig) -> list[list[Example]]:
@@ -313,9 +318,8 @@ def _accumulate(peft: Any, batch: Sequence[Example], batch_size: int, step: int,
         with autocast or nullcontext():
             logits = peft(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = nn.functional.cross_entropy(
-            logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORE, reduction="sum"
-        )
+        flat, target = logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
+        loss = nn.functional.cross_entropy(flat, target, ignore_index=IGNORE, reduction="sum")
         (loss / count).backward()
         total += loss.item() / count
         for mask in masks:

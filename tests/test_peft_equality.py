@@ -46,9 +46,7 @@ def initial(family: str, start: str) -> dict[str, Adapters]:
 
 
 @cache
-def by_peft(
-    family: str, start: str, kind: str = "float64", max_steps: int | None = None
-) -> dict[str, Trained]:
+def by_peft(family: str, start: str, kind: str = "float64", max_steps: int | None = None) -> dict[str, Trained]:
     """The oracle's run of every client: in float64, in float32, or in float32 under bfloat16 autocast."""
     exact = kind == "float64"
     model = models.tiny(family, torch.float64 if exact else torch.float32)
@@ -174,7 +172,8 @@ def test_first_step_by_the_budget(family: str, start: str, kind: str):
     Rounding in one tensor of a tiny model is one draw of chance: the reference's is the largest of the cohort, each
     tensor measured by its own size.
     """
-    out, _ = by_cohort(family, start, torch.float32, max_steps=1, **({} if kind == "float32" else {"dtype": kind}))
+    autocast = None if kind == "float32" else kind
+    out, _ = by_cohort(family, start, torch.float32, max_steps=1, dtype=autocast)
     truth, low = by_peft(family, start), by_peft(family, start, kind, max_steps=1)
     for of in (first_loss_error, first_gradient_error):
         errors = {client: of(out[client], truth[client]) for client in truth}
