@@ -22,38 +22,40 @@ def dry_run(recipe: Recipe) -> list[Table]:
         ValueError, TypeError, OSError: Whatever would stop the run before training.
     """
     model, tokenizer, clients, test_records = build(recipe)
-    cohort = attach(model, clients, recipe.target_modules, seed=recipe.seed)
+    cohort, notes = attach(model, clients, recipe.target_modules, seed=recipe.seed), []
     try:
-        trainer = CohortTrainer(cohort, recipe.train, tokenizer)
-        plan = trainer.plan()
+        trainer = CohortTrainer(cohort, recipe.train, tokenizer, callbacks=[notes.append])
+        plan, in_flight = trainer.plan(), _tokens_in_flight(trainer)
         rows = [_client_row(trainer, name) for name in cohort.names]
-        # The planner measures only where there is a budget to keep.
-        activations = _tokens_in_flight(plan, trainer) * planner.measure_bytes_per_token(cohort)
+        budgeted = any(client.config.memory_budget_gb is not None for client in trainer.clients.values())
+        # The planner measures, and counts activations, only where there is a budget to keep.
+        activations = 0.0 if budgeted else in_flight * planner.measure_bytes_per_token(cohort)
         targets = f"{len(cohort.layers)} layers: {', '.join(sorted({path.split('.')[-1] for path in cohort.layers}))}"
     finally:
         detach(model)
-    base = sum(p.numel() * p.element_size() for p in model.parameters())
     parameters = sum(row["parameters"] for row in rows)
-    state = 4 * 4 * parameters  # float32: factors, gradients and two moments
-    facts = {
-        "model": f"{recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters",
-        "runs in": f"{str(model.dtype).removeprefix('torch.')} on {model.device}",
-        "targets": targets,
-        "strategy": f"{recipe.strategy}, {recipe.federation.rounds} rounds",
-        "results": recipe.out,
-        "training examples": f"{sum(row['examples'] for row in rows):,}",
-        "held-out examples": f"{len(test_records):,}",
-        "cohorts": f"{len(plan.cohorts)} ({plan.reason}): {'; '.join(_shorten(names) for names in plan.cohorts)}",
-        "tokens in flight": f"{_tokens_in_flight(plan, trainer):,}",
-        "memory: base": show_bytes(base),
-        "memory: adapters": f"{show_bytes(state)}, with gradients and optimizer state",
-        "memory: activations": show_bytes(activations),
-        "memory: together": f"about {show_bytes(base + state + activations)}, besides Python and its libraries",
-        "sent up in a round": f"{show_bytes(4 * parameters)}, if every client takes part",
-    }
+    base = sum(p.numel() * p.element_size() for p in model.parameters())
+    adapters, training = 4 * parameters, plan.memory_bytes + activations
+    facts = [
+        ("model", f"{recipe.model}, {sum(p.numel() for p in model.parameters()):,} parameters"),
+        ("runs in", f"{str(model.dtype).removeprefix('torch.')} on {model.device}"),
+        ("targets", targets),
+        ("strategy", f"{recipe.strategy}, {recipe.federation.rounds} rounds"),
+        ("results", str(recipe.out)),
+        ("training examples", f"{sum(row['examples'] for row in rows):,}"),
+        ("held-out examples", f"{len(test_records):,}"),
+        ("cohorts", f"{len(plan.cohorts)} ({plan.reason}): {'; '.join(_shorten(names) for names in plan.cohorts)}"),
+        ("tokens in flight", f"{in_flight:,}"),
+        ("memory: base", show_bytes(base)),
+        ("memory: adapters", show_bytes(adapters)),
+        ("memory: training", f"{show_bytes(training)} for gradients, optimizer state, activations and logits"),
+        ("memory: together", f"about {show_bytes(base + adapters + training)}, besides Python and its libraries"),
+        ("sent up in a round", f"{show_bytes(adapters)}, if every client takes part"),
+        *(("warning", f"{note.get('client', '')}: {note['message']}") for note in notes if note["event"] == "warning"),
+    ]
     columns = list(rows[0])
     cells = [[f"{row[c]:,}" if isinstance(row[c], int) else str(row[c]) for c in columns] for row in rows]
-    return [("Plan", ["what", "value"], [[k, str(v)] for k, v in facts.items()]), ("Clients, a round", columns, cells)]
+    return [("Plan", ["what", "value"], [list(fact) for fact in facts]), ("Clients, a round", columns, cells)]
 
 
 def _client_row(trainer: CohortTrainer, name: str) -> dict[str, Any]:
@@ -71,9 +73,9 @@ def _client_row(trainer: CohortTrainer, name: str) -> dict[str, Any]:
     }
 
 
-def _tokens_in_flight(plan: planner.Plan, trainer: CohortTrainer) -> int:
-    """Return the tokens of the largest pass: an average optimizer step's micro-batches, within the budget."""
-    sizes = []
+def _tokens_in_flight(trainer: CohortTrainer) -> int:
+    """Return the tokens of the largest pass: an average micro-batch of each client of a cohort, within the budget."""
+    plan, sizes = trainer.plan(), []
     for cohort in plan.cohorts:
         clients = [trainer.clients[name] for name in cohort]
         mean = [sum(len(ex.input_ids) for ex in client.examples) / len(client.examples) for client in clients]
