@@ -28,6 +28,7 @@ from torch import nn
 import flora_core as flora
 from flora_core.data.pack import epoch_order
 from flora_core.data.template import IGNORE, Example
+from flora_core.optimizer import CohortAdamW
 from flora_core.update import Adapters
 
 VOCAB = 61
@@ -335,6 +336,24 @@ def padded(batch: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.
 
     ids = [example.input_ids for example in batch]
     return table(ids, 0), table([e.labels for e in batch], IGNORE), table([[1] * len(row) for row in ids], 0)
+
+
+@contextmanager
+def first_gradients(found: dict[str, Adapters]) -> Iterator[None]:
+    """Keep every client's gradient of its first optimizer step."""
+    step = CohortAdamW.step
+
+    def recorded(self: CohortAdamW, *args: Any) -> None:
+        for c, name in enumerate(self.bank.names):
+            own = {module: entry.ranks[c] for module, entry in self.bank.modules.items() if entry.ranks.lengths[c]}
+            views = self.bank.views_of(self.grad)
+            pairs = {module: [grad[rows].clone() for grad in views[module]] for module, rows in own.items()}
+            found.setdefault(name, {module: (dA_RK, dB_RN) for module, (dA_RK, dB_RN) in pairs.items()})
+        step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CohortAdamW, "step", recorded)
+        yield
 
 
 def clients(family: str = "llama") -> list[flora.ClientSpec]:

@@ -7,7 +7,7 @@ in float32 and under bfloat16 autocast.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 
 import flora_core as flora
 from flora_core.linear import MultiLoRALinear
-from flora_core.optimizer import CohortAdamW
 from flora_core.testing import budget_ratio
 from flora_core.update import Adapters
 from tests import models
-from tests.models import FAMILIES, Trained, exact64
+from tests.models import FAMILIES, Trained, exact64, first_gradients
 
 CONFIG = flora.TrainConfig(lr=1e-2, keep_optimizer=True)
 # Whether sequences are packed, and whose code computes the logits.
@@ -57,24 +56,6 @@ def by_peft(family: str, start: str, kind: str = "float64", max_steps: int | Non
             spec.name: models.peft_train(model, spec, CONFIG, targets, first[spec.name], autocast, max_steps)
             for spec in models.clients(family)
         }
-
-
-@contextmanager
-def first_gradients(found: dict[str, Adapters]) -> Iterator[None]:
-    """Keep every client's gradient of its first optimizer step."""
-    step = CohortAdamW.step
-
-    def recorded(self: CohortAdamW, *args: Any) -> None:
-        for c, name in enumerate(self.bank.names):
-            own = {module: entry.ranks[c] for module, entry in self.bank.modules.items() if entry.ranks.lengths[c]}
-            views = self.bank.views_of(self.grad)
-            pairs = {module: [grad[rows].clone() for grad in views[module]] for module, rows in own.items()}
-            found.setdefault(name, {module: (dA_RK, dB_RN) for module, (dA_RK, dB_RN) in pairs.items()})
-        step(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CohortAdamW, "step", recorded)
-        yield
 
 
 def by_cohort(

@@ -1,0 +1,354 @@
+"""Attach, detach, explain: what a model is while a cohort is attached, and what is refused before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import flora_core as flora
+from flora_core.attach import candidates
+from flora_core.forward import lay_out
+from flora_core.linear import MultiLoRALinear
+from flora_core.testing import budget_ratio
+from tests import models
+from tests.models import FAMILIES, exact64
+
+TARGETS = ["q_proj", "v_proj"]
+
+
+def client(name: str = "a", **adapter: Any) -> flora.ClientSpec:
+    return flora.ClientSpec(name, adapter=flora.AdapterConfig(**{"rank": 2, **adapter}))
+
+
+def llama(**fields: Any) -> Any:
+    return models.tiny("llama", torch.float32, **fields)
+
+
+def ids(length: int = 9, seed: int = 0) -> torch.Tensor:
+    return torch.tensor([models.examples(seed, [length])[0].input_ids])
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_attach_and_detach_leave_the_model_as_it_was(family: str):
+    model = models.tiny(family, torch.float32)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    modules, state = dict(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
+    wanted = {name: p.requires_grad for name, p in model.named_parameters()}
+    training, logits = model.training, model(input_ids=ids()).logits
+    cohort = flora.attach(model, models.clients(family), FAMILIES[family].targets)
+    wrapped = [path for path, module in model.named_modules() if isinstance(module, MultiLoRALinear)]
+    assert wrapped == list(cohort.layers)
+    assert list(model.state_dict()) == list(state)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(input_ids=ids()).logits, logits), "outside a batch the base runs alone"
+    flora.detach(model)
+    assert dict(model.named_modules()) == modules
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wanted
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert model.training == training
+    flora.attach(model, [client()], FAMILIES[family].targets)
+
+
+def test_targets():
+    """By name, by suffix, by regex, all of them, the family's own; a client's list goes first."""
+
+    def adapted(targets: Any, **adapter: Any) -> list[str]:
+        model = llama()
+        return [path.removeprefix("model.layers.") for path in flora.attach(model, [client(**adapter)], targets).layers]
+
+    assert adapted(["q_proj"]) == ["0.self_attn.q_proj", "1.self_attn.q_proj"]
+    assert adapted(["1.mlp.up_proj"]) == ["1.mlp.up_proj"]
+    assert adapted(r".*\.0\.mlp\.(up|down)_proj") == ["0.mlp.up_proj", "0.mlp.down_proj"]
+    assert len(adapted("all-linear")) == 14
+    assert adapted(None) == [f"{layer}.self_attn.{name}" for layer in (0, 1) for name in TARGETS]
+    assert adapted(["q_proj"], target_modules=["k_proj"]) == ["0.self_attn.k_proj", "1.self_attn.k_proj"]
+    assert adapted(["q_proj"], rank_pattern={"layers.0.*": 0}) == ["1.self_attn.q_proj"]
+    model = llama()
+    cohort = flora.attach(model, [client("a"), client("b", target_modules=["o_proj"])], TARGETS)
+    assert set(cohort.update("b").adapters) == {"model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"}
+    assert len(cohort.update("a").adapters) == 4
+
+
+class Int8Linear(nn.Linear):
+    """What a quantised layer looks like: a subclass whose weight is no floating-point matrix."""
+
+    def __init__(self, plain: nn.Linear):
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.weight = nn.Parameter(plain.weight.detach().to(torch.int8), requires_grad=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def quantised() -> Any:
+    model = llama()
+    model.model.layers[1].self_attn.q_proj = Int8Linear(model.model.layers[1].self_attn.q_proj)
+    return model
+
+
+def tied() -> Any:
+    model = llama()
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    return model
+
+
+REFUSED: dict[str, tuple[Any, Sequence[flora.ClientSpec], Any, str]] = {
+    "no client": (llama, [], TARGETS, "clients must hold at least one ClientSpec, got none"),
+    "one name twice": (llama, [client("a"), client("b"), client("a")], TARGETS, "unique, got twice: a"),
+    "unknown target": (llama, [client()], ["query"], "no Linear .* matches 'query'; candidates: down_proj, gate_proj"),
+    "unknown target of a client": (llama, [client(target_modules=["query"])], TARGETS, "matches 'query'"),
+    "not a linear layer": (llama, [client()], ["embed_tokens"], r"embed_tokens is a Embedding\); candidates"),
+    "output head": (llama, [client()], ["lm_head"], "'lm_head' is the output head"),
+    "nobody adapts": (llama, [client(rank=0), client("b", rank=0)], TARGETS, "no client adapts any module"),
+    "rank above min(N, K)": (llama, [client(rank=9)], TARGETS, r"v_proj must be between 0 and min\(N, K\) = 8, got 9"),
+    "quantised": (quantised, [client()], TARGETS, "layers.1.self_attn.q_proj is a .*Int8Linear with torch.int8"),
+    "tied": (tied, [client()], TARGETS, "layers.0.self_attn.q_proj shares its weight with model.layers.1"),
+    "no targets known": (lambda: models.tiny("bloom", torch.float32), [client()], ["q_proj"], "query_key_value"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_attach_refuses(case: str):
+    build, clients, targets, words = REFUSED[case]
+    model = build()
+    modules, wanted = dict(model.named_modules()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        flora.attach(model, clients, targets)
+    assert dict(model.named_modules()) == modules
+    assert [p.requires_grad for p in model.parameters()] == wanted
+
+
+def test_a_refused_model_is_left_as_it_was_and_may_be_attached_otherwise():
+    model = quantised()
+    with pytest.raises(ValueError, match="Int8Linear"):
+        flora.attach(model, [client()], TARGETS)
+    flora.attach(model, [client()], ["v_proj"])
+
+
+def test_one_cohort_at_a_time():
+    model = llama()
+    with pytest.raises(ValueError, match="no cohort attached"):
+        flora.detach(model)
+    with pytest.raises(ValueError, match="attach first"):
+        flora.explain(model)
+    flora.attach(model, [client()], TARGETS)
+    with pytest.raises(ValueError, match="already has a cohort attached; call"):
+        flora.attach(model, [client()], TARGETS)
+
+
+@pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b"])
+def test_client_names_are_fit_for_folders(name: str):
+    with pytest.raises(ValueError, match="a client's name must be letters, digits"):
+        flora.ClientSpec(name)
+
+
+def test_base_with_nan_weights_is_refused():
+    model = llama()
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite; check its weights"):
+        flora.attach(model, [client()], TARGETS)
+    assert not any(isinstance(module, MultiLoRALinear) for module in model.modules())
+
+
+class Routed(nn.Module):
+    """Sends only the tokens above a threshold through its layer, as a mixture of experts does."""
+
+    def __init__(self, mlp: nn.Module, threshold: float):
+        super().__init__()
+        self.expert, self.threshold = mlp, threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        chosen = x[..., 0] > self.threshold
+        return torch.zeros_like(x).index_put((chosen,), self.expert(x[chosen]))
+
+
+def test_routed_experts_are_refused_by_name():
+    model = llama()
+    model.model.layers[1].mlp = Routed(model.model.layers[1].mlp, 0.0)
+    with pytest.raises(
+        ValueError, match=r"mlp.expert.\w+_proj got \d rows of input, .* leave it out of target_modules"
+    ):
+        flora.attach(model, [client()], [*TARGETS, "up_proj", "down_proj"])
+    flora.attach(model, [client()], TARGETS)
+
+
+def test_routing_that_shows_only_later_is_refused_at_run_time():
+    model = llama()
+    routed = model.model.layers[1].mlp = Routed(model.model.layers[1].mlp, -1e9)
+    cohort = flora.attach(model, [client()], ["expert.up_proj"])
+    routed.threshold = 0.0
+    batch = lay_out([models.examples(0, [20])], packs=True)
+    with (
+        pytest.raises(ValueError, match=r"expert.up_proj got \d+ rows of input, the batch has 20 tokens"),
+        cohort.batch(batch.tokens, sequences=batch.sequences),
+    ):
+        model(**batch.inputs)
+
+
+class TokenBias(transformers.LlamaForCausalLM):
+    """Logits depend on the tokens themselves: no function of the hidden states gives them."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        output: Any = super().forward(input_ids=input_ids, **kwargs)
+        output.logits = output.logits + nn.functional.one_hot(input_ids, models.VOCAB)
+        return output
+
+
+class Tempered(transformers.LlamaForCausalLM):
+    """Logits are scaled after the head."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output: Any = super().forward(*args, **kwargs)
+        output.logits = output.logits / 3
+        return output
+
+
+def test_logits_that_no_head_gives_are_refused():
+    model = llama()
+    model.__class__ = TokenBias
+    with pytest.raises(ValueError, match=r"our loss would not be this model's own .*logits differ.* not supported"):
+        flora.attach(model, [client()], TARGETS)
+    assert not any(isinstance(module, MultiLoRALinear) for module in model.modules())
+
+
+def test_which_head_gives_the_logits():
+    """A cap of 30 does not show in these models' small logits, and must be found all the same."""
+    capped = models.tiny("gemma2", torch.float32, final_logit_softcapping=30.0)
+    assert capped(input_ids=ids()).logits.abs().max() < 6
+    tempered = llama()
+    tempered.__class__ = Tempered
+    for model, kind in ((llama(), "linear"), (capped, "model"), (tempered, "model")):
+        cohort = flora.attach(model, [client()], TARGETS)
+        assert (cohort.packs, cohort.head.kind) == (True, kind)
+        words = "the model's own head in chunks" if kind == "model" else "gradient written out"
+        assert words in str(flora.explain(model))
+
+
+def test_explain():
+    model = models.tiny("bloom", torch.float32)
+    flora.attach(model, [client("a", rank=2), client("b", rank=0), client("c", rank=5)], ["query_key_value"])
+    told = flora.explain(model)
+    assert [row["module"] for row in told.rows] == [f"transformer.h.{i}.self_attention.query_key_value" for i in (0, 1)]
+    assert (told.rows[0]["op"], told.rows[0]["shape"], told.rows[0]["ranks"]) == (
+        "lora_linear",
+        "48x16 float32",
+        "2,0,5",
+    )
+    assert told.rows[0]["backend"] == "reference"
+    assert "padded (the model does not go through transformers' attention interface)" in str(told)
+    assert "triton: not part of this version" in str(told) or told.rows[0]["backend"] != "reference"
+
+
+def test_candidates_leave_the_head_out():
+    leaves = {path.rsplit(".", 1)[-1] for path in candidates(llama())}
+    assert leaves == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_use(family: str):
+    """Inside ``use`` the model is peft's with that client's adapter; after it, the base again."""
+    with exact64():
+        model = models.tiny(family).eval()
+        plain, base = models.tiny(family).eval(), model(input_ids=ids()).logits
+        clients, targets = models.clients(family), FAMILIES[family].targets
+        cohort = flora.attach(model, clients, targets)
+        for i, spec in enumerate(clients[:3]):
+            cohort.load(spec.name, models.random_adapters(cohort.update(spec.name).adapters, i))
+            peft = models.peft_model(plain, spec, targets, cohort.update(spec.name).adapters).eval()
+            for layer in models.lora_layers(peft).values():
+                layer.lora_dropout["default"] = nn.Identity()
+            with cohort.use(spec.name):
+                logits = model(input_ids=ids()).logits
+                written = model.generate(ids(4), max_new_tokens=6, do_sample=False)
+            expected = peft(input_ids=ids()).logits
+            assert budget_ratio(logits, expected, expected) <= 1
+            assert (logits - base).abs().max() > 1e-3, "the adapter must matter"
+            assert torch.equal(written, peft.generate(input_ids=ids(4), max_new_tokens=6, do_sample=False))
+        assert torch.equal(model(input_ids=ids()).logits, base)
+
+
+def test_use_names_its_clients():
+    cohort = flora.attach(llama(), [client("a"), client("b")], TARGETS)
+    with pytest.raises(ValueError, match="client must be one of a, b, got 'c'"), cohort.use("c"):
+        pass
+
+
+@pytest.mark.parametrize("family", ["llama", "cohere"])
+def test_own_training_loop(family: str):
+    """``cohort.batch`` around the model's own forward gives the gradients that CohortTrainer steps with."""
+    clients = models.clients(family)
+    with exact64():
+        cohort = flora.attach(models.tiny(family), clients, FAMILIES[family].targets)
+        for i, name in enumerate(cohort.names):
+            cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
+        config = flora.TrainConfig(max_steps=1)
+        first = [models.step_batches(spec, config.overridden(spec.train))[0] for spec in clients]
+        factors = cohort.parameters()
+        batch = lay_out(first, packs=True)
+        with cohort.batch(batch.tokens, sequences=batch.sequences, dropout_step=0, seed_C=[0, 0, 0, 11, 0]):
+            logits = cohort.model(**batch.inputs, use_cache=False).logits[0, batch.label_index]
+            loss_M = nn.functional.cross_entropy(logits, batch.target_M, reduction="none")
+            counts = [sum(label != models.IGNORE for e in rows for label in e.labels[1:]) for rows in first]
+            torch.stack([loss_C.mean() for loss_C in loss_M.split(counts)]).sum().backward()
+        found: dict[str, Any] = {}
+        mine = {path: (entry.A_PK.grad, entry.B_PN.grad) for path, entry in cohort.bank.modules.items()}
+        assert len(factors) == 2 * len(mine)
+        with models.first_gradients(found):
+            flora.CohortTrainer(cohort, config).run()
+    for c, name in enumerate(cohort.names):
+        for path, pair in found[name].items():
+            for grad, expected in zip(mine[path], pair, strict=True):
+                assert grad is not None
+                assert budget_ratio(grad[cohort.bank.modules[path].ranks[c]], expected, expected) <= 1
+
+
+def test_batch_of_rows():
+    """Without ``sequences`` rows are sequences, and a client may have none of them."""
+    cohort = flora.attach(llama(), [client("a"), client("b"), client("c")], TARGETS)
+    for i, name in enumerate(cohort.names):
+        cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
+    rows = torch.cat([ids(7, seed) for seed in range(3)])
+    with torch.no_grad(), cohort.batch([14, 0, 7]) as model:
+        together = model(input_ids=rows).logits
+    for name, part in (("a", slice(0, 2)), ("c", slice(2, 3))):
+        with torch.no_grad(), cohort.use(name) as model:
+            alone = model(input_ids=rows[part]).logits
+        torch.testing.assert_close(together[part], alone)
+
+
+def test_batch_counts_clients_and_rows():
+    cohort = flora.attach(llama(), [client("a"), client("b")], TARGETS)
+    with pytest.raises(ValueError, match=r"one entry per client \(2: a, b\), got 3"), cohort.batch([1, 2, 3]):
+        pass
+    with pytest.raises(ValueError, match="q_proj got 9 rows of input, the batch has 8 tokens"), cohort.batch([3, 5]):
+        cohort.model(input_ids=ids(9))
+
+
+def test_dropout_in_batches_is_counted_and_follows_the_mode():
+    """In training mode every batch has masks of its own; in evaluation, and inside ``use``, nothing is dropped."""
+    model = llama()
+    cohort = flora.attach(model, [client(dropout=0.5)], TARGETS)
+    cohort.load("a", models.random_adapters(cohort.update("a").adapters, 1))
+
+    def logits(**how: Any) -> torch.Tensor:
+        with torch.no_grad(), cohort.batch([9], **how):
+            return model(input_ids=ids()).logits
+
+    with torch.no_grad(), cohort.use("a"):
+        kept = model(input_ids=ids()).logits
+    model.eval()
+    assert torch.equal(logits(), kept)
+    assert not torch.equal(logits(dropout_step=0), kept)
+    model.train()
+    first, second = logits(), logits()
+    assert not torch.equal(first, second)
+    assert torch.equal(first, logits(dropout_step=0))
+    assert torch.equal(second, logits(dropout_step=1))
+    assert not torch.equal(first, logits(dropout_step=0, seed=1))
+    assert not torch.equal(first, logits(dropout_step=0, round=1))
