@@ -1,0 +1,401 @@
+"""The folder of one run: what is in it is whole, and enough to go on from after a kill at any instant.
+
+    run.json            what the run is (compared when it is resumed) and where it ran
+    metrics.jsonl       its events, one a line
+    rounds/0001/        appears all at once when round 1 is over, and that is what makes the round count as done
+        <client>/           the client's adapter in PEFT form
+        state.safetensors   target weights with their low bits, strategy and optimizer state; only of the newest rounds
+        round.json          where the tensors belong in the state, the round's events, a sha256 of every file
+    adapter/            the global adapter in PEFT form, of strategies that have one
+    model/              the final model, as transformers saves it
+
+Nothing but JSON and safetensors is written or read.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checks import require
+from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
+from .history import Event
+from .identity import differences
+from .peft_io import save_peft_adapter
+from .update import ClientUpdate
+
+RUN, METRICS, ROUNDS, LOCK = "run.json", "metrics.jsonl", "rounds", ".lock"
+STATE, ROUND = "state.safetensors", "round.json"
+# Events after which a reader may want metrics.jsonl to be on the disk.
+_MILESTONES = ("evaluated", "round_end", "run_end")
+_TENSOR = "$tensor"
+
+
+@dataclass
+class Snapshot:
+    """A round that is on disk: its number, the state after it, and its events."""
+
+    round: int
+    state: dict[str, Any]
+    events: list[Event]
+
+
+class RunFolder:
+    """One run's folder; see the module's docstring for what lies in it.
+
+    Args:
+        path: The folder; made if it is not there.
+        keep_snapshots: Rounds whose ``state.safetensors`` is kept, the newest ones.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], keep_snapshots: int = 2):
+        self.path, self.keep_snapshots = Path(path), keep_snapshots
+        self.facts: dict[str, Any] = {}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and keep other processes out of it.
+
+        Raises:
+            BlockingIOError: If another process works in it.
+            FileExistsError: If it holds what is not a run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"{self.path} is a file, and the results need a folder: choose another out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._check_own()
+        with open(self.path / LOCK, "a+") as file:
+            _lock(file, self.path)
+            yield
+
+    def _check_own(self) -> None:
+        """A folder without run.json must be empty, but for what a run that was killed at once may leave."""
+        if (self.path / RUN).is_file():
+            return
+        names = sorted(os.listdir(self.path))
+        foreign = [name for name in names if name != LOCK and not name.startswith(".tmp-")]
+        if foreign:
+            raise FileExistsError(
+                f"{self.path} already holds {', '.join(foreign[:5])} and is no run's folder: choose a new or empty out"
+            )
+
+    def begin(self, identity: Mapping[str, Any], environment: Mapping[str, Any], start: str = "") -> list[str]:
+        """Write run.json for a new run, or make sure that the run in the folder is this one.
+
+        Args:
+            identity: What makes the run what it is, by dotted name (``flora_core.identity``).
+            environment: What else its last bits depend on.
+            start: Digest of the weights that a new run begins with.
+        Returns:
+            One warning for each part of the environment that is not as it was.
+        Raises:
+            ValueError: If the folder holds another run; the fields that differ are named.
+        """
+        if not (self.path / RUN).exists():
+            self._write_facts(identity=identity, environments=[environment], start=start, finished=False)
+            return []
+        self.facts = self._read_facts()
+        fields = differences(self.facts["identity"], identity)
+        some = "; ".join(fields[:8]) + (f"; and {len(fields) - 8} more" if len(fields) > 8 else "")
+        require(
+            not fields,
+            f"{self.path} holds a run with another configuration: {some}. Choose another out, or set these back to go "
+            "on with that run",
+        )
+        changes = differences(self.facts["environments"][-1], environment)
+        if self.finished or not changes:
+            return []
+        self._write_facts(environments=[*self.facts["environments"], environment])
+        return [f"{text} since the run stopped: it may not repeat an unstopped run bit for bit" for text in changes]
+
+    def check_start(self, start: str) -> None:
+        """Make sure that a run without a whole round begins again with the weights that it began with."""
+        require(
+            self.facts["start"] == start,
+            f"{self.path} has no whole round to go on from, and the model's weights are not those that its run began "
+            "with: load the model anew",
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run in the folder is over."""
+        return bool(self.facts.get("finished"))
+
+    def _write_facts(self, **facts: Any) -> None:
+        self.facts = {**self.facts, **facts}
+        atomic_write_json(self.path / RUN, self.facts)
+
+    def _read_facts(self) -> dict[str, Any]:
+        try:
+            facts = json.loads((self.path / RUN).read_text("utf-8"))
+            return {name: facts[name] for name in ("identity", "environments", "start", "finished")}
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{self.path / RUN} is damaged, or of another program: choose another out, or put it back"
+            ) from None
+
+    def append(self, event: Event) -> None:
+        """Add an event to metrics.jsonl.
+
+        Raises:
+            SaveError: If writing fails.
+        """
+        try:
+            with open(self.path / METRICS, "ab") as file:
+                file.write(_line(event))
+                if event["event"] in _MILESTONES:
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            text = f"could not write {self.path / METRICS}: {error.strerror}; make room, then start the same run again"
+            raise SaveError(error.errno, text) from error
+
+    def save_round(
+        self,
+        number: int,
+        updates: Sequence[ClientUpdate],
+        state: Mapping[str, Any],
+        events: Sequence[Event],
+        **adapter_options: Any,
+    ) -> Path:
+        """Save a round, whole or not at all; then drop the snapshots that it makes superfluous.
+
+        Args:
+            number: The round, from 1.
+            updates: Whose adapters to save.
+            state: Nested dicts and lists of tensors and JSON values: all that the next round needs.
+            events: The round's own.
+            adapter_options: For ``save_peft_adapter``.
+        Returns:
+            The round's folder.
+        Raises:
+            SaveError: If writing fails; what was saved before is unchanged.
+        """
+        folder = self.folder(number)
+        tensors: dict[str, torch.Tensor] = {}
+        skeleton = _take_out(state, tensors)
+        # A round is redone only after its folder was found damaged, so whatever is in it may go.
+        with atomic_dir(folder, replaceable=_names(folder)) as new:
+            for update in updates:
+                save_peft_adapter(update, new / update.client, **adapter_options)
+            write_safetensors(new / STATE, tensors)
+            body = {"round": number, "state": skeleton, "events": _finite(events), "files": _digests(new)}
+            # Not sorted: the order of a state's entries may be that of a strategy's sums.
+            (new / ROUND).write_text(json.dumps({**body, "sha256": _sha256_of(body)}, allow_nan=False), "utf-8")
+        for old in self._rounds():
+            if old <= number - self.keep_snapshots:
+                (self.folder(old) / STATE).unlink(missing_ok=True)
+        return folder
+
+    def folder(self, number: int) -> Path:
+        """Where a round lies."""
+        return self.path / ROUNDS / f"{number:04d}"
+
+    def _rounds(self) -> list[int]:
+        """Numbers of the rounds that are there, newest first."""
+        names = _names(self.path / ROUNDS)
+        return sorted((int(name) for name in names if re.fullmatch(r"\d{4,}", name)), reverse=True)
+
+    def newest(self, device: torch.device | str = "cpu") -> tuple[Snapshot | None, list[str]]:
+        """Read the newest round that is whole.
+
+        Args:
+            device: Where its tensors go.
+        Returns:
+            The snapshot, or None to start from the beginning; and a warning for each newer round that is damaged.
+        """
+        damaged: list[str] = []
+        for number in self._rounds():
+            try:
+                return self._read_round(number, device), [f"{text}; going on after round {number}" for text in damaged]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                damaged.append(f"{self.folder(number)} cannot be used ({error})")
+        return None, [f"{text}; starting from the beginning" for text in damaged]
+
+    def _read_round(self, number: int, device: torch.device | str) -> Snapshot:
+        from safetensors.torch import load_file
+
+        folder = self.folder(number)
+        body = json.loads((folder / ROUND).read_text("utf-8"))
+        require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
+        for name, digest in body["files"].items():
+            require((folder / name).is_file(), f"{name} is not there")
+            require(_sha256(folder / name) == digest, f"{name} is not what was saved")
+        # Copies: the mapped file's addresses are aligned otherwise, which products may round differently for.
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(folder / STATE).items()}
+        return Snapshot(number, _put_in(body["state"], tensors), body["events"])
+
+    def restore_metrics(self, snapshot: Snapshot | None) -> list[Event]:
+        """Cut metrics.jsonl back to the end of a round, so that nothing stands in it twice; a torn line is dropped.
+
+        Returns:
+            The events that are in it now.
+        """
+        if snapshot is None:
+            (self.path / METRICS).unlink(missing_ok=True)
+            return []
+        before = [event for event in self.events() if _round_of(event) < snapshot.round]
+        events = before + snapshot.events
+        atomic_write_bytes(self.path / METRICS, b"".join(map(_line, events)))
+        return events
+
+    def events(self) -> list[Event]:
+        """The events in metrics.jsonl, but for lines that are not whole."""
+        path, events = self.path / METRICS, []
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            events += [event] if isinstance(event, dict) and "event" in event else []
+        return events
+
+    def save_adapter(self, adapter: ClientUpdate, **options: Any) -> None:
+        """Save the global adapter in PEFT form."""
+        save_peft_adapter(adapter, self.path / "adapter", **options)
+
+    def save_model(self, model: Any, tokenizer: Any = None) -> None:
+        """Save a model and its tokenizer as transformers does, whole or not at all."""
+        folder = self.path / "model"
+        with atomic_dir(folder, replaceable=_names(folder)) as new, _system_errors(), _without_bars():
+            model.save_pretrained(new)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(new)
+
+    def finish(self) -> None:
+        """Mark the run as over."""
+        self._write_facts(finished=True)
+
+    def check_room(self, needed_bytes: int) -> None:
+        """Refuse to start where the disk has too little room.
+
+        Raises:
+            SaveError: With what is needed and what is free.
+        """
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise SaveError(
+                errno.ENOSPC,
+                f"{self.path} has {free / 1e9:.2f} GB free, and a checkpoint and the final model need "
+                f"{needed_bytes / 1e9:.2f} GB: free some space, or choose another out",
+            )
+
+
+def _round_of(event: Event) -> int:
+    """The round that an event belongs to; a resumed run's start belongs to what comes after the round it found."""
+    if event["event"] == "run_end":
+        return 1 << 62
+    return event.get("round", event.get("resumed_from") or 0)
+
+
+def _take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+    """Replace every tensor in nested dicts and lists by its name among ``tensors``."""
+    if isinstance(value, torch.Tensor):
+        require(path not in tensors, f"two tensors of the state have one name: {path}")
+        tensors[path] = value
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        require(all(isinstance(key, str) for key in value), f"the state's keys must be text, got {list(value)[:3]}")
+        return {key: _take_out(part, tensors, f"{path}/{key}".lstrip("/")) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_take_out(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
+    return value
+
+
+def _put_in(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _put_in(part, tensors) for key, part in value.items()}
+    return [_put_in(part, tensors) for part in value] if isinstance(value, list) else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become None."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(event: Event) -> bytes:
+    return (json.dumps(_finite(event), allow_nan=False) + "\n").encode()
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _lock(file: Any, folder: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise BlockingIOError(
+            f"another process ({file.read()}) works in {folder}: wait until it ends, or choose another out"
+        ) from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}")
+    file.flush()
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Saving is no place for transformers' progress bar."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Give safetensors' own error back as the system's, which says what is wrong with the disk."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+__all__ = ["RunFolder", "Snapshot"]

@@ -1,0 +1,372 @@
+"""The round loop: sample clients, train them as one cohort, judge, aggregate, write, evaluate, save.
+
+Everything random derives from (seed, round, client), and a round counts only once the state after it is on disk, so a
+run that is killed at any instant and started again ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .aggregate import STRATEGIES, get_strategy
+from .aggregate.inputs import check_equal_ranks
+from .attach import ClientSpec, Cohort, attach, detach
+from .checkpoint import ROUND, STATE, RunFolder
+from .checks import nearest, require
+from .config import TrainConfig
+from .data.records import load_records
+from .device import peak_memory_bytes
+from .evaluate import evaluate
+from .federation_config import FederationConfig, FederationResult, history
+from .history import Event
+from .identity import environment, identity, json_digest, tensor_digest
+from .seeds import derive, generator
+from .server import Server
+from .trainer import CohortTrainer
+from .update import ClientUpdate
+from .validate import promised, sift
+
+# Clients that are checked together before training: their adapters are in memory at one time.
+_CHECKED_TOGETHER = 64
+
+
+class Federation:
+    """Fine-tune one model on many clients' data.
+
+    Args:
+        model: Any transformers causal LM; its weights are changed in place.
+        tokenizer: Its tokenizer; None if all data are encoded.
+        clients: One ``ClientSpec`` each.
+        strategy: A name from the table of ``flora_core.aggregate``.
+        config: Rounds, sampling, weights, folder, ...
+        train: Settings of local training.
+        target_modules: As in ``attach``.
+        eval_data: Held-out records, or the path of a JSONL file.
+        callbacks: Called with every event (``flora_core.progress`` lists them).
+        backend: auto, reference, triton or native.
+    Raises:
+        ValueError, TypeError: If the settings do not fit the clients or the strategy.
+    Deterministic: yes, on one machine with one number of threads, also over kills and resumes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        clients: Sequence[ClientSpec],
+        strategy: str = "flora",
+        config: FederationConfig | None = None,
+        train: TrainConfig | None = None,
+        target_modules: Sequence[str] | str | None = None,
+        eval_data: Any = None,
+        callbacks: Sequence[Callable[[Event], None]] = (),
+        backend: str = "auto",
+    ):
+        if not isinstance(config, FederationConfig):
+            raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
+        self.model, self.tokenizer, self.config, self.train = model, tokenizer, config, train or TrainConfig()
+        self.strategy, self.target_modules, self.backend = get_strategy(strategy), target_modules, backend
+        self.eval_data = load_records(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
+        self.callbacks = tuple(callbacks)
+        self._check_settings([spec.name for spec in clients])
+        self.specs = {spec.name: spec for spec in clients}
+        self.folder = None if config.out is None else RunFolder(config.out, config.keep_snapshots)
+
+    def _check_settings(self, names: Sequence[str]) -> None:
+        require(len(names) > 0, "clients must hold at least one ClientSpec, got none")
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"client names must be unique, got twice: {', '.join(twice)}")
+        for name in names:
+            fine = name not in (STATE, ROUND) and len(name.encode()) <= 200
+            require(fine, f"client name {name[:40]!r} cannot be a folder's here; choose another, of at most 200 bytes")
+        self.config.check_names(names)
+        strategy, known = self.strategy.name, self.strategy.options
+        for option in self.config.strategy_options:
+            require(option in known, f"strategy {strategy!r} has no option {option!r}; {nearest(option, known)}")
+
+    def run(self) -> FederationResult:
+        """Run all rounds that are still to be done, and save the result.
+
+        Raises:
+            ValueError: If model, data and settings do not fit (before anything is trained), or ``out`` holds a run
+                with another configuration.
+            OSError: If another process works in ``out``, it holds foreign files, or saving fails; what was saved
+                stays, and the same run started again goes on from there.
+        """
+        with nullcontext() if self.folder is None else self.folder.locked():
+            began, notes = time.perf_counter(), self._check_clients()
+            notes += self._resume()
+            if self._over:
+                message = (
+                    f"{self.config.out} holds this run, finished: nothing is trained; choose another out for a new one"
+                )
+                self._tell({"event": "warning", "message": message})
+                return self._result()
+            self._start(notes)
+            while self.round < self.config.rounds:
+                self._run_round()
+            self._finish(began)
+        return self._result()
+
+    @property
+    def _over(self) -> bool:
+        return self.folder is not None and self.folder.finished and self.round == self.config.rounds
+
+    def _check_clients(self) -> list[Event]:
+        """Check model, data and strategy with every client before training, and encode the data once; warnings."""
+        notes: list[Event] = []
+        self.expected: dict[str, ClientUpdate] = {}
+        specs = list(self.specs.values())
+        for first in range(0, len(specs), _CHECKED_TOGETHER):
+            with self._attached(specs[first : first + _CHECKED_TOGETHER]) as cohort:
+                trainer = CohortTrainer(cohort, self.train, self.tokenizer, callbacks=[notes.append])
+                for name in cohort.names:
+                    self.specs[name] = replace(self.specs[name], data=trainer.clients[name].examples)
+                    self.expected[name] = promised(cohort, name)
+                    require(bool(self.expected[name].adapters), f"client {name!r} has rank 0 everywhere; leave it out")
+        if not self.strategy.mixed_ranks:
+            able = ", ".join(sorted(name for name, one in STRATEGIES.items() if one.mixed_ranks))
+            remedy = f"give these clients one rank, or use one of {able}"
+            check_equal_ranks(list(self.expected.values()), self.strategy.name, remedy)
+        options, rounding = self.config.strategy_options, self.config.rounding
+        self.server = Server(self.model, self.expected, self.strategy.name, options, rounding, self.config.seed)
+        self.round, self.optimizer, self.events = 0, {}, []
+        return notes
+
+    @contextmanager
+    def _attached(self, specs: Sequence[ClientSpec], seed: int = 0) -> Iterator[Cohort]:
+        cohort = attach(self.model, specs, self.target_modules, seed=seed, backend=self.backend)
+        try:
+            yield cohort
+        finally:
+            detach(self.model)
+
+    def _resume(self) -> list[Event]:
+        """Go on after the newest whole round in the folder, if it holds this run; warnings."""
+        if self.folder is None:
+            return []
+        start = tensor_digest(self.server.weights.items())
+        notes = self.folder.begin(self._identity(), environment(self.server.device), start)
+        snapshot, damaged = self.folder.newest(self.server.device)
+        if snapshot is None:
+            self.folder.check_start(start)
+        else:
+            self.server.restore(snapshot.state["server"])
+            self.round, self.optimizer = snapshot.round, snapshot.state["optimizer"]
+        self.events = self.folder.events() if self._over else self.folder.restore_metrics(snapshot)
+        return [{"message": text} for text in notes + damaged]
+
+    def _identity(self) -> dict[str, Any]:
+        ours = asdict(replace(self.config, out=None))
+        # These change what is kept, and nothing that is computed.
+        for name in ("out", "keep_snapshots", "save_model"):
+            ours.pop(name)
+        targets = {weight.data_ptr() for weight in self.server.weights.values()}
+        rest = [(name, p) for name, p in self.model.named_parameters() if p.data_ptr() not in targets]
+        others = {
+            "strategy": self.strategy.name,
+            "target_modules": self.target_modules,
+            "backend": self.backend,
+            "eval_data": None if self.eval_data is None else json_digest(self.eval_data),
+            "model.class": type(self.model).__name__,
+            "model.dtype": str(self.model.dtype),
+            "model.weights": tensor_digest(rest),
+        }
+        return identity(list(self.specs.values()), self.train, ours, others)
+
+    def _emit(self, event: str, **fields: Any) -> None:
+        """Write an event down and tell it."""
+        whole = {"event": event, **fields}
+        self.events.append(whole)
+        if self.folder is not None:
+            self.folder.append(whole)
+        self._tell(whole)
+
+    def _tell(self, event: Event) -> None:
+        for callback in self.callbacks:
+            callback(event)
+        if event["event"] == "warning" and not self.callbacks:
+            warnings.warn(event["message"], RuntimeWarning, stacklevel=2)
+
+    def _start(self, notes: Sequence[Event]) -> None:
+        """Tell what begins, and evaluate the model before training."""
+        if self.folder is not None:
+            self.folder.check_room(self._bytes_to_save())
+        clients = []
+        for name, spec in self.specs.items():
+            parameters = sum(factor.numel() for pair in self.expected[name].adapters.values() for factor in pair)
+            one = {"name": name, "rank": spec.adapter.rank, "examples": len(spec.data), "parameters": parameters}
+            clients.append(one)
+        self._emit(
+            "run_start",
+            rounds=self.config.rounds,
+            strategy=self.strategy.name,
+            clients=clients,
+            device=str(self.server.device),
+            out=self._out,
+            seed=self.config.seed,
+            resumed_from=self.round or None,
+        )
+        for note in notes:
+            self._emit("warning", round=self.round, message=note["message"], client=note.get("client"))
+        if self.round == 0:
+            self._evaluate(0)
+
+    @property
+    def _out(self) -> str | None:
+        return None if self.folder is None else str(self.folder.path)
+
+    def _bytes_to_save(self) -> int:
+        model = self.model.parameters() if self.config.save_model else []
+        server = [*self.server.weights.values(), *self.server.low_bits.values()]
+        tensors = [*model, *(server if self.round < self.config.rounds else [])]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def sampled(self, number: int) -> list[str]:
+        """The clients of a round, in their order: drawn by seed and round alone."""
+        names, config = list(self.specs), self.config
+        count = max(1, config.min_clients, round(config.fraction * len(names)))
+        drawn = torch.randperm(len(names), generator=generator(config.seed, "sample", number))
+        return [names[i] for i in sorted(drawn[:count].tolist())]
+
+    def _run_round(self) -> None:
+        number, began = self.round + 1, time.perf_counter()
+        updates = self._train(number, self.sampled(number))
+        applied = len(updates) >= self.config.min_clients
+        if applied:
+            self._apply(number, updates)
+        else:
+            text = f"round {number} changes nothing: {len(updates)} good updates, min_clients={self.config.min_clients}"
+            self._emit("warning", round=number, message=text)
+        if number % self.config.eval_every == 0 or number == self.config.rounds:
+            self._evaluate(number)
+        end: Event = {"round": number, "rounds": self.config.rounds, "applied": applied}
+        end |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes(self.server.device)}
+        if self.folder is not None:
+            end["checkpoint"] = str(self.folder.folder(number))
+            self._save_round(self.folder, number, updates, {"event": "round_end", **end})
+        self.round = number
+        self._emit("round_end", **end)
+
+    def _save_round(self, folder: RunFolder, number: int, updates: Sequence[ClientUpdate], end: Event) -> None:
+        state = {"server": self.server.saved(), "optimizer": self.optimizer}
+        events = [event for event in self.events if event.get("round") == number]
+        folder.save_round(number, updates, state, [*events, end], **self.server.peft_options())
+
+    def _train(self, number: int, names: Sequence[str]) -> list[ClientUpdate]:
+        """Train a round's clients together; the good updates, with their weights."""
+        done: dict[str, Event] = {}
+        with self._attached([self.specs[n] for n in names], derive(self.config.seed, "round", number)) as cohort:
+            self.server.load_starts(cohort, number)
+            trainer = CohortTrainer(
+                cohort,
+                self.train,
+                self.tokenizer,
+                round=number - 1,
+                rounds=self.config.rounds,
+                callbacks=[lambda event: self._hear(event, done)],
+                optimizer_state=self.optimizer,
+            )
+            cohorts = len(trainer.plan().cohorts)
+            self._emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=cohorts)
+            updates = trainer.run()
+        good, refused = self._judge(updates, names)
+        refused |= trainer.failures
+        kept = {**self.optimizer, **trainer.optimizer_state}
+        self.optimizer = {name: state for name, state in kept.items() if name not in refused}
+        for name in names:
+            self._emit(**done[name] | ({"refused": refused[name]} if name in refused else {}))
+        return good
+
+    def _hear(self, event: Event, done: dict[str, Event]) -> None:
+        """Pass progress on at once; what a client did is told when its update has been judged."""
+        if event["event"] == "client_done":
+            done[event["client"]] = event
+        else:
+            self._tell(event)
+
+    def _judge(
+        self, updates: Sequence[ClientUpdate], names: Sequence[str]
+    ) -> tuple[list[ClientUpdate], dict[str, str]]:
+        bound = self.server.largest if self.config.max_norm is None else min(self.server.largest, self.config.max_norm)
+        good, refused = sift(updates, {name: self.expected[name] for name in names}, bound)
+        for name, reason in refused.items():
+            warnings.warn(f"client {name!r} was refused: {reason}", RuntimeWarning, stacklevel=2)
+        for update in good:
+            update.weight = self.config.share(update)
+        return good, refused
+
+    def _apply(self, number: int, updates: Sequence[ClientUpdate]) -> None:
+        began = time.perf_counter()
+        result = self.server.apply(updates, number)
+        errors = result.certificate
+        self._emit(
+            "aggregated",
+            round=number,
+            strategy=self.strategy.name,
+            clients=len(updates),
+            aggregation_error=errors.aggregation_error,
+            application_error=errors.application_error,
+            bytes_up=result.bytes_up,
+            bytes_down=result.bytes_down,
+            seconds=time.perf_counter() - began,
+        )
+        if self.server.has_lossy_rounding and errors.application_error is not None:
+            text = f"rounding='nearest' lost {errors.application_error:.1%} of round {number}; 'low_bits' loses nothing"
+            self._emit("warning", round=number, message=text)
+
+    def _evaluate(self, number: int) -> None:
+        if self.eval_data is None:
+            return
+        config, began = self.config, time.perf_counter()
+        with self.server.in_use() as model:
+            found = evaluate(
+                model,
+                self.tokenizer,
+                self.eval_data,
+                max_length=config.eval_max_length or self.train.max_length,
+                template=config.eval_template,
+                label=config.eval_label,
+            )
+        self._emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
+
+    def _finish(self, began: float) -> None:
+        if self.folder is not None:
+            adapter = self.server.adapter()
+            if adapter is not None:
+                self.folder.save_adapter(adapter, **self.server.peft_options())
+            if self.config.save_model:
+                with self.server.merged() as model:
+                    self.folder.save_model(model, self.tokenizer)
+        self._emit(
+            "run_end",
+            rounds=self.config.rounds,
+            seconds=time.perf_counter() - began,
+            peak_memory_bytes=peak_memory_bytes(self.server.device),
+            out=self._out,
+        )
+        if self.folder is not None:
+            self.folder.finish()
+
+    def _result(self) -> FederationResult:
+        evaluations = {event["round"]: event for event in self.events if event["event"] == "evaluated"}
+        return FederationResult(
+            history=history(self.events),
+            before=evaluations.get(0),
+            after=evaluations.get(self.config.rounds),
+            adapter=self.server.adapter(),
+            state=self.server.state,
+            out=None if self.folder is None else self.folder.path,
+            events=self.events,
+        )
+
+
+__all__ = ["Federation", "FederationConfig", "FederationResult"]

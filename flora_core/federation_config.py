@@ -1,0 +1,135 @@
+"""Settings of a federated run, and what it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from .checks import check_choice, check_number, require
+from .history import Event
+from .merge import ROUNDINGS
+from .update import ClientUpdate
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """Settings of a federated run.
+
+    Args:
+        rounds: How many.
+        fraction: Share of the clients that is drawn for each round.
+        min_clients: At least so many are drawn; with fewer good updates a round changes nothing.
+        weights: A client's share in a round: its number of ``examples``, the ``tokens`` that it trained on,
+            ``uniform``, or a mapping of client to weight.
+        seed: Of the draws and the initial adapters.
+        out: Folder of the results. A run that stopped there goes on, a finished one gives its result. None saves
+            nothing.
+        eval_every: Evaluate after every so many rounds, besides before the first and after the last.
+        eval_template, eval_max_length, eval_label: For ``flora_core.evaluate``; None takes the length of training.
+        rounding: How rounds are written into 16-bit weights: ``low_bits`` keeps an exact fp32 master of bfloat16
+            targets, ``stochastic`` and ``nearest`` round every round, which loses small updates.
+        max_norm: Bound on the norm of a client's update (``sqrt(sum ||s B A||^2)``); beyond it, it is refused.
+        keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay.
+        save_model: Save the global model as a whole at the end.
+        strategy_options: Options of the strategy.
+    Raises:
+        ValueError or TypeError: If a value is out of range.
+    """
+
+    rounds: int
+    fraction: float = 1.0
+    min_clients: int = 1
+    weights: Literal["examples", "tokens", "uniform"] | Mapping[str, float] = "examples"
+    seed: int = 0
+    out: str | Path | None = None
+    eval_every: int = 1
+    eval_template: str = "auto"
+    eval_max_length: int | None = None
+    eval_label: str = "category"
+    rounding: Literal["low_bits", "nearest", "stochastic"] = "low_bits"
+    max_norm: float | None = None
+    keep_snapshots: int = 2
+    save_model: bool = True
+    strategy_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, low in (("rounds", 1), ("min_clients", 1), ("seed", 0), ("eval_every", 1), ("keep_snapshots", 1)):
+            check_number(name, getattr(self, name), low, whole=True)
+        check_number("fraction", self.fraction, 0, 1)
+        require(self.fraction > 0, "fraction must be above 0, got 0; 1 takes every client in every round")
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("eval_template", self.eval_template, ("auto", "chat", "prompt"))
+        if self.eval_max_length is not None:
+            check_number("eval_max_length", self.eval_max_length, 2, whole=True)
+        if self.max_norm is not None:
+            check_number("max_norm", self.max_norm, 0)
+            require(self.max_norm > 0, "max_norm must be above 0, got 0; None sets no bound")
+        if not isinstance(self.weights, Mapping):
+            check_choice("weights", self.weights, ("examples", "tokens", "uniform"))
+            return
+        for name, weight in self.weights.items():
+            check_number(f"weights[{name!r}]", weight, 0)
+            require(weight > 0, f"weights[{name!r}] must be above 0, got 0; leave a client out that is not to count")
+
+    def check_names(self, names: Sequence[str]) -> None:
+        """Check what depends on who takes part."""
+        require(
+            self.min_clients <= len(names),
+            f"min_clients must be at most the number of clients ({len(names)}), got {self.min_clients}",
+        )
+        if isinstance(self.weights, Mapping):
+            wrong = sorted(set(self.weights) ^ set(names))
+            require(not wrong, f"weights must have one entry for each client; missing or unknown: {', '.join(wrong)}")
+
+    def share(self, update: ClientUpdate) -> float:
+        """A client's weight in its round, before normalising."""
+        if isinstance(self.weights, Mapping):
+            return float(self.weights[update.client])
+        return 1.0 if self.weights == "uniform" else float(update.metrics[self.weights])
+
+
+@dataclass
+class FederationResult:
+    """What a run leaves.
+
+    Args:
+        history: A dict per round: ``round``, ``applied``, ``clients`` {name: its ``client_done`` event}, ``refused``
+            {name: reason}, errors, bytes and seconds, and ``evaluation`` where there was one.
+        before, after: The evaluations before the first and after the last round; None without ``eval_data``.
+        adapter: The global adapter (scalings 1), for strategies that keep one beside the base: the global model is
+            base + adapter then, and the base is as it was.
+        state: What the strategy would carry to the next round.
+        out: The run's folder, None if nothing was saved.
+        events: All events of the run (``flora_core.progress``), those before a resume too.
+    """
+
+    history: list[dict[str, Any]]
+    before: dict[str, Any] | None
+    after: dict[str, Any] | None
+    adapter: ClientUpdate | None
+    state: dict[str, Any]
+    out: Path | None
+    events: list[Event]
+
+
+def history(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Gather a run's events into one dict per round."""
+    rounds: dict[int, dict[str, Any]] = {}
+    for event in events:
+        number, kind = event.get("round", 0), event["event"]
+        if kind == "round_start":
+            rounds[number] = {"round": number, "clients": {}, "refused": {}, "evaluation": None}
+        elif kind == "client_done":
+            rounds[number]["clients"][event["client"]] = event
+            if event.get("refused"):
+                rounds[number]["refused"][event["client"]] = event["refused"]
+        elif kind == "evaluated" and number:
+            rounds[number]["evaluation"] = event
+        elif kind in ("aggregated", "round_end"):
+            rounds[number] |= {key: value for key, value in event.items() if key not in ("event", "clients")}
+    return list(rounds.values())
+
+
+__all__ = ["FederationConfig", "FederationResult", "history"]

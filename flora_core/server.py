@@ -1,0 +1,178 @@
+"""The server's side of a round: the global model, what clients start from, and how updates are written into it.
+
+Letters: K in_features, N out_features, R one client's rank.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .aggregate import aggregate, get_strategy
+from .attach import ClientSpec, Cohort, attach, detach
+from .bank import AdapterConfig
+from .checks import require
+from .linear import is_conv1d
+from .merge import apply_base_delta_, merge_adapter_, new_low_bits, target_weights
+from .seeds import derive, generator
+from .update import ClientUpdate, RoundResult
+
+
+class Server:
+    """The global model of a run: base weights with their low bits, and what the strategy carries.
+
+    Args:
+        model: Its target weights are changed in place.
+        expected: Client -> what ``validate.promised`` gives: modules, ranks and scalings of everybody.
+        strategy, options: How updates are aggregated.
+        rounding: How rounds are written into 16-bit weights.
+        seed: Of initial adapters and stochastic rounding.
+    Raises:
+        ValueError: If the rounding does not suit the weights' dtype, or a target cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        expected: Mapping[str, ClientUpdate],
+        strategy: str,
+        options: Mapping[str, Any] | None = None,
+        rounding: str = "low_bits",
+        seed: int = 0,
+    ):
+        self.model, self.expected, self.strategy = model, expected, get_strategy(strategy)
+        self.options, self.rounding, self.seed = dict(options or {}), rounding, seed
+        targets = dict.fromkeys(module for update in expected.values() for module in update.adapters)
+        self.weights = target_weights(model, targets)
+        self._check_rounding()
+        self.low_bits = new_low_bits(self.weights) if rounding == "low_bits" else {}
+        self.state: dict[str, Any] = {}
+
+    def _check_rounding(self) -> None:
+        dtypes = {weight.dtype for weight in self.weights.values()}
+        require(
+            self.rounding != "low_bits" or torch.float16 not in dtypes,
+            "rounding='low_bits' needs bfloat16 or float32 targets, got float16; load the model in one of these, or "
+            "choose rounding='nearest'",
+        )
+        require(
+            self.rounding != "stochastic" or dtypes == {torch.bfloat16},
+            f"rounding='stochastic' is for bfloat16 targets, got {', '.join(map(str, dtypes))}; use 'low_bits'",
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the targets lie."""
+        return next(iter(self.weights.values())).device
+
+    @property
+    def largest(self) -> float:
+        """The largest number that every target weight can hold."""
+        return min(torch.finfo(weight.dtype).max for weight in self.weights.values())
+
+    @property
+    def has_lossy_rounding(self) -> bool:
+        """Whether a round's small changes are lost in 16 bits."""
+        return self.rounding == "nearest" and any(weight.element_size() == 2 for weight in self.weights.values())
+
+    def saved(self) -> dict[str, Any]:
+        """All that the next round needs; tensors are not copied."""
+        return {"weights": self.weights, "low_bits": self.low_bits, "strategy": self.state}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go back to what ``saved`` gave."""
+        for module, weight in saved["weights"].items():
+            self.weights[module].copy_(weight)
+        self.low_bits, self.state = saved["low_bits"], saved["strategy"]
+
+    def load_starts(self, cohort: Cohort, number: int) -> None:
+        """Start every client from what the strategy gives it, else from the common A, else from its fresh adapter."""
+        common = self._common_start(number) if self.strategy.shared_start else {}
+        for client in cohort.names:
+            own = self.expected[client]
+            start = dict(cohort.bank.adapters(client))
+            start |= {m: (common[m][: len(A_RK)], B_RN) for m, (A_RK, B_RN) in start.items() if m in common}
+            start |= self.strategy.next_adapter(self.state, client, own.ranks, own.scaling) or {}
+            cohort.load(client, start)
+
+    def _common_start(self, number: int) -> dict[str, torch.Tensor]:
+        """One A per module, of the largest rank: factors that are averaged apart must start alike."""
+        shapes: dict[str, torch.Size] = {}
+        for update in self.expected.values():
+            for module, (A_RK, _) in update.adapters.items():
+                shapes[module] = max(shapes.get(module, A_RK.shape), A_RK.shape)
+        starts = {}
+        for module, (rank, K) in shapes.items():
+            random = generator(self.seed, "common start", number, module)
+            starts[module] = torch.empty(rank, K).uniform_(-(K**-0.5), K**-0.5, generator=random)
+        return starts
+
+    def apply(self, updates: Sequence[ClientUpdate], number: int) -> RoundResult:
+        """Aggregate a round's updates and write the sum into the base, rounded once.
+
+        Returns:
+            The round's result, whose certificate has the error of the write too.
+        """
+        result = aggregate(updates, self.strategy.name, self.state, **self.options)
+        written = apply_base_delta_(
+            self.weights,
+            result.base_delta,
+            low_bits=self.low_bits,
+            rounding=self.rounding,
+            seed=derive(self.seed, "rounding", number),
+            accumulate="float64",
+        )
+        self.state = result.state
+        result.certificate = replace(result.certificate, application=written)
+        return result
+
+    def adapter(self) -> ClientUpdate | None:
+        """The global adapter, scalings 1, of a strategy that keeps one in ``state["adapter"]``."""
+        pairs = {}
+        for module, pair in self.state.get("adapter", {}).items():
+            dtype = torch.promote_types(self.weights[module].dtype, torch.float32)
+            pairs[module] = (pair["A"].to(dtype), pair["B"].to(dtype))
+        return ClientUpdate("global", pairs, dict.fromkeys(pairs, 1.0)) if pairs else None
+
+    def peft_options(self) -> dict[str, Any]:
+        """What ``save_peft_adapter`` should know of the model."""
+        conv1d = any(is_conv1d(self.model.get_submodule(module)) for module in self.weights)
+        return {"base_model": getattr(self.model.config, "_name_or_path", None) or None, "fan_in_fan_out": conv1d}
+
+    @contextmanager
+    def in_use(self) -> Iterator[Any]:
+        """The global model to run: the base, with the global adapter beside it if there is one."""
+        adapter = self.adapter()
+        if adapter is None:
+            yield self.model
+            return
+        ranks = {f"^{re.escape(module)}": rank for module, rank in adapter.ranks.items()}
+        config = AdapterConfig(1, 1, rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(adapter.adapters))
+        cohort = attach(self.model, [ClientSpec("global", adapter=config)], list(adapter.adapters))
+        try:
+            cohort.load("global", adapter.adapters)
+            with cohort.use("global") as model:
+                yield model
+        finally:
+            detach(self.model)
+
+    @contextmanager
+    def merged(self) -> Iterator[Any]:
+        """The global model as plain weights; the base is put back as it was."""
+        adapter = self.adapter()
+        before = {} if adapter is None else {module: self.weights[module].clone() for module in adapter.adapters}
+        try:
+            if adapter is not None:
+                merge_adapter_(self.model, adapter)
+            yield self.model
+        finally:
+            for module, weight in before.items():
+                self.weights[module].copy_(weight)
+
+
+__all__ = ["Server"]

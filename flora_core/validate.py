@@ -1,0 +1,134 @@
+"""Judge untrusted updates: what a client sends is used only if it is what its configuration promised.
+
+Letters: K in_features, N out_features, R one client's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from numbers import Real
+
+import torch
+
+from .attach import Cohort
+from .checks import FLOAT_DTYPES
+from .update import ClientUpdate
+
+
+def promised(cohort: Cohort, client: str) -> ClientUpdate:
+    """What a client's update must look like by its configuration: tensors without storage, and the scalings."""
+    shapes = {m: (A_RK.to("meta"), B_RN.to("meta")) for m, (A_RK, B_RN) in cohort.bank.adapters(client).items()}
+    return ClientUpdate(client, shapes, cohort.bank.scaling(client))
+
+
+def sift(
+    updates: Sequence[ClientUpdate], expected: Mapping[str, ClientUpdate], max_norm: float | None = None
+) -> tuple[list[ClientUpdate], dict[str, str]]:
+    """Part the good updates from those that must not be used.
+
+    Args:
+        updates: What the clients of a round sent.
+        expected: Client -> what ``promised`` gives for it; nobody else may take part.
+        max_norm: Bound on the norm of a client's product, see ``why_refused``.
+    Returns:
+        The good updates in their order, and client -> reason for each of the others.
+    """
+    sent = Counter(update.client for update in updates)
+    good, refused = [], {}
+    for update in updates:
+        name = update.client
+        if name not in expected:
+            reason = "it was not asked to take part in this round"
+        elif sent[name] > 1:
+            reason = f"it sent {sent[name]} updates in one round"
+        else:
+            reason = why_refused(update, expected[name], max_norm)
+        if reason is None:
+            good.append(update)
+        else:
+            refused[name] = reason
+    return good, refused
+
+
+def why_refused(update: ClientUpdate, expected: ClientUpdate, max_norm: float | None = None) -> str | None:
+    """Say why an update must not be used; None if it may.
+
+    Args:
+        update: What the client sent.
+        expected: What it promised: modules, shapes and scalings.
+        max_norm: Bound on ``sqrt(sum over modules ||s B_RN.T A_RK||_F^2)``; None bounds it by the largest float32,
+            beyond which the weights themselves would overflow.
+    Returns:
+        The reason: a module that is unknown or missing, a shape, rank or scaling that the configuration denies,
+        values that are not finite, or a product beyond the bound.
+    """
+    reason = _wrong_modules(update, expected)
+    for module in expected.adapters:
+        reason = reason or _wrong_factors(update, expected, module)
+    if reason is not None:
+        return reason
+    if not _is_number(update.weight) or update.weight < 0:
+        return f"its weight must be a finite number of at least 0, got {update.weight!r}"
+    norm = product_norm(update)
+    bound = torch.finfo(torch.float32).max if max_norm is None else max_norm
+    # A NaN compares as false, so the good case is the one to ask for.
+    if not norm <= bound:
+        return f"the norm of its product is {norm:.3g}, above the bound of {bound:.3g} (max_norm)"
+    return None
+
+
+def product_norm(update: ClientUpdate) -> float:
+    """The Frobenius norm of all products ``s B_RN.T A_RK`` together, in float64 through R x R Gram matrices.
+
+    ``||B.T A||^2 = sum((A A.T) * (B B.T))``; no N x K matrix is made.
+    """
+    squares = []
+    for module, (A_RK, B_RN) in update.adapters.items():
+        A, B = A_RK.double(), B_RN.double()
+        square = float(((A @ A.T) * (B @ B.T)).sum())
+        squares.append(update.scaling[module] ** 2 * (0.0 if square < 0 else square))
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+
+
+def _wrong_modules(update: ClientUpdate, expected: ClientUpdate) -> str | None:
+    unknown = sorted(set(update.adapters) - set(expected.adapters))
+    if unknown:
+        return f"it has modules that its configuration does not name: {_some(unknown)}"
+    missing = sorted(set(expected.adapters) - set(update.adapters))
+    if missing:
+        return f"it lacks modules that its configuration names: {_some(missing)}"
+    return None
+
+
+def _wrong_factors(update: ClientUpdate, expected: ClientUpdate, module: str) -> str | None:
+    pair = update.adapters[module]
+    if len(pair) != 2:
+        return f"{module} must have two factors, A and B, got {len(pair)}"
+    for name, got, want in zip("AB", pair, expected.adapters[module], strict=True):
+        if not isinstance(got, torch.Tensor) or got.dtype not in FLOAT_DTYPES:
+            return (
+                f"{name} of {module} must be a floating-point tensor, got {getattr(got, 'dtype', type(got).__name__)}"
+            )
+        if got.shape != want.shape:
+            shapes = f"{tuple(want.shape)} by its configuration, rank first, got {tuple(got.shape)}"
+            return f"{name} of {module} must be {shapes}"
+        bad = got.numel() - int(torch.isfinite(got).sum())
+        if bad:
+            return f"{name} of {module} is not finite: {bad} of {got.numel()} values are NaN or infinite"
+    scaling, right = update.scaling.get(module), expected.scaling[module]
+    if scaling is None or not _is_number(scaling) or not math.isclose(scaling, right, rel_tol=1e-6):
+        return f"the scaling of {module} must be {right:g} by its configuration, got {scaling!r}"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+__all__ = ["product_norm", "promised", "sift", "why_refused"]

@@ -1,0 +1,111 @@
+"""A tiny federation: model, tokenizer, records and clients that a whole run takes well under a second for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+import flora_core as flora
+
+WORDS = [f"w{i}" for i in range(24)]
+RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+
+
+def make_tokenizer() -> Any:
+    """One token a word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
+    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_model(dtype: torch.dtype = torch.float32, hidden: int = 16, seed: int = 0) -> Any:
+    """A random Llama whose q_proj and v_proj are hidden x hidden."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(WORDS) + 4,
+        hidden_size=hidden,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    random = torch.Generator().manual_seed(seed)
+    model: Any = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=random)
+            parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 1 + 0.2 * noise)
+    return model.to(dtype)
+
+
+def make_records(name: str, count: int) -> list[dict[str, str]]:
+    """Short questions whose answers depend on who asks."""
+    random = Random(name)
+    words = WORDS[:12] if name < "c" else WORDS[12:]
+    rows = [[random.choice(words) for _ in range(4)] for _ in range(count)]
+    return [{"instruction": " ".join(row[:3]), "output": row[3], "category": row[0]} for row in rows]
+
+
+def make_clients(ranks: Sequence[int] = (4, 2, 3), **adapter: Any) -> list[flora.ClientSpec]:
+    """Clients a, b, c, ... with these ranks, and 5, 6, 7, ... records."""
+    names = [chr(ord("a") + i) for i in range(len(ranks))]
+    return [
+        flora.ClientSpec(name, make_records(name, 5 + i), flora.AdapterConfig(rank, 2 * rank, **adapter))
+        for i, (name, rank) in enumerate(zip(names, ranks, strict=True))
+    ]
+
+
+TRAIN: dict[str, Any] = dict(lr=1e-2, batch_size=2, max_length=32)
+
+
+def make_federation(out: Path | str | None = None, **changes: Any) -> flora.Federation:
+    """Three clients, two rounds; ``changes`` go to ``FederationConfig``, ``TrainConfig`` or ``Federation``."""
+    config: dict[str, Any] = dict(rounds=2, out=out)
+    train = dict(TRAIN)
+    for name in list(changes):
+        for home, cls in ((config, flora.FederationConfig), (train, flora.TrainConfig)):
+            if name in cls.__dataclass_fields__ and not (name == "seed" and cls is flora.TrainConfig):
+                home[name] = changes.pop(name)
+                break
+    whole: dict[str, Any] = {
+        "model": None,
+        "clients": None,
+        "tokenizer": None,
+        "target_modules": ["q_proj", "v_proj"],
+        "eval_data": make_records("b held out", 6),
+        "callbacks": [lambda event: None],
+        **changes,
+    }
+    for name, make in (("model", make_model), ("clients", make_clients), ("tokenizer", make_tokenizer)):
+        whole[name] = make() if whole[name] is None else whole[name]
+    return flora.Federation(config=flora.FederationConfig(**config), train=flora.TrainConfig(**train), **whole)
+
+
+def target_weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of what rounds change."""
+    return {
+        path: module.weight.detach().clone()
+        for path, module in model.named_modules()
+        if path.endswith(("q_proj", "v_proj"))
+    }
+
+
+def files(folder: Path, *kinds: str) -> dict[str, bytes]:
+    """The bytes of every file of these endings below a folder."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(kinds))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}

@@ -1,0 +1,174 @@
+"""A run that is killed with SIGKILL at random instants, and resumed each time, ends with the bytes of an unkilled one.
+
+Kills come by the clock and at single file operations, so that every step of saving is hit too. Runs are forks of one
+process that has imported everything, else most kills would hit the import of torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each needs other parts of the state: nothing; low bits, moments and masks; a global adapter and who was drawn.
+CASES: dict[str, dict[str, Any]] = {
+    "flora": {},
+    "bf16": {"base": "bfloat16", "keep_optimizer": True, "schedule": "linear", "schedule_scope": "run", "dropout": 0.2},
+    "zero_pad": {"strategy": "zero_pad", "fraction": 0.7, "eval_every": 2},
+}
+_FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir"}
+_TIMES = {"seconds", "tokens_per_s", "peak_memory_bytes", "out", "checkpoint"}
+
+
+def run_once(request: dict[str, Any]) -> int:
+    """In a fork: one run; it kills itself before its file operation number ``kill_at``. The number of operations."""
+    import torch
+
+    from tests.federation_cases import make_clients, make_federation
+
+    count = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in _FILE_OPERATIONS and request["out"] in str(arguments[:2]):
+            count += 1
+            if count == request.get("kill_at"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    changes = {"rounds": 4, **request["changes"]}
+    dtype, dropout = getattr(torch, changes.pop("base", "float32")), changes.pop("dropout", 0.0)
+    model, tokenizer = load(request["model"], dtype)
+    clients = make_clients((4, 2, 3), dropout=dropout)
+    make_federation(request["out"], model=model, tokenizer=tokenizer, clients=clients, **changes).run()
+    return count
+
+
+def load(folder: str, dtype: Any) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), AutoTokenizer.from_pretrained(folder)
+
+
+def serve() -> None:
+    """Fork for each request on standard input; kill the fork by the clock if asked; answer how it ended."""
+    import torch
+
+    import flora_core as flora
+    from tests.federation_cases import make_federation
+
+    torch.set_num_threads(1)
+    # All imports and first forward passes, but no backward pass: forks do not survive autograd's threads.
+    model, tokenizer = load(sys.argv[1], torch.float32)
+    flora.evaluate(model, tokenizer, make_federation(model=model, tokenizer=tokenizer).eval_data)
+    for line in sys.stdin:
+        request, began = json.loads(line), time.monotonic()
+        reading, writing = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.dup2(2, 1)
+            os.write(writing, str(run_once(request)).encode())
+            os._exit(0)
+        os.close(writing)
+        ended = status = 0
+        while not ended:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if not ended and time.monotonic() - began > (request["kill_after"] or math.inf):
+                os.kill(pid, signal.SIGKILL)
+                ended, status = os.waitpid(pid, 0)
+            time.sleep(0.001)
+        with os.fdopen(reading) as pipe:
+            print(json.dumps([status, time.monotonic() - began, pipe.read()]), flush=True)
+
+
+class Runner:
+    """The process that forks the runs."""
+
+    def __init__(self, folder: Path):
+        from tests.federation_cases import make_model, make_tokenizer
+
+        self.model, self.errors = folder / "model", folder / "errors.txt"
+        make_model().save_pretrained(self.model)
+        make_tokenizer().save_pretrained(self.model)
+        path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        with open(self.errors, "w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", __file__, str(self.model)],
+                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def run(self, out: Path, changes: dict[str, Any], **kill: Any) -> tuple[bool, float, int]:
+        """One run, killed or not: whether it was killed, its seconds, its file operations."""
+        request = {"out": str(out), "model": str(self.model), "changes": changes, "kill_after": None, **kill}
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        status, seconds, count = json.loads(self.process.stdout.readline())
+        assert status in (0, signal.SIGKILL), self.errors.read_text()
+        return status != 0, seconds, int(count or 0)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory):
+    if not hasattr(os, "fork"):
+        pytest.skip("needs os.fork")
+    one = Runner(tmp_path_factory.mktemp("runner"))
+    yield one
+    one.process.communicate()
+
+
+def left_behind(out: Path) -> dict[str, bytes]:
+    """Adapters of all rounds, snapshots, the final adapter and model; round.json holds times."""
+    names = (path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("round.json", ".lock"))
+    return {str(path.relative_to(out)): path.read_bytes() for path in names if path.parent != out}
+
+
+def told(out: Path) -> list[dict[str, Any]]:
+    """The events of a run without times and without its beginnings, of which a resumed run has several."""
+    events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    kept = [event for event in events if event["event"] not in ("run_start", "run_end")]
+    return [{key: value for key, value in event.items() if key not in _TIMES} for event in kept]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_a_killed_and_resumed_run_ends_with_the_same_bytes(case, runner, tmp_path, scale):
+    changes, random = CASES[case], Random(f"kills {case}")
+    killed, seconds, operations = runner.run(tmp_path / "whole", changes)
+    assert not killed
+    wanted, out, kills, attempts = left_behind(tmp_path / "whole"), tmp_path / "0", 0, 0
+    assert {"model/model.safetensors", "rounds/0004/state.safetensors"} <= set(wanted)
+    total = scale(3, 20, "kills")
+    while kills < total or killed:
+        attempts += 1
+        if kills == total:
+            kill = {}
+        elif attempts % 3:  # most of the time nothing is being saved, so the clock alone would hardly hit it
+            kill = {"kill_at": random.randint(1, operations)}
+        else:
+            kill = {"kill_after": random.uniform(0, seconds)}
+        killed, *_ = runner.run(out, changes, **kill)
+        kills += killed
+        if not killed:
+            assert left_behind(out) == wanted
+            assert told(out) == told(tmp_path / "whole")
+            assert not list(out.rglob(".tmp-*"))
+            out = tmp_path / str(attempts)
+
+
+if __name__ == "__main__":
+    serve()

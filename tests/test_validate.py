@@ -1,0 +1,136 @@
+"""What a client sends is used only if it is what its configuration promised; the reason for a refusal helps.
+
+Letters: K in_features, N out_features, R one client's rank.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flora_core.update import ClientUpdate
+from flora_core.validate import product_norm, sift, why_refused
+
+K, N = 12, 20
+RANKS = {"x": 4, "y": 3}
+
+
+def make_update(name: str = "ann", size: float = 1.0) -> ClientUpdate:
+    random = torch.Generator().manual_seed(len(name))
+    adapters = {
+        module: (torch.randn(rank, K, generator=random), size * torch.randn(rank, N, generator=random))
+        for module, rank in RANKS.items()
+    }
+    return ClientUpdate(name, adapters, dict.fromkeys(RANKS, 2.0), weight=5.0)
+
+
+def promised(name: str = "ann") -> ClientUpdate:
+    update = make_update(name)
+    return replace(update, adapters={m: (A.to("meta"), B.to("meta")) for m, (A, B) in update.adapters.items()})
+
+
+def dense_norm(update: ClientUpdate) -> float:
+    products = [update.scaling[m] * (B.double().T @ A.double()) for m, (A, B) in update.adapters.items()]
+    return math.sqrt(sum(float((product**2).sum()) for product in products))
+
+
+def with_factor(factor: str, value: torch.Tensor) -> ClientUpdate:
+    update = make_update()
+    A, B = update.adapters["y"]
+    update.adapters["y"] = (value, B) if factor == "A" else (A, value)
+    return update
+
+
+def with_value(factor: str, value: float) -> ClientUpdate:
+    update = make_update()
+    update.adapters["y"]["AB".index(factor)][1, 2] = value
+    return update
+
+
+def test_an_update_as_promised_is_good():
+    assert why_refused(make_update(), promised()) is None
+    assert why_refused(make_update(size=0.0), promised(), max_norm=1e-30) is None
+
+
+WRONG = {
+    "nan in A": (with_value("A", math.nan), r"A of y is not finite: 1 of 36 values"),
+    "inf in B": (with_value("B", -math.inf), r"B of y is not finite: 1 of 60 values"),
+    "rank too large": (with_factor("A", torch.zeros(4, K)), r"A of y must be \(3, 12\) .* got \(4, 12\)"),
+    "rank too small": (with_factor("B", torch.zeros(2, N)), r"B of y must be \(3, 20\) .* got \(2, 20\)"),
+    "B as peft has it": (with_factor("B", torch.zeros(N, 3)), r"B of y must be \(3, 20\) .* got \(20, 3\)"),
+    "one dimension": (with_factor("A", torch.zeros(3 * K)), r"A of y must be \(3, 12\) .* got \(36,\)"),
+    "integers": (with_factor("A", torch.zeros(3, K, dtype=torch.int32)), r"A of y must be a floating-point tensor"),
+    "no tensor": (with_factor("A", [[0.0] * K] * 3), r"A of y must be a floating-point tensor, got list"),  # type: ignore[arg-type]
+    "three factors": (
+        replace(make_update(), adapters={**make_update().adapters, "y": make_update().adapters["x"] * 2}),  # type: ignore[arg-type]
+        "y must have two factors, A and B, got 4",
+    ),
+    "unknown module": (
+        replace(make_update(), adapters={**make_update().adapters, "z": make_update().adapters["x"]}),
+        "modules that its configuration does not name: z",
+    ),
+    "missing module": (replace(make_update(), adapters={"x": make_update().adapters["x"]}), "lacks modules .*: y"),
+    "scaling": (replace(make_update(), scaling={"x": 2.0, "y": 3.0}), "scaling of y must be 2 .* got 3.0"),
+    "no scaling": (replace(make_update(), scaling={"x": 2.0}), "scaling of y must be 2 .* got None"),
+    "scaling nan": (replace(make_update(), scaling={"x": 2.0, "y": math.nan}), "scaling of y must be 2"),
+    "weight nan": (replace(make_update(), weight=math.nan), "weight must be a finite number"),
+    "weight negative": (replace(make_update(), weight=-1.0), "weight must be .* at least 0, got -1.0"),
+    "weight text": (replace(make_update(), weight="many"), "weight must be a finite number"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_whatever_is_not_as_promised_is_refused(what):
+    import re
+
+    update, reason = WRONG[what]
+    got = why_refused(update, promised())
+    assert got is not None
+    assert re.search(reason, got), got
+    good, refused = sift([make_update("bob"), update], {"ann": promised(), "bob": promised("bob")})
+    assert [one.client for one in good] == ["bob"]
+    assert refused == {"ann": got}
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e15])
+def test_the_norm_is_that_of_the_dense_product(size):
+    update = make_update(size=size)
+    assert product_norm(update) == pytest.approx(dense_norm(update), rel=1e-12)
+
+
+def test_the_norm_of_a_product_that_cancels_is_zero_and_not_a_nan():
+    random = torch.Generator().manual_seed(3)
+    A, B = torch.randn(2, K, generator=random), torch.randn(2, N, generator=random)
+    pair = torch.cat([A, -A]), torch.cat([B, B])
+    norm = product_norm(ClientUpdate("ann", {"x": pair}, {"x": 1.0}))
+    assert 0 <= norm <= 1e-6 * dense_norm(ClientUpdate("ann", {"x": (A, B)}, {"x": 1.0}))
+
+
+def test_an_update_beyond_the_bound_is_refused_and_one_at_it_is_not():
+    norm = product_norm(make_update())
+    assert why_refused(make_update(), promised(), max_norm=norm) is None
+    reason = why_refused(make_update(), promised(), max_norm=0.999 * norm)
+    assert reason is not None
+    assert "the norm of its product is" in reason
+    assert "max_norm" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_factors_whose_product_no_weight_can_hold_are_refused_without_a_bound(dtype):
+    huge = 0.9 * float(torch.finfo(dtype).max)
+    update = with_factor("A", torch.full((3, K), huge, dtype=dtype))
+    reason = why_refused(update, promised())
+    assert reason is not None
+    assert "norm of its product" in reason
+
+
+def test_only_clients_of_the_round_are_heard_and_each_once():
+    updates = [make_update("ann"), make_update("bob"), make_update("bob"), make_update("eve")]
+    good, refused = sift(updates, {"ann": promised(), "bob": promised("bob"), "cid": promised("cid")})
+    assert [one.client for one in good] == ["ann"]
+    assert refused["bob"] == "it sent 2 updates in one round"
+    assert "not asked" in refused["eve"]
+    assert set(refused) == {"bob", "eve"}
