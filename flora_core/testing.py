@@ -388,7 +388,8 @@ def make_merge(
         return (torch.randn(shape, generator=random, dtype=torch.float64) * std).to(wide)
 
     weight, A, B = make(case.N, case.K), make(P, case.K), make(P, case.N, std=update * max(P, 1) ** -0.5)
-    coef = [(2.0, 0.5, 4.0, 0.25)[c % 4] for c, rank in enumerate(case.ranks) for _ in range(rank)]
+    scales = (2.0, 0.5, 4.0, 0.25) if exact else (1.9, 0.6, 3.7, 0.3)
+    coef = [scales[c % 4] for c, rank in enumerate(case.ranks) for _ in range(rank)]
     weight = lay_out(weight.to(case.dtype), layout)
     return MergeInputs(weight, A, B, torch.tensor(coef, dtype=wide), Segments.from_lengths(case.ranks))
 

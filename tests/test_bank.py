@@ -228,7 +228,15 @@ def test_patterns_mean_what_they_mean_in_peft(patterns):
 
 TARGETS = [
     *(["q_proj"], ["proj"], ["self_attn.q_proj", "c_attn"], ["model.layers.1.mlp.up_proj"], ["up_proj"], ["lm_head"]),
-    *(".*q_proj", "q_proj", r".*\.layers\.1\..*", r"(.*\.)?(q|k)_proj", "nothing", ".*(c_attn|lm_head)"),
+    *(
+        ".*q_proj",
+        "q_proj",
+        r".*\.layers\.1\..*",
+        r"(.*\.)?(q|k)_proj",
+        "nothing",
+        ".*(c_attn|lm_head)",
+        r"model\.layers\.1",
+    ),
 ]
 
 

@@ -115,18 +115,21 @@ def test_s_is_ragged_flat_and_unscaled():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_sums_are_taken_in_fp32(dtype):
-    """4096 ones of which each alone is lost beside 2**11 in fp16 and 2**8 in bf16."""
-    x, A = torch.ones(1, 4096, dtype=dtype), torch.ones(1, 4096, dtype=dtype)
-    one = [slice(0, 1)]
-    assert reference.shrink(x, A, one, one).item() == 4096
-    tokens = [slice(0, 4096)]
-    ones, column = torch.ones(4096, dtype=dtype), torch.ones(4096, 1, dtype=dtype)
+    """4097 ones: a 16-bit sum would stop at 2**8 or 2**11, and cannot hold the result."""
+    one, tokens = [slice(0, 1)], [slice(0, 4097)]
+    ones, column = torch.ones(4097, dtype=dtype), torch.ones(4097, 1, dtype=dtype)
+    assert reference.shrink(column.T, column.T, one, one).item() == torch.tensor(4097.0).to(dtype)
     dA, dB = reference.wgrad(ones, column, ones, column, tokens, one, [1.0], torch.float32)
-    assert dA.item() == dB.item() == 4096
-    y = reference.expand_(
-        torch.zeros(1, 1, dtype=dtype), torch.ones(512, dtype=dtype), torch.ones(512, 1), one, [slice(0, 512)]
-    )
-    assert y.item() == 512
+    assert dA.item() == dB.item() == 4097
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_expand_rounds_once(dtype):
+    """Rounded by itself first, the branch would carry y up by one more step."""
+    eps = torch.finfo(dtype).eps
+    y, s = torch.full((1, 1), eps / 2, dtype=dtype), torch.ones(3, dtype=dtype)
+    B = torch.tensor([[1.0], [eps / 2], [eps / 8]])
+    assert reference.expand_(y, s, B, [slice(0, 1)], [slice(0, 3)]).item() == 1 + eps
 
 
 def test_clients_without_tokens_or_rank_get_zero_gradients():
@@ -190,8 +193,17 @@ def test_stochastic_rounding_does_not_depend_on_the_block():
 
 
 def test_stochastic_rounding_keeps_what_is_not_finite():
-    master = torch.tensor([[float("inf"), -float("inf"), float("nan"), 0.0, -0.0, 1.0]])
+    master = torch.tensor([[float("inf"), -float("inf"), float("nan"), 0.0, 0.0, -0.0, 1.0]])
+    master.view(torch.int32)[0, 3] = 0x7FFFFFFF  # a NaN that a carry would make -0
     for seed in range(20):
         out = reference.round_stochastic(master, torch.bfloat16, seed, 0).float()
         assert torch.equal(out.isnan(), master.isnan())
         assert torch.equal(out[~out.isnan()], master[~master.isnan()])
+
+
+def test_stochastic_rounding_draws_its_own_numbers():
+    """Half way between two neighbours it would otherwise go up exactly where dropout keeps."""
+    half = torch.full((16, 64), 1 + 2.0**-8)
+    up = reference.round_stochastic(half, torch.bfloat16, 5, 0) > 1
+    assert not torch.equal(up, dropout_keep(16, 64, 32768, 5, 0, CPU))
+    assert 0 < up.sum() < up.numel()

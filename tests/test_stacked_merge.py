@@ -182,6 +182,18 @@ def test_stochastic_rounding_repeats_by_seed_and_leaves_what_is_exact(backend):
     assert torch.equal(merge(exact, rounding="stochastic", seed=3, backend=backend).double(), wanted)
 
 
+def test_stochastic_rounding_draws_anew_for_every_row(backend):
+    half_way = MergeInputs(
+        torch.ones(600, 64, dtype=torch.bfloat16),
+        torch.ones(1, 64),
+        torch.full((1, 600), 2.0**-8),
+        torch.ones(1),
+        Segments.from_lengths([1]),
+    )
+    out = merge(half_way, rounding="stochastic", seed=0, backend=backend)
+    assert len({tuple(row.tolist()) for row in out}) == 600
+
+
 def test_stochastic_rounding_does_not_depend_on_strides(backend):
     case = replace(MERGE_SHAPES[3], dtype=torch.bfloat16)
     options = dict(rounding="stochastic", seed=5, accumulate="float64", backend=backend)
@@ -213,9 +225,18 @@ def test_the_order_of_clients_does_not_matter_beyond_rounding(backend):
     check(merge(other, backend=backend), before)
 
 
-def test_a_frozen_parameter_and_autocast_are_no_obstacle(backend):
+def test_autocast_changes_nothing(backend):
+    case = replace(TEN, dtype=torch.bfloat16)
+    plain, other = make_merge(case), make_merge(case)
+    low_bits = [torch.zeros(plain.weight.shape, dtype=torch.int16) for _ in "12"]
+    merge(plain, low_bits_NK=low_bits[0], backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(other, low_bits_NK=low_bits[1], backend=backend)
+    assert torch.equal(plain.weight, other.weight)
+    assert torch.equal(*low_bits)
+
+
+def test_a_frozen_parameter_is_no_obstacle(backend):
     inputs, before = make_merge(MERGE_SHAPES[0]), make_merge(MERGE_SHAPES[0])
     inputs.weight = torch.nn.Parameter(inputs.weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = merge(inputs, accumulate="float64", backend=backend)
-    check(out.detach(), before)
+    check(merge(inputs, backend=backend).detach(), before)
