@@ -1,8 +1,8 @@
-# make demo | test | test-all | lint | clean. Each makes its own environment first, once.
+# make demo | test | test-all | bench | lint | clean. Each makes its own environment first, once.
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
-#   THREADS=N          CPU threads for the tests
+#   THREADS=N          CPU threads for tests and benchmarks
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -39,7 +39,7 @@ endif
 # OpenMP teams larger than the machine's free cores are many times slower, not faster.
 LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 
-.PHONY: demo test test-all lint clean environment install
+.PHONY: demo test test-all bench lint clean environment install
 
 demo: environment
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
@@ -51,10 +51,20 @@ test-all: environment
 	mkdir -p docs/logs
 	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=25 2>&1 | tee docs/logs/test-all.txt
 
+# A red check or a missed run still leaves the results that came before it, and the page is written from them.
+bench: environment
+	$(LIMITED) $(PY) -m pytest -q bench/test_protocol.py
+	FLORA_BENCH_THREADS=$(THREADS) $(LIMITED) $(PY) -m pytest bench --benchmark-only -s; status=$$?; \
+	    $(PY) -m bench.publish; exit $$status
+
 lint: environment
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
+
+# Results go to bench/results; the machine should have nothing else to do.
+bench: environment
+	FLORA_BENCH_THREADS=$(THREADS) $(LIMITED) $(PY) -m pytest bench --benchmark-only -q
 
 environment: $(ENVIRONMENT)
 

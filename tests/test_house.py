@@ -62,7 +62,7 @@ def test_the_wheel_has_both_packages_and_the_recipes(tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "bench"])
 def test_make_with_an_interpreter_of_yours_installs_nothing(target):
     done = subprocess.run(
         ["make", "-n", target, "PYTHON=/x/python"], cwd=ROOT, capture_output=True, text=True, check=True
