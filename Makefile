@@ -62,10 +62,6 @@ lint: environment
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright --pythonpath $(PY)
 
-# Results go to bench/results; the machine should have nothing else to do.
-bench: environment
-	FLORA_BENCH_THREADS=$(THREADS) $(LIMITED) $(PY) -m pytest bench --benchmark-only -q
-
 environment: $(ENVIRONMENT)
 
 # The demo's model is made here too, so that nothing needs the network later.
