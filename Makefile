@@ -54,7 +54,7 @@ test-all: environment
 # A red check or a missed run still leaves the results that came before it, and the page is written from them.
 bench: environment
 	$(LIMITED) $(PY) -m pytest -q bench/test_protocol.py
-	FLORA_BENCH_THREADS=$(THREADS) $(LIMITED) $(PY) -m pytest bench --benchmark-only -s; status=$$?; \
+	status=0; FLORA_BENCH_THREADS=$(THREADS) $(LIMITED) $(PY) -m pytest bench --benchmark-only -s || status=$$?; \
 	    $(PY) -m bench.publish; exit $$status
 
 lint: environment
