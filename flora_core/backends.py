@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
+
+import torch
 
 from .checks import require
 
@@ -13,6 +16,19 @@ _MODULES = {
     "triton": "flora_kernels.triton",
     "native": "flora_kernels.native",
 }
+_TRITON = "flora_kernels.triton"
+
+
+def _interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _no_gpu(module: str) -> str | None:
+    """Why a module that needs a GPU is not worth importing here."""
+    if module != _TRITON or _interpreted() or torch.cuda.is_available():
+        return None
+    return "no GPU here and TRITON_INTERPRET is not set"
 
 
 @functools.cache
@@ -21,8 +37,9 @@ def availability() -> dict[str, str | None]:
     reasons: dict[str, str | None] = {}
     for name, module in _MODULES.items():
         try:
-            importlib.import_module(module)
-            reasons[name] = None
+            reasons[name] = _no_gpu(module)
+            if reasons[name] is None:
+                importlib.import_module(module)
         except ModuleNotFoundError as error:
             missing = error.name == module
             reasons[name] = f"not part of this version ({module})" if missing else f"needs {error.name}: pip install it"
@@ -31,16 +48,33 @@ def availability() -> dict[str, str | None]:
     return reasons
 
 
-def resolve(backend: str, op: str) -> tuple[ModuleType, str]:
+def _unfit(name: str, op: str, tensor: torch.Tensor | None, auto: bool) -> str | None:
+    """Why a backend that is here does not take this op for such a tensor."""
+    module = importlib.import_module(_MODULES[name])
+    if not hasattr(module, op):
+        return f"has no {op}; use backend='auto' or 'reference'"
+    device = "cpu" if tensor is None else tensor.device.type
+    # The interpreter checks kernels and is far too slow to be chosen for anybody.
+    if _MODULES[name] == _TRITON and device != "cuda" and (auto or (tensor is not None and not _interpreted())):
+        return f"runs on a GPU, the tensors are on {device}; move them with .to('cuda')"
+    dtypes = getattr(module, "DTYPES", {}).get(op)
+    if tensor is not None and dtypes is not None and tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"takes {names} in {op}, got {str(tensor.dtype).removeprefix('torch.')}; use backend='reference'"
+    return None
+
+
+def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[ModuleType, str]:
     """Pick the kernel module for an op, and say why.
 
-    ``auto`` takes the first of native, triton, reference that has the op; a named backend runs or raises.
+    ``auto`` takes the first of native, triton, reference that has the op and takes the device and dtype of ``tensor``
+    (a CPU where none is given); a named backend runs or raises.
     """
     reasons = availability()
     available = [name for name, reason in reasons.items() if reason is None]
     if backend == "auto":
         for name in ("native", "triton", "reference"):
-            if name in available and hasattr(importlib.import_module(_MODULES[name]), op):
+            if name in available and _unfit(name, op, tensor, auto=True) is None:
                 skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
                 return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
         raise ValueError(f"no backend has {op} here; available: {', '.join(available)}")
@@ -49,9 +83,9 @@ def resolve(backend: str, op: str) -> tuple[ModuleType, str]:
         backend in available,
         f"backend={backend!r} is not to be had here ({reasons.get(backend)}); available: {', '.join(available)}",
     )
-    module = importlib.import_module(_MODULES[backend])
-    require(hasattr(module, op), f"backend={backend!r} has no {op}; use backend='auto' or 'reference'")
-    return module, f"{backend} (named)"
+    unfit = _unfit(backend, op, tensor, auto=False)
+    require(unfit is None, f"backend={backend!r} {unfit}")
+    return importlib.import_module(_MODULES[backend]), f"{backend} (named)"
 
 
 __all__ = ["availability", "resolve"]

@@ -50,9 +50,9 @@ class _Plan:
     """What the autograd function needs besides tensors that take part in the graph."""
 
     kernels: ModuleType
-    tokens: tuple[slice, ...]
-    ranks: tuple[tuple[slice, ...], ...]
-    scaling: tuple[tuple[float, ...], ...]
+    tokens: Segments
+    ranks: tuple[Segments, ...]
+    scaling: tuple[Sequence[float] | torch.Tensor, ...]
     dropout: tuple[Any, ...]
     bases: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
 
@@ -68,7 +68,7 @@ class _LoraLinears(torch.autograd.Function):
         k, outputs, saved = plan.kernels, [], [x_MK]
         for i, (weight, bias) in enumerate(plan.bases):
             A, B = factors[2 * i : 2 * i + 2]
-            y_MN = k.linear(x_MK, weight, bias)
+            y_MN = torch.nn.functional.linear(x_MK, weight, bias)
             s_flat = k.shrink(x_MK, A, plan.tokens, plan.ranks[i], None, plan.dropout[i])
             outputs.append(k.expand_(y_MN, s_flat, B, plan.tokens, plan.ranks[i], plan.scaling[i]))
             saved += [s_flat, A, B]
@@ -170,8 +170,8 @@ def lora_linears(
         ValueError: If a shape, a partition or a device does not fit; TypeError for a dtype.
     Deterministic: yes.
     """
-    kernels, _ = resolve(backend, "shrink")
     check_tensor("x_MK", x_MK, (None, None))
+    kernels, _ = resolve(backend, "shrink", x_MK)
     require(len(targets) > 0, "targets must hold at least one LoraWeights, got none")
     require(
         tokens.total == x_MK.shape[0],
@@ -189,9 +189,9 @@ def lora_linears(
         dropouts.append(_dropout(kernels, dropout_C, seed_C, row_C, len(tokens)))
     plan = _Plan(
         kernels,
-        tuple(tokens),
-        tuple(tuple(target.ranks) for target in targets),
-        tuple(tuple(_host(target.scaling_C)) for target in targets),
+        tokens,
+        tuple(target.ranks for target in targets),
+        tuple(target.scaling_C for target in targets),
         tuple(dropouts),
         tuple((target.weight.detach(), target.bias) for target in targets),
     )
@@ -220,10 +220,6 @@ def _check_target(prefix: str, x_MK: torch.Tensor, target: LoraWeights, tokens: 
     )
 
 
-def _host(values: Sequence[Any] | torch.Tensor) -> list[Any]:
-    return values.tolist() if isinstance(values, torch.Tensor) else list(values)
-
-
 def dropout_threshold(probability: float) -> int:
     """q = round(65536 p): an element is kept where its 16-bit draw is at least q.
 
@@ -235,18 +231,25 @@ def dropout_threshold(probability: float) -> int:
     return q
 
 
+def _thresholds(dropout_C: Sequence[float] | torch.Tensor) -> list[int] | torch.Tensor:
+    """q of each client; a table on a GPU stays there, unread: p = 1 then drops everything."""
+    if isinstance(dropout_C, torch.Tensor) and dropout_C.device.type != "cpu":
+        return (dropout_C.double() * 65536).round().to(torch.int32)
+    return [dropout_threshold(float(p)) for p in dropout_C]
+
+
 def _dropout(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, clients: int) -> Any:
     if dropout_C is None:
         return None
-    q_C = [dropout_threshold(float(p)) for p in _host(dropout_C)]
-    require(len(q_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(q_C)}")
-    if not any(q_C):
+    require(len(dropout_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(dropout_C)}")
+    q_C = _thresholds(dropout_C)
+    if isinstance(q_C, list) and not any(q_C):
         return None
     require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.seeds")
-    seeds, rows = _host(seed_C), [0] * clients if row_C is None else _host(row_C)
-    require(len(seeds) == clients, f"dropout_seed_C must have {clients} entries, one per client, got {len(seeds)}")
-    require(len(rows) == clients, f"row_C must have {clients} entries, one per client, got {len(rows)}")
-    return kernels.Dropout(q_C, seeds, rows)
+    row_C = [0] * clients if row_C is None else row_C
+    require(len(seed_C) == clients, f"dropout_seed_C must have {clients} entries, one per client, got {len(seed_C)}")
+    require(len(row_C) == clients, f"row_C must have {clients} entries, one per client, got {len(row_C)}")
+    return kernels.Dropout(q_C, seed_C, row_C)
 
 
 @dataclass(frozen=True)
@@ -303,24 +306,17 @@ def stacked_merge_many_(
 
     With stochastic rounding, item i uses the key ``seed + i``.
     """
-    kernels, _ = resolve(backend, "merge_")
     check_choice("rounding", rounding, ("nearest", "stochastic"))
     check_choice("accumulate", accumulate, ("float32", "float64"))
     require(rounding == "nearest" or seed is not None, "seed must be given for rounding='stochastic'")
     for i, item in enumerate(items):
         _check_merge(f"items[{i}]." if len(items) > 1 else "", item, rounding)
-    for i, item in enumerate(items):
-        with torch.no_grad(), _without_autocast(item.weight):
-            kernels.merge_(
-                item.weight,
-                item.A,
-                item.B,
-                item.coef,
-                rounding=rounding,
-                low_bits_NK=item.low_bits,
-                seed=(seed or 0) + i,
-                accumulate=getattr(torch, accumulate),
-            )
+    if not items:
+        return
+    kernels, _ = resolve(backend, "merge_many_", items[0].weight)
+    stacks = [kernels.MergeItem(item.weight, item.A, item.B, item.coef, item.low_bits) for item in items]
+    with torch.no_grad(), _without_autocast(items[0].weight):
+        kernels.merge_many_(stacks, rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
 
 
 def _check_merge(prefix: str, item: MergeItem, rounding: str) -> None:
@@ -368,9 +364,9 @@ def cohort_adamw_(
         ValueError: If lengths do not fit.
     Deterministic: yes. Source: arXiv 1711.05101, as ``torch.optim.AdamW`` computes it.
     """
-    kernels, _ = resolve(backend, "cohort_adamw_")
     kinds = (torch.float32, torch.float64)
     check_tensor("param", param, (None,), dtypes=kinds)
+    kernels, _ = resolve(backend, "cohort_adamw_", param)
     for name, buffer in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check_tensor(name, buffer, tuple(param.shape), dtypes=[param.dtype], like=("param", param))
     require(
@@ -385,7 +381,7 @@ def cohort_adamw_(
         f"hyper_CH must have a row for each client, got {hyper_CH.shape[0]} rows and clients {sorted(set(owner))}",
     )
     with torch.no_grad():
-        kernels.cohort_adamw_(param, grad, exp_avg, exp_avg_sq, tuple(segments), hyper_CH, owner)
+        kernels.cohort_adamw_(param, grad, exp_avg, exp_avg_sq, segments, hyper_CH, owner)
 
 
 __all__: list[str] = [

@@ -7,7 +7,7 @@
     adamw    Adam with decoupled weight decay over flat buffers
 
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
-``tokens`` and ``ranks`` are sequences of slices, one per client, over M and P. S is ragged and flat: client c's
+``tokens`` and ``ranks`` hold one slice per client, over M and P. S is ragged and flat: client c's
 block of m_c x r_c numbers follows client c-1's. 16-bit inputs are widened to float32 per client, so sums
 are always at least float32. Rows of different clients never meet in a sum: a NaN stays with its client.
 """
@@ -18,7 +18,7 @@ are always at least float32. Rows of different clients never meet in a sum: a Na
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -27,12 +27,32 @@ _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
 
 
+class Ranges(Protocol):
+    """Consecutive slices that cut one axis, one per client: ``flora_core.Segments``, or a plain sequence of slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> slice: ...
+
+    def __iter__(self) -> Iterator[slice]: ...
+
+
 class Dropout(NamedTuple):
     """Counter-based dropout: per client the threshold q of 65536, the Philox key and the first row."""
 
-    q_C: Sequence[int]
-    seed_C: Sequence[int]
-    row_C: Sequence[int]
+    q_C: Sequence[int] | torch.Tensor
+    seed_C: Sequence[int] | torch.Tensor
+    row_C: Sequence[int] | torch.Tensor
+
+
+class MergeItem(NamedTuple):
+    """One weight with its stack: W (N, K), A (P, K), B (P, N), coef (P) and, for an fp32 master, its low bits."""
+
+    weight: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    coef: torch.Tensor
+    low_bits: torch.Tensor | None = None
 
 
 def philox4x32(
@@ -78,7 +98,7 @@ def _compute_copy(adapter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return _wide(adapter.to(dtype))
 
 
-def _clients(tokens: Sequence[slice], ranks: Sequence[slice]) -> Iterator[tuple[int, slice, slice, slice]]:
+def _clients(tokens: Ranges, ranks: Ranges) -> Iterator[tuple[int, slice, slice, slice]]:
     """Every client that has both tokens and rank: index, rows of X, rows of the bank, range of flat S."""
     start = 0
     for index, (rows, bank) in enumerate(zip(tokens, ranks, strict=True)):
@@ -91,8 +111,12 @@ def _clients(tokens: Sequence[slice], ranks: Sequence[slice]) -> Iterator[tuple[
 def _keep(dropout: Dropout | None, index: int, rows: slice, columns: int, device: torch.device) -> torch.Tensor | None:
     if dropout is None or dropout.q_C[index] == 0:
         return None
-    count = rows.stop - rows.start
-    return dropout_keep(count, columns, dropout.q_C[index], dropout.seed_C[index], dropout.row_C[index], device)
+    q, seed, first_row = (int(values[index]) for values in dropout)
+    return dropout_keep(rows.stop - rows.start, columns, q, seed, first_row, device)
+
+
+def _scale_up(dropout: Dropout, index: int) -> float:
+    return 65536 / (65536 - int(dropout.q_C[index]))
 
 
 def _drop(x_mK: torch.Tensor, dropout: Dropout | None, index: int, rows: slice) -> torch.Tensor:
@@ -100,7 +124,7 @@ def _drop(x_mK: torch.Tensor, dropout: Dropout | None, index: int, rows: slice) 
     keep = _keep(dropout, index, rows, x_mK.shape[1], x_mK.device)
     if keep is None or dropout is None:
         return x_mK
-    return torch.where(keep, x_mK * (65536 / (65536 - dropout.q_C[index])), 0)
+    return torch.where(keep, x_mK * _scale_up(dropout, index), 0)
 
 
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
@@ -111,9 +135,9 @@ def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | N
 def shrink(
     x_MK: torch.Tensor,
     A_PK: torch.Tensor,
-    tokens: Sequence[slice],
-    ranks: Sequence[slice],
-    scaling_C: Sequence[float] | None = None,
+    tokens: Ranges,
+    ranks: Ranges,
+    scaling_C: Sequence[float] | torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """Flat S in the dtype of x: S_c = scaling_c drop(X_c) A_c^T. Also dS = s dY B^T, with B for A."""
@@ -122,7 +146,7 @@ def shrink(
     for c, rows, bank, flat in _clients(tokens, ranks):
         a_RK = _compute_copy(A_PK[bank], x_MK.dtype)
         s_mR = _drop(_wide(x_MK[rows]), dropout, c, rows) @ a_RK.T
-        s_flat[flat] = (s_mR if scaling_C is None else s_mR.mul_(scaling_C[c])).reshape(-1).to(x_MK.dtype)
+        s_flat[flat] = (s_mR if scaling_C is None else s_mR.mul_(float(scaling_C[c]))).reshape(-1).to(x_MK.dtype)
     return s_flat
 
 
@@ -130,9 +154,9 @@ def expand_(
     y_MN: torch.Tensor,
     s_flat: torch.Tensor,
     B_PN: torch.Tensor,
-    tokens: Sequence[slice],
-    ranks: Sequence[slice],
-    scaling_C: Sequence[float] | None = None,
+    tokens: Ranges,
+    ranks: Ranges,
+    scaling_C: Sequence[float] | torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """Y_c += scaling_c S_c B_c in place. Also dX += mask (dS A) / (1 - q), with A for B and the forward's dropout."""
@@ -140,14 +164,14 @@ def expand_(
     for c, rows, bank, flat in _clients(tokens, ranks):
         b_RN = _compute_copy(B_PN[bank], y_MN.dtype)
         s_mR = _wide(s_flat[flat]).view(rows.stop - rows.start, -1)
-        scale = 1.0 if scaling_C is None else scaling_C[c]
+        scale = 1.0 if scaling_C is None else float(scaling_C[c])
         keep = _keep(dropout, c, rows, y_MN.shape[1], y_MN.device)
         if keep is None and not narrow:
             y_MN[rows].addmm_(s_mR, b_RN, alpha=scale)
             continue
         add_mN = (s_mR @ b_RN).mul_(scale)
         if keep is not None and dropout is not None:
-            add_mN = torch.where(keep, add_mN * (65536 / (65536 - dropout.q_C[c])), 0)
+            add_mN = torch.where(keep, add_mN * _scale_up(dropout, c), 0)
         y_MN[rows] = (_wide(y_MN[rows]) + add_mN).to(y_MN.dtype)
     return y_MN
 
@@ -157,9 +181,9 @@ def wgrad(
     x_MK: torch.Tensor,
     s_flat: torch.Tensor,
     dy_MN: torch.Tensor,
-    tokens: Sequence[slice],
-    ranks: Sequence[slice],
-    scaling_C: Sequence[float],
+    tokens: Ranges,
+    ranks: Ranges,
+    scaling_C: Sequence[float] | torch.Tensor,
     dtype: torch.dtype,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +194,7 @@ def wgrad(
     for c, rows, bank, flat in _clients(tokens, ranks):
         count = rows.stop - rows.start
         dA_PK[bank] = _wide(ds_flat[flat]).view(count, -1).T @ _drop(_wide(x_MK[rows]), dropout, c, rows)
-        dB_PN[bank] = (_wide(s_flat[flat]).view(count, -1).T @ _wide(dy_MN[rows])).mul_(scaling_C[c])
+        dB_PN[bank] = (_wide(s_flat[flat]).view(count, -1).T @ _wide(dy_MN[rows])).mul_(float(scaling_C[c]))
     return dA_PK, dB_PN
 
 
@@ -238,12 +262,20 @@ def merge_(
     return None
 
 
+def merge_many_(
+    items: Sequence[MergeItem], *, rounding: str = "nearest", seed: int = 0, accumulate: torch.dtype = torch.float32
+) -> None:
+    """Merge many weights in place; with stochastic rounding item i uses the key ``seed + i``."""
+    for i, (weight, A, B, coef, low_bits) in enumerate(items):
+        merge_(weight, A, B, coef, rounding=rounding, low_bits_NK=low_bits, seed=seed + i, accumulate=accumulate)
+
+
 def cohort_adamw_(
     param: torch.Tensor,
     grad: torch.Tensor,
     exp_avg: torch.Tensor,
     exp_avg_sq: torch.Tensor,
-    segments: Sequence[slice],
+    segments: Ranges,
     hyper_CH: torch.Tensor,
     owner: Sequence[int],
 ) -> None:
@@ -272,12 +304,15 @@ def cohort_adamw_(
 
 __all__ = [
     "Dropout",
+    "MergeItem",
+    "Ranges",
     "cohort_adamw_",
     "dropout_keep",
     "expand_",
     "join_master",
     "linear",
     "merge_",
+    "merge_many_",
     "philox4x32",
     "shrink",
     "split_master",
