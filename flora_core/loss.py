@@ -43,6 +43,19 @@ class Head:
         return z_MV if z_MV.dtype == torch.float64 else z_MV.float()
 
 
+class _Output:
+    """What any family's decoder gives: hidden states; whatever else is asked for (router logits, ...) is None."""
+
+    def __init__(self, hidden: torch.Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+
 class _Decoded(nn.Module):
     """Stands in for the decoder and returns given hidden states."""
 
@@ -52,10 +65,8 @@ class _Decoded(nn.Module):
     def decoder(self) -> _Decoded:
         return self
 
-    def forward(self, *_, **__):
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden)  # pyright: ignore[reportArgumentType]
+    def forward(self, *_, **__) -> _Output:
+        return _Output(self.hidden)
 
 
 def _shadow(model: nn.Module) -> tuple[nn.Module, _Decoded]:
