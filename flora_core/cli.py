@@ -157,3 +157,7 @@ def _doctor(options: argparse.Namespace) -> int:
     facts = doctor()
     print(json.dumps(facts, indent=2) if options.json else doctor_text(facts))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

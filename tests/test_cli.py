@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -213,3 +215,10 @@ def test_unknown_arguments_are_refused(words, capsys):
         code = stop.code
     assert code == 2
     assert capsys.readouterr().err
+
+
+def test_the_module_is_the_command():
+    # This is how make calls it, also where nothing is installed.
+    done = subprocess.run([sys.executable, "-m", "flora_core.cli", "report", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("flora: nowhere holds no metrics.jsonl")
