@@ -1,0 +1,129 @@
+"""The benchmarks' own tests, on a tiny model: a broken engine gets no speed-up, a stop loses nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flora_core as flora
+from bench import cohorts, publish
+from bench.cohorts import Packed, SequentialPeft, check_losses, exact_losses
+from bench.protocol import Check, Result, Timing, interleave, quantile
+from flora_core import ops
+from flora_core.data.template import IGNORE, Example
+from tests import models
+
+RANKS = (4, 3, 1)
+
+
+class Pedantic:
+    """What ``interleave`` needs of pytest-benchmark's fixture."""
+
+    def pedantic(self, work: Any, setup: Any, rounds: int, **others: Any) -> None:
+        assert others["iterations"] == 1
+        for _ in range(rounds):
+            setup()
+            work()
+
+
+def run(folder: Path) -> tuple[Result, Check]:
+    """The cohort-step benchmark on three clients of a tiny model."""
+    model = models.tiny("llama", torch.float32)
+    rows = [[[5, 9, 4, 7], [8, 3]], [[11, 6, 10]], [[4, 4, 12, 5, 9]]]
+    batches = [[Example(ids, [IGNORE, *ids[1:]], i) for i, ids in enumerate(client)] for client in rows]
+    packed = Packed(model, batches, RANKS)
+    peft = SequentialPeft(model, batches, packed.adapters)
+    result = Result("tiny", "Is it faster?", {}, folder)
+    with packed.running():
+        values = interleave(Pedantic(), result, ("flora", packed.step), {"peft": peft.step}, seconds=0, least=3, most=3)
+    exact = exact_losses(model, batches, packed.adapters, (0, 2))
+    return result, check_losses(values["flora"], values["peft"], exact, (0, 2))
+
+
+def read(result: Result) -> dict[str, Any]:
+    return json.loads(result.path.read_text())
+
+
+def test_right_engine_gets_a_speed_up(tmp_path: Path):
+    result, check = run(tmp_path)
+    assert "times as fast as peft" in result.conclude(check, "flora", {"peft": 1.3})
+    found = read(result)
+    assert found["check"]["green"]
+    assert len(found["speedups"]["peft"]["rounds"]) == 3
+    assert found["environment"]["versions"]["torch"] == torch.__version__
+
+
+def _forgets_scale(*args: Any) -> Any:
+    *rest, scaling = args[:6]
+    return _EXPAND(*rest, [2 * s for s in scaling] if scaling is not None else None, *args[6:])
+
+
+def _half_gradient(*args: Any) -> Any:
+    dA_PK, dB_PN = _WGRAD(*args)
+    return dA_PK * 0, dB_PN
+
+
+_KERNELS = ops.resolve("reference", "shrink")[0]
+_EXPAND, _WGRAD = _KERNELS.expand_, _KERNELS.wgrad
+
+
+@pytest.mark.parametrize(("name", "broken"), [("expand_", _forgets_scale), ("wgrad", _half_gradient)])
+def test_broken_engine_gets_none(
+    name: str, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(_KERNELS, name, broken)
+    monkeypatch.setattr(cohorts, "LR", 0.05)  # a tiny model learns little in one step at the usual rate
+    result, check = run(tmp_path)
+    with pytest.raises(AssertionError, match="check is red, no speed-up"):
+        print(result.conclude(check, "flora", {"peft": 1.3}))
+    found = read(result)
+    assert not found["check"]["green"]
+    assert "speedups" not in found
+    assert "times as fast" not in capsys.readouterr().out
+    assert "no speed-up" in publish.step_table([found])
+
+
+def test_losses_that_are_not_finite_are_red():
+    good = [[1.0, 2.0]] * 2
+    bad = [[1.0, math.nan]] * 2
+    assert check_losses(good, good, good, (0, 1)).green
+    assert not check_losses(bad, good, good, (0, 1)).green
+    assert not check_losses(bad, good, [[1.0]] * 2, (0,)).green
+
+
+def test_a_stop_keeps_the_rounds_before_it(tmp_path: Path):
+    result, calls = Result("stopped", "?", {}, tmp_path), []
+
+    def stops() -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interleave(Pedantic(), result, ("flora", lambda: None), {"peft": stops}, seconds=0, least=5, most=5)
+    found = read(result)
+    assert not found["finished"]
+    assert (found["times"]["flora"]["rounds"], found["times"]["peft"]["rounds"]) == (1, 1)
+
+
+def test_quantiles_and_medians():
+    assert [quantile([3.0, 1.0, 2.0], share) for share in (0, 0.5, 0.75, 1)] == [1, 2, 2.5, 3]
+    assert Timing([1.0, 3.0], [1.0, 1.0]).summary()["busy_cores"] == 0.5
+
+
+def test_published_page_changes_between_the_marks_only(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{publish.START}\nold\n{publish.END}\nafter\n")
+    publish.write_between(page, "new")
+    assert page.read_text() == f"before\n{publish.START}\nnew\n{publish.END}\nafter\n"
+
+
+def test_clients_are_the_cohort_of_the_design():
+    assert sum(cohorts.RANKS) == 160
+    specs = cohorts.specs(cohorts.random_batches(1, 4))
+    assert all(isinstance(spec, flora.ClientSpec) and spec.adapter.alpha == 2 * spec.adapter.rank for spec in specs)
