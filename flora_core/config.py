@@ -104,10 +104,10 @@ class TrainConfig:
     def learning_rate(self, step: int, total: int) -> float:
         """The rate at optimizer step ``step`` (from 0) of ``total``, as transformers' schedulers give it."""
         if step < self.warmup_steps:
-            return self.lr * step / max(1, self.warmup_steps)
-        done = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
+            return self.lr * (step / max(1, self.warmup_steps))
+        span = max(1, total - self.warmup_steps)
         if self.schedule == "linear":
-            return self.lr * max(0.0, 1.0 - done)
+            return self.lr * max(0.0, (total - step) / span)
         if self.schedule == "cosine":
-            return self.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+            return self.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - self.warmup_steps) / span))))
         return self.lr

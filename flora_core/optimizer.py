@@ -117,8 +117,10 @@ class CohortAdamW:
     def state(self, client: str) -> dict[str, Any]:
         """A client's moments and step count: ``{"step": int, "exp_avg": (E), "exp_avg_sq": (E)}``."""
         c = self.bank.index(client)
-        average, square = (self._of_client(flat)[c] for flat in (self.exp_avg, self.exp_avg_sq))
-        return {"step": self.steps[c], "exp_avg": torch.cat(average), "exp_avg_sq": torch.cat(square)}
+        # The empty tensor is for a client that adapts nothing.
+        parts = ([flat.new_empty(0), *self._of_client(flat)[c]] for flat in (self.exp_avg, self.exp_avg_sq))
+        average, square = map(torch.cat, parts)
+        return {"step": self.steps[c], "exp_avg": average, "exp_avg_sq": square}
 
     def load_state(self, client: str, state: dict[str, Any]) -> None:
         """Continue from what ``state`` gave.

@@ -50,13 +50,14 @@ def oracle(
         z_MV = z_MV * 0.4
     if family == "gemma2":
         z_MV = 3.0 * torch.tanh(z_MV / 3.0)
-    loss_M = -torch.log_softmax(z_MV, 1)[torch.arange(len(target_M)), target_M]
+    wide_MV = z_MV if dtype == torch.float64 else z_MV.float()
+    loss_M = -torch.log_softmax(wide_MV, 1)[torch.arange(len(target_M)), target_M]
     loss_C = torch.stack([loss_M[rows].sum() * w for rows, w in zip(TOKENS, WEIGHTS, strict=True)])
-    return loss_C.detach(), torch.autograd.grad(loss_C, hidden_MH, up_C.to(dtype))[0]
+    return loss_C.detach().to(dtype), torch.autograd.grad(loss_C, hidden_MH, up_C.to(loss_C.dtype))[0]
 
 
 @pytest.mark.parametrize("family", list(KINDS))
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("chunk", [1 << 24, 5 * models.VOCAB, 1], ids=["whole", "chunks of 5", "one by one"])
 def test_client_losses(family: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch):
     """Losses and gradients of every client, for a random gradient from above."""
@@ -65,8 +66,8 @@ def test_client_losses(family: str, dtype: torch.dtype, chunk: int, monkeypatch:
     hidden_MH, target_M = inputs(dtype)
     up_C = torch.tensor([0.7, 1.3, -2.0, 0.4])
     loss_C = client_losses(head, hidden_MH, target_M, TOKENS, WEIGHTS)
-    assert loss_C.dtype == dtype
-    (grad_MH,) = torch.autograd.grad(loss_C, hidden_MH, up_C.to(dtype))
+    assert loss_C.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (grad_MH,) = torch.autograd.grad(loss_C, hidden_MH, up_C.to(loss_C.dtype))
     exact, low = (oracle(family, hidden_MH, target_M, up_C, kind) for kind in (torch.float64, dtype))
     for c, rows in enumerate(TOKENS):
         assert budget_ratio(loss_C[c].detach(), exact[0][c], low[0][c]) <= 1
