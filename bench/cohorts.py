@@ -180,7 +180,7 @@ def peft_model(model: Any, adapters: Adapters, dropout: float = 0.0) -> Any:
 
 def load_peft(peft: Any, adapter: str, adapters: Adapters) -> None:
     """Copy factors into one of a PEFT model's adapters."""
-    layers = {path: layer for path, layer in peft.named_modules() if isinstance(layer, LoraLayer)}
+    layers: dict[str, Any] = {path: layer for path, layer in peft.named_modules() if isinstance(layer, LoraLayer)}
     for path, layer in layers.items():
         A_RK, B_RN = adapters[path.removeprefix("base_model.model.")]
         A, B = (factors[adapter].weight.detach() for factors in (layer.lora_A, layer.lora_B))

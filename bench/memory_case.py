@@ -42,18 +42,20 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def train_flora(model: Any, batches: Any, steps: int, token_budget: int) -> list[float]:
-    """A round of the cohort at a token budget, as users run it; the clients' last losses."""
+def train_flora(model: Any, batches: Any, steps: int, token_budget: int) -> tuple[list[float], float]:
+    """A round of the cohort at a token budget, as users run it: the clients' last losses, and seconds of training."""
     config = flora.TrainConfig(token_budget=token_budget, max_steps=steps)
     cohort = flora.attach(model, cohorts.specs(batches), cohorts.LINEARS)
-    updates = flora.CohortTrainer(cohort, config).run()
-    return [update.metrics["loss_last"] for update in updates]
+    trainer = flora.CohortTrainer(cohort, config)
+    started = time.perf_counter()
+    updates = trainer.run()
+    return [update.metrics["loss_last"] for update in updates], time.perf_counter() - started
 
 
-def train_peft(model: Any, batches: Any, steps: int) -> list[float]:
+def train_peft(model: Any, batches: Any, steps: int) -> tuple[list[float], float]:
     """A round of PEFT, one client after another on one base; finished adapters stay, optimizers and gradients go."""
     peft: Any = None
-    losses = []
+    losses, seconds = [], 0.0
     for c, (rank, batch) in enumerate(zip(cohorts.RANKS, batches, strict=True)):
         config = cohorts.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=list(cohorts.LINEARS), task_type="CAUSAL_LM"
@@ -69,10 +71,12 @@ def train_peft(model: Any, batches: Any, steps: int) -> list[float]:
         weights = [p for p in peft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=cohorts.LR, weight_decay=0.0)
         inputs = cohorts.padded_inputs(batch)
+        started = time.perf_counter()
         losses.append([cohorts.SequentialPeft._one(peft, optimizer, inputs) for _ in range(steps)][-1])
+        seconds += time.perf_counter() - started
         optimizer.zero_grad()
         del optimizer, weights
-    return losses
+    return losses, seconds
 
 
 def main() -> None:
@@ -84,12 +88,12 @@ def main() -> None:
         model(input_ids=torch.zeros(1, 2, dtype=torch.long))
     gc.collect()
     forget_peak()
-    base, started = resident_bytes(), time.perf_counter()
+    base = resident_bytes()
     if case["side"] == "flora":
-        losses = train_flora(model, batches, case["steps"], case["token_budget"])
+        losses, seconds = train_flora(model, batches, case["steps"], case["token_budget"])
     else:
-        losses = train_peft(model, batches, case["steps"])
-    seconds, peak = time.perf_counter() - started, resident_bytes()["peak"]
+        losses, seconds = train_peft(model, batches, case["steps"])
+    peak = resident_bytes()["peak"]
     tokens = len(batches) * case["batch_size"] * case["tokens"] * case["steps"]
     answer = {"base_bytes": base["now"], "base_peak_bytes": base["peak"], "peak_bytes": peak}
     answer |= {"beyond_base_bytes": peak - base["now"], "seconds": seconds, "tokens_per_s": tokens / seconds}

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -103,7 +104,7 @@ class Result:
         self.data: dict[str, Any] = {
             "name": name,
             "question": question,
-            "command": command or "python -m pytest " + " ".join(sys.argv[1:]),
+            "command": command or "python -m pytest " + shlex.join(sys.argv[1:]),
             "finished": False,
             "environment": environment(),
             "settings": dict(settings),
