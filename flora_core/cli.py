@@ -140,8 +140,9 @@ def _what_is_saved(out: str | None) -> str:
     if out is None:
         return "Nothing is saved, for out= is null."
     done = sorted(path.name for path in (Path(out) / ROUNDS).glob("[0-9]*"))
-    saved = f"Rounds up to {int(done[-1])} are saved in {out}" if done else f"No round is over yet in {out}"
-    return f"{saved}; the same command goes on from there."
+    if not done:
+        return f"No round is over yet in {out}; the same command begins again."
+    return f"Rounds up to {int(done[-1])} are saved in {out}; the same command goes on from there."
 
 
 def _report(options: argparse.Namespace) -> int:

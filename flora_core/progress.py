@@ -40,7 +40,9 @@ def sentence(event: Event) -> str | None:
 
 
 def _say_start(event: Event) -> str:
-    text = f"{len(event['clients'])} clients, {event['rounds']} rounds of {event['strategy']}"
+    text = (
+        f"{len(event['clients'])} clients, {event['rounds']} round{'s' * (event['rounds'] != 1)} of {event['strategy']}"
+    )
     text += f" on {event['device']}" if event.get("device") else ""
     if event.get("resumed_from") is not None:
         text += f", resumed after round {event['resumed_from']}"
