@@ -84,8 +84,14 @@ def plan(
         limit = int(min(memory) * 1e9)
         budget, cohorts = _within(groups, cohorts, budget, limit, cost, bytes_per_token)
         reason += f", memory_budget_gb={min(memory)}"
-    peak = max(cost(cohort, min(budget, max(sum(d.tokens for d in cohort), 1))) for cohort in cohorts)
+    peak = max(cost(cohort, _in_flight(cohort, budget)) for cohort in cohorts)
     return Plan(tuple(tuple(d.name for d in cohort) for cohort in cohorts), budget, peak, reason)
+
+
+def _in_flight(cohort: Sequence[Demand], budget: int) -> int:
+    """Tokens of a cohort's largest pass: a step's, cut at the budget, but never within a sequence."""
+    step = sum(d.tokens * d.config.gradient_accumulation for d in cohort)
+    return max(min(budget, step), *(d.longest for d in cohort))
 
 
 def _alike(demands: Sequence[Demand]) -> list[list[Demand]]:
@@ -107,12 +113,12 @@ def _fill(group: Sequence[Demand], budget: int) -> list[list[Demand]]:
 
 
 def _within(groups, cohorts, budget: int, limit: int, cost, bytes_per_token: float):
-    """The fewest cohorts of about equal size that leave room for each client's micro-batch, else its longest."""
+    """The fewest cohorts of about equal size that leave room for each client's micro-batch and longest sequence."""
     largest = max(len(cohort) for cohort in cohorts)
     for size in range(largest, 0, -1):
         split = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         room = min((limit - cost(cohort, 0)) // max(bytes_per_token, 1) for cohort in split)
-        needs = max(d.tokens if size > 1 else d.longest for cohort in split for d in cohort)
+        needs = max(max(d.longest, d.tokens if size > 1 else 0) for cohort in split for d in cohort)
         if room >= needs:
             return int(min(budget, room)), split
     single = [demand for group in groups for demand in group]
