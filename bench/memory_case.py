@@ -96,6 +96,7 @@ def main() -> None:
     peak = resident_bytes()["peak"]
     tokens = len(batches) * case["batch_size"] * case["tokens"] * case["steps"]
     answer = {"base_bytes": base["now"], "base_peak_bytes": base["peak"], "peak_bytes": peak}
+    answer |= {"process_cpu_s": time.process_time()}
     answer |= {"beyond_base_bytes": peak - base["now"], "seconds": seconds, "tokens_per_s": tokens / seconds}
     print(json.dumps({**case, **answer, "losses": losses}))
 

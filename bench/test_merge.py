@@ -154,7 +154,7 @@ def test_bench_merge(benchmark: Any, scale: Any, accumulate: str):
         result,
         (ours, work[ours]),
         rivals,
-        seconds=25 * scale.seconds,
+        seconds=15 * scale.seconds,
         least=3,
         most=15,
         before=before,
