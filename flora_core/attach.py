@@ -282,7 +282,7 @@ def _unknown_target(model: nn.Module, name: str, known: Mapping[str, nn.Module])
 
 
 def _check_target(model: nn.Module, path: str, module: nn.Module) -> None:
-    weight = module.weight
+    weight: Any = module.weight
     require(
         (type(module) is nn.Linear or is_conv1d(module)) and weight.is_floating_point() and weight.dim() == 2,
         f"{path} is a {type(module).__module__}.{type(module).__name__} with {weight.dtype} weights: a quantised or "

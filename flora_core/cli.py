@@ -30,6 +30,8 @@ _EXAMPLES = """examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    # Before torch loads OpenMP: threads that spin while they wait make a step many times slower beside other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parse(argv)
     try:
         return options.command(options)
