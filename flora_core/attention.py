@@ -61,7 +61,7 @@ def packed_attention(
         else:
             out = _plain(q, k, v, scaling, length, window).transpose(1, 2)
         parts.append(out.reshape(rows.stop - rows.start, out.shape[2], out.shape[3]))
-    return torch.cat(parts)[None], None
+    return (parts[0] if len(parts) == 1 else torch.cat(parts))[None], None
 
 
 def _sequences(t_1HMD: torch.Tensor, rows: slice, length: int) -> torch.Tensor:

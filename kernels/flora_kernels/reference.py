@@ -127,6 +127,18 @@ def _drop(x_mK: torch.Tensor, dropout: Dropout | None, index: int, rows: slice) 
     return torch.where(keep, x_mK * _scale_up(dropout, index), 0)
 
 
+def _product_into(
+    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scaling_C: Sequence[float] | torch.Tensor | None, c: int
+) -> None:
+    """out = scaling_c left right, rounded once to the dtype of out; without a copy where that is the product's."""
+    same = out.dtype == left.dtype == right.dtype
+    product = torch.mm(left, right, out=out if same else None)
+    if scaling_C is not None:
+        product.mul_(float(scaling_C[c]))
+    if not same:
+        out.copy_(product)
+
+
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
     """The frozen product Y = X W^T + b."""
     return torch.nn.functional.linear(x_MK, weight_NK, bias_N)
@@ -145,8 +157,8 @@ def shrink(
     s_flat = x_MK.new_empty(size)
     for c, rows, bank, flat in _clients(tokens, ranks):
         a_RK = _compute_copy(A_PK[bank], x_MK.dtype)
-        s_mR = _drop(_wide(x_MK[rows]), dropout, c, rows) @ a_RK.T
-        s_flat[flat] = (s_mR if scaling_C is None else s_mR.mul_(float(scaling_C[c]))).reshape(-1).to(x_MK.dtype)
+        s_mR = s_flat[flat].view(-1, bank.stop - bank.start)
+        _product_into(s_mR, _drop(_wide(x_MK[rows]), dropout, c, rows), a_RK.T, scaling_C, c)
     return s_flat
 
 
@@ -189,12 +201,16 @@ def wgrad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA_PK = dS^T drop(X) and dB_PN = s S^T dY in ``dtype``; clients without tokens get zeros."""
     total = ranks[-1].stop if len(ranks) else 0
-    dA_PK = torch.zeros(total, x_MK.shape[1], dtype=dtype, device=x_MK.device)
-    dB_PN = torch.zeros(total, dy_MN.shape[1], dtype=dtype, device=x_MK.device)
+    dA_PK = torch.empty(total, x_MK.shape[1], dtype=dtype, device=x_MK.device)
+    dB_PN = torch.empty(total, dy_MN.shape[1], dtype=dtype, device=x_MK.device)
+    for rows, bank in zip(tokens, ranks, strict=True):
+        if rows.start == rows.stop:
+            dA_PK[bank] = dB_PN[bank] = 0
     for c, rows, bank, flat in _clients(tokens, ranks):
         count = rows.stop - rows.start
-        dA_PK[bank] = _wide(ds_flat[flat]).view(count, -1).T @ _drop(_wide(x_MK[rows]), dropout, c, rows)
-        dB_PN[bank] = (_wide(s_flat[flat]).view(count, -1).T @ _wide(dy_MN[rows])).mul_(float(scaling_C[c]))
+        ds_Rm, s_Rm = (_wide(part[flat]).view(count, -1).T for part in (ds_flat, s_flat))
+        _product_into(dA_PK[bank], ds_Rm, _drop(_wide(x_MK[rows]), dropout, c, rows), None, c)
+        _product_into(dB_PN[bank], s_Rm, _wide(dy_MN[rows]), scaling_C, c)
     return dA_PK, dB_PN
 
 
