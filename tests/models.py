@@ -394,6 +394,7 @@ def clients(family: str = "llama") -> list[flora.ClientSpec]:
             local_epochs=2,
             max_steps=5,
             betas=(0.8, 0.95),
+            seed=5,
         ),
         client(
             "others",
