@@ -31,7 +31,7 @@ import torch
 
 from .checks import require
 from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
-from .history import Event
+from .history import Event, show_bytes
 from .identity import differences
 from .peft_io import save_peft_adapter
 from .update import ClientUpdate
@@ -288,8 +288,8 @@ class RunFolder:
         if free < needed_bytes:
             raise SaveError(
                 errno.ENOSPC,
-                f"{self.path} has {free / 1e9:.2f} GB free, and a checkpoint and the final model need "
-                f"{needed_bytes / 1e9:.2f} GB: free some space, or choose another out",
+                f"{self.path} has {show_bytes(free)} free, and a checkpoint and the final model need "
+                f"{show_bytes(needed_bytes)}: free some space, or choose another out",
             )
 
 

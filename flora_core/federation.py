@@ -22,7 +22,7 @@ from .attach import ClientSpec, Cohort, attach, detach
 from .checkpoint import ROUND, STATE, RunFolder
 from .checks import nearest, require
 from .config import TrainConfig
-from .data.records import load_records
+from .data.records import load_records, read_jsonl
 from .device import peak_memory_bytes
 from .evaluate import evaluate
 from .federation_config import FederationConfig, FederationResult, history
@@ -74,8 +74,9 @@ class Federation:
             raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
         self.model, self.tokenizer, self.config, self.train = model, tokenizer, config, train or TrainConfig()
         self.strategy, self.target_modules, self.backend = get_strategy(strategy), target_modules, backend
-        self.eval_data = load_records(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
+        self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
         self.callbacks = tuple(callbacks)
+        clients = list(clients)
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
         self.folder = None if config.out is None else RunFolder(config.out, config.keep_snapshots)
@@ -367,6 +368,12 @@ class Federation:
             out=None if self.folder is None else self.folder.path,
             events=self.events,
         )
+
+
+def _read(path: str | Path) -> list[dict[str, Any]]:
+    """Held-out records of a file; multiple choice has no form that one could train on."""
+    records = read_jsonl(path)
+    return records if records[0].get("choices") else load_records(path)
 
 
 __all__ = ["Federation", "FederationConfig", "FederationResult"]

@@ -73,8 +73,7 @@ def why_refused(update: ClientUpdate, expected: ClientUpdate, max_norm: float | 
         return f"its weight must be a finite number of at least 0, got {update.weight!r}"
     norm = product_norm(update)
     bound = torch.finfo(torch.float32).max if max_norm is None else max_norm
-    # A NaN compares as false, so the good case is the one to ask for.
-    if not norm <= bound:
+    if norm > bound:
         return f"the norm of its product is {norm:.3g}, above the bound of {bound:.3g} (max_norm)"
     return None
 
@@ -82,12 +81,13 @@ def why_refused(update: ClientUpdate, expected: ClientUpdate, max_norm: float | 
 def product_norm(update: ClientUpdate) -> float:
     """The Frobenius norm of all products ``s B_RN.T A_RK`` together, in float64 through R x R Gram matrices.
 
-    ``||B.T A||^2 = sum((A A.T) * (B B.T))``; no N x K matrix is made.
+    ``||B.T A||^2 = sum((A A.T) * (B B.T))``; no N x K matrix is made. Infinite where float64 overflows on the way.
     """
     squares = []
     for module, (A_RK, B_RN) in update.adapters.items():
         A, B = A_RK.double(), B_RN.double()
         square = float(((A @ A.T) * (B @ B.T)).sum())
+        # What cancels may leave a rounding error below zero.
         squares.append(update.scaling[module] ** 2 * (0.0 if square < 0 else square))
     return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
 

@@ -246,6 +246,18 @@ def test_adapters_start_afresh_each_round_whoever_else_takes_part(tmp_path):
         assert all(torch.equal(alone[name], starts(tmp_path / "all", number)[name]) for name in "ab")
 
 
+def test_clients_are_checked_a_few_at_a_time(monkeypatch):
+    from flora_core import federation
+
+    model, other = make_model(), make_model()
+    make_federation(model=model).run()
+    monkeypatch.setattr(federation, "_CHECKED_TOGETHER", 2)
+    make_federation(model=other).run()
+    assert all(torch.equal(weight, target_weights(other)[m]) for m, weight in target_weights(model).items())
+    with pytest.raises(ValueError, match="needs equal ranks"):
+        make_federation(strategy="fedit", clients=make_clients((2, 2, 3)), callbacks=[no_training]).run()
+
+
 def test_a_run_repeats_bit_for_bit_and_another_seed_does_not():
     def weights(seed: int) -> dict[str, torch.Tensor]:
         model = make_model()
@@ -379,7 +391,7 @@ def poisoned_model(word: int) -> Any:
 
 
 def run_with(clients: list[flora.ClientSpec], out: Path, model: Any) -> tuple[flora.Federation, Any]:
-    fed = make_federation(out, model=model, clients=clients, eval_data=None)
+    fed = make_federation(out, model=model, clients=clients, eval_data=None, keep_optimizer=True)
     return fed, fed.run()
 
 
@@ -403,6 +415,7 @@ def test_a_client_whose_data_give_nan_stays_alone_with_it(tmp_path):
     for module, weight in target_weights(fed.model).items():
         want = target_weights(other.model)[module]
         assert float((weight - want).abs().max()) <= 1e-9 * float(want.abs().max())
+    assert set(fed.optimizer) == {"a", "c"}, "moments that led astray are not carried on"
     for one in result.history:
         assert list(one["refused"]) == ["b"]
         assert "loss is not finite at step 1" in one["refused"]["b"]
@@ -439,11 +452,12 @@ def test_a_client_whose_adapter_is_broken_stays_alone_with_it(value, tmp_path, m
 def test_an_update_beyond_max_norm_is_refused_and_the_round_goes_on():
     clients = make_clients()
     clients[1] = flora.ClientSpec("b", clients[1].data, clients[1].adapter, {"lr": 1.0})
+    fed = make_federation(clients=clients, max_norm=5.0, keep_optimizer=True, rounds=1)
     with pytest.warns(
-        RuntimeWarning, match=r"client 'b' was refused: the norm of its product is .* bound of 5 \(max_norm"
+        RuntimeWarning, match=r"client 'b' was refused: the norm of its product is .* bound of 5 \(max_n"
     ):
-        result = make_federation(clients=clients, max_norm=5.0, keep_optimizer=True, rounds=1).run()
-    (one,) = result.history
+        (one,) = fed.run().history
+    assert set(fed.optimizer) == {"a", "c"}, "moments that led astray are not carried on"
     assert list(one["refused"]) == ["b"]
     assert one["applied"]
 

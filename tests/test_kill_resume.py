@@ -140,7 +140,7 @@ def left_behind(out: Path) -> dict[str, bytes]:
 def told(out: Path) -> list[dict[str, Any]]:
     """The events of a run without times and without its beginnings, of which a resumed run has several."""
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    kept = [event for event in events if event["event"] not in ("run_start", "run_end")]
+    kept = [event for event in events if event["event"] != "run_start"]
     return [{key: value for key, value in event.items() if key not in _TIMES} for event in kept]
 
 
