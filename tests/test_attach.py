@@ -12,6 +12,7 @@ from torch import nn
 
 import flora_core as flora
 from flora_core.attach import candidates
+from flora_core.backends import resolve
 from flora_core.forward import lay_out
 from flora_core.linear import MultiLoRALinear
 from flora_core.testing import budget_ratio
@@ -240,7 +241,9 @@ def test_explain():
         "48x16 float32",
         "2,0,5",
     )
-    assert told.rows[0]["backend"] == "reference"
+    kernels, reason = resolve("auto", "shrink")
+    assert told.rows[0]["backend"] == kernels.__name__.rsplit(".", 1)[-1]
+    assert f"backend: {reason}" in told.notes
     assert "padded (the model does not go through transformers' attention interface)" in str(told)
     assert "triton: no GPU here" in str(told) or told.rows[0]["backend"] != "reference"
 

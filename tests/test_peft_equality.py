@@ -46,10 +46,14 @@ def initial(family: str, start: str) -> dict[str, Adapters]:
 
 @cache
 def by_peft(family: str, start: str, kind: str = "float64", max_steps: int | None = None) -> dict[str, Trained]:
-    """The oracle's run of every client: in float64, in float32, or in float32 under bfloat16 autocast."""
-    exact = kind == "float64"
-    model = models.tiny(family, torch.float64 if exact else torch.float32)
-    autocast = torch.autocast("cpu", torch.bfloat16) if kind == "bfloat16" else None
+    """The oracle's run of every client: in float64, in float32, in float32 under bfloat16 autocast, or on a
+    bfloat16 base; ``rounded`` is float64 with the weights of the latter."""
+    model = models.tiny(family, torch.float64)
+    if kind in ("bfloat16 base", "rounded"):
+        model = model.to(torch.bfloat16)
+    exact = kind in ("float64", "rounded")
+    model = model.to(torch.float64 if exact else model.dtype if kind == "bfloat16 base" else torch.float32)
+    autocast = torch.autocast("cpu", torch.bfloat16) if kind == "bfloat16 autocast" else None
     targets, first = FAMILIES[family].targets, initial(family, start)
     with exact64() if exact else nullcontext():
         return {
@@ -144,22 +148,37 @@ def test_cohort_covers_what_it_claims():
     assert 0.2 < 1 - models.keep_mask(torch.arange(40).numpy(), 50, round(0.3 * 65536), 2**62 + 5).float().mean() < 0.4
 
 
+def few_if(wanted: bool, family: str, scale: Any) -> None:
+    """Two families at the size of make test, all of them at the full size."""
+    if wanted and list(WAYS).index(family) >= scale(2, len(WAYS), "families"):
+        pytest.skip("full size only")
+
+
+KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16 autocast": (torch.float32, {"dtype": "bfloat16"}),
+    "bfloat16 base": (torch.bfloat16, {}),
+}
+
+
 @EACH
 @STARTS
-@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_first_step_by_the_budget(family: str, start: str, kind: str):
-    """Losses and gradients of step 1 in float32, and under bfloat16 autocast as PEFT under the same.
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_first_step_by_the_budget(family: str, start: str, kind: str, scale: Any):
+    """Losses and gradients of step 1, against PEFT in the same precision.
 
     Rounding in one tensor of a tiny model is one draw of chance: the reference's is the largest of the cohort, each
     tensor measured by its own size.
     """
-    autocast = None if kind == "float32" else kind
-    out, _ = by_cohort(family, start, torch.float32, max_steps=1, dtype=autocast)
-    truth, low = by_peft(family, start), by_peft(family, start, kind, max_steps=1)
+    few_if(kind == "bfloat16 base", family, scale)
+    base, config = KINDS[kind]
+    out, _ = by_cohort(family, start, base, max_steps=1, **config)
+    truth = by_peft(family, start, "rounded", 1) if kind == "bfloat16 base" else by_peft(family, start)
+    low = by_peft(family, start, kind, 1)
+    eps = torch.finfo(getattr(torch, kind.split()[0])).eps
     for of in (first_loss_error, first_gradient_error):
         errors = {client: of(out[client], truth[client]) for client in truth}
-        rounding = max(of(low[client], truth[client]) for client in truth)
-        budget = 2 * (rounding + torch.finfo(getattr(torch, kind)).eps)
+        budget = 2 * (max(of(low[client], truth[client]) for client in truth) + eps)
         assert max(errors.values()) <= budget, {client: error / budget for client, error in errors.items()}
 
 
@@ -180,8 +199,7 @@ def first_gradient_error(run: Trained, exact: Trained) -> float:
 @pytest.mark.parametrize("variant", ["split", "in pieces", "permuted", "checkpointed", "padded"])
 def test_cohort_equals_peft_run_otherwise(family: str, variant: str, scale: Any, monkeypatch: pytest.MonkeyPatch):
     """Split by a token budget, one sequence at a time, in another order, recomputed, padded: all the same."""
-    if list(WAYS).index(family) >= scale(2, len(WAYS), "families"):
-        pytest.skip("full size only")
+    few_if(True, family, scale)
     config: dict[str, Any] = {
         "split": {"token_budget": 40},
         "in pieces": {"token_budget": 1},
