@@ -60,7 +60,7 @@ def demand(name: str, tokens: int = 100, longest: int = 60, parameters: int = 10
 
 
 def test_all_together_without_a_budget():
-    for device, tokens in (("cpu", 1024), ("cuda", 16384)):
+    for device, tokens in (("cpu", 2048), ("cuda", 16384)):
         chosen = plan([demand(n) for n in "abc"], bytes_per_token=0.0, device=device)
         assert (chosen.cohorts, chosen.token_budget) == ((("a", "b", "c"),), tokens)
         assert chosen.reason == f"default for {device}"
@@ -112,7 +112,7 @@ def test_a_memory_budget_takes_as_few_cohorts_as_it_allows():
         return chosen
 
     roomy = planned(everything + 5000 * per_token)
-    assert (len(roomy.cohorts), roomy.token_budget) == (1, 1024)
+    assert (len(roomy.cohorts), roomy.token_budget) == (1, 2048)
     assert roomy.memory_bytes == everything + 400 * per_token
     cut = planned(everything + 100 * per_token)
     assert (len(cut.cohorts), cut.token_budget) == (1, 100)
@@ -194,7 +194,7 @@ def test_a_memory_budget_reaches_the_trainer(monkeypatch: pytest.MonkeyPatch):
         return flora.CohortTrainer(cohort, flora.TrainConfig(memory_budget_gb=gigabytes, max_steps=1))
 
     roomy = trainer(1.0).plan()
-    assert (len(roomy.cohorts), roomy.token_budget) == (1, 1024)
+    assert (len(roomy.cohorts), roomy.token_budget) == (1, 2048)
     tight = trainer(roomy.memory_bytes / 3e9)
     assert tight.plan().memory_bytes <= roomy.memory_bytes / 3
     seen = in_flight(monkeypatch)

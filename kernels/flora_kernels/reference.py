@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from torch.optim.adamw import adamw
 
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
@@ -307,15 +308,23 @@ def cohort_adamw_(
         if step == 0:
             continue
         p, g, m, v = ([buffer[r] for r in ranges] for buffer in (param, grad, exp_avg, exp_avg_sq))
-        g = list(torch._foreach_mul(g, clip)) if clip != 1 else g
-        torch._foreach_mul_(p, 1 - lr * decay)
-        torch._foreach_lerp_(m, g, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, g, g, 1 - beta2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_div_(denominator, (1 - beta2**step) ** 0.5)
-        torch._foreach_add_(denominator, eps)
-        torch._foreach_addcdiv_(p, m, denominator, -lr / (1 - beta1**step))
+        # The fused form makes one pass over memory, where single operations make ten.
+        adamw(
+            p,
+            list(torch._foreach_mul(g, clip)) if clip != 1 else g,
+            m,
+            v,
+            [],
+            list(torch.full((len(p),), step - 1, dtype=torch.float32, device=param.device).unbind()),
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=decay,
+            eps=eps,
+            maximize=False,
+        )
 
 
 __all__ = [
