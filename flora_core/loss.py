@@ -43,7 +43,6 @@ class Head:
             z_MV = z_MV.logits[0]
         return z_MV if z_MV.dtype == torch.float64 else z_MV.float()
 
-
     def chunk_logits(self, hidden_mH: torch.Tensor) -> torch.Tensor:
         """Logits of one chunk, in memory that the next chunk takes over where the product can be written into it."""
         weight, bias = self.output.weight, getattr(self.output, "bias", None)
