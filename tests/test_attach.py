@@ -203,9 +203,11 @@ class TokenBias(transformers.LlamaForCausalLM):
 class Tempered(transformers.LlamaForCausalLM):
     """Logits are scaled after the head."""
 
+    temperature = 3.0
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output: Any = super().forward(*args, **kwargs)
-        output.logits = output.logits / 3
+        output.logits = output.logits / self.temperature
         return output
 
 
@@ -218,13 +220,21 @@ def test_logits_that_no_head_gives_are_refused():
 
 
 def test_which_head_gives_the_logits():
-    """A cap of 30 that does not show in logits below 1 must be found all the same."""
+    """A cap of 30 that does not show in logits below 1, a scale near 1 in 16 bits: found all the same."""
     capped = models.tiny("gemma2", torch.float32, final_logit_softcapping=30.0)
     capped.lm_head.weight.data.mul_(0.1)
     assert capped(input_ids=ids()).logits.abs().max() < 0.9
-    tempered = llama()
-    tempered.__class__ = Tempered
-    for model, kind in ((llama(), "linear"), (capped, "model"), (tempered, "model")):
+    tempered, nearly = llama(), models.tiny("llama", torch.bfloat16)
+    for model, temperature in ((tempered, 3.0), (nearly, 1.05)):
+        model.__class__, model.temperature = Tempered, temperature
+    plain = models.tiny("llama", torch.bfloat16)
+    for model, kind in (
+        (llama(), "linear"),
+        (plain, "linear"),
+        (capped, "model"),
+        (tempered, "model"),
+        (nearly, "model"),
+    ):
         cohort = flora.attach(model, [client()], TARGETS)
         assert (cohort.packs, cohort.head.kind) == (True, kind)
         words = "the model's own head in chunks" if kind == "model" else "gradient written out"
