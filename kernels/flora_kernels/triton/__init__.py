@@ -1,0 +1,44 @@
+"""The primitives of ``reference`` as Triton kernels: same names, same arguments, for NVIDIA and AMD GPUs.
+
+With TRITON_INTERPRET=1 they run on the CPU, slowly, to be checked.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..reference import Dropout, MergeItem
+from .adamw import cohort_adamw_
+from .common import FLOAT_DTYPES
+from .expand import expand_
+from .linear import linear, linear_lora
+from .merge import merge_, merge_many_
+from .shrink import shrink
+from .wgrad import wgrad
+
+_MERGED = (*FLOAT_DTYPES, torch.float64)
+# What each op takes; what is not here goes to another backend, or is refused by name.
+DTYPES = {
+    "shrink": FLOAT_DTYPES,
+    "expand_": FLOAT_DTYPES,
+    "wgrad": FLOAT_DTYPES,
+    "linear": FLOAT_DTYPES,
+    "linear_lora": FLOAT_DTYPES,
+    "merge_": _MERGED,
+    "merge_many_": _MERGED,
+    "cohort_adamw_": (torch.float32, torch.float64),
+}
+
+__all__ = [
+    "DTYPES",
+    "Dropout",
+    "MergeItem",
+    "cohort_adamw_",
+    "expand_",
+    "linear",
+    "linear_lora",
+    "merge_",
+    "merge_many_",
+    "shrink",
+    "wgrad",
+]

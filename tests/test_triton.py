@@ -1,0 +1,148 @@
+"""The Triton backend without a GPU: its kernels under the interpreter, and when it is to be had.
+
+The interpreter has to be chosen before a kernel is defined, so each group of tests runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flora_core import backends, ops
+from flora_core.testing import LINEAR_SHAPES, make_linear, run_linear
+
+ROOT = Path(__file__).resolve().parents[1]
+pytest.importorskip("triton")
+# The interpreter takes milliseconds a program: make test runs all of it in bfloat16 and one shape in the others,
+# make test-all everything. A sum in float64 takes one interpreted step per rank.
+FEW_LORA = "(not fp32 and not fp16 or M37) and not inf"
+FEW_MERGES = "triton and (integers_are_exact and contiguous or many_is_one or repeats_by_seed or draws_anew)"
+FEW = f"{FEW_MERGES} or triton and (powers_of_two or without_an_owner or step_0 or on_the_others)"
+
+
+def interpreted(*words: str) -> str:
+    """Run something under the interpreter; what it says."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def interpreted_tests(scale, few: str, everything: str, *files: str) -> None:
+    """Run tests under the interpreter: some of them, or at full size everything."""
+    full = scale(0, 1, "runs of every interpreted test")
+    size, chosen = ("full", everything) if full else ("1", few)
+    words = ("-p", "no:cacheprovider", "-p", "tests.triton_interpreter", f"--scale={size}", "-k", chosen)
+    told = interpreted("-m", "pytest", "-q", *words, *files)
+    assert " passed" in told
+
+
+def test_lora_ops_under_the_interpreter(scale):
+    interpreted_tests(scale, FEW_LORA, "test", "tests/triton_ops.py")
+
+
+def test_merge_and_adamw_under_the_interpreter(scale):
+    interpreted_tests(scale, FEW, "triton", "tests/test_stacked_merge.py", "tests/test_cohort_adamw.py")
+
+
+def test_the_interpreter_s_bf16_is_right():
+    """Casts round to nearest even, products are those of float32, and arithmetic is refused."""
+    code = """
+import torch, triton, triton.language as tl
+import tests.triton_interpreter
+
+@triton.jit
+def round_trip(x, y, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(y + i, tl.load(x + i).to(tl.bfloat16))
+
+@triton.jit
+def product(x, y, n: tl.constexpr):
+    i = tl.arange(0, n)
+    at = i[:, None] * n + i[None, :]
+    tl.store(y + at, tl.dot(tl.load(x + at), tl.load(x + at)))
+
+@triton.jit
+def double(x, n: tl.constexpr):
+    i = tl.arange(0, n)
+    tl.store(x + i, tl.load(x + i) + tl.load(x + i))
+
+bits = torch.randint(-2**31, 2**31, (4096,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+ties = (bits & ~0xFFFF) | 0x8000
+for x in (bits.view(torch.float32), ties.view(torch.float32)):
+    y = torch.empty(4096, dtype=torch.bfloat16)
+    round_trip[(1,)](x, y, 4096)
+    assert torch.equal(y.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
+x, y = torch.randn(16, 16).bfloat16(), torch.empty(16, 16)
+product[(1,)](x, y, 16)
+assert (y - x.float() @ x.float()).abs().max() < 1e-5
+try:
+    double[(1,)](x, 16)
+except Exception as error:
+    assert "widen to float32" in str(error)
+else:
+    raise AssertionError("bf16 arithmetic was not refused")
+"""
+    # The interpreter reads a kernel's source, so it must be in a file.
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "bf16.py"
+        script.write_text(code)
+        interpreted(str(script))
+
+
+def test_auto_never_takes_the_interpreter_and_names_what_does_not_fit():
+    told = interpreted(
+        "-c",
+        "import torch; from flora_core import backends\n"
+        "print(backends.resolve('auto', 'shrink')[0].__name__)\n"
+        "print(backends.resolve('triton', 'shrink', torch.zeros(1))[0].__name__)\n"
+        "try: backends.resolve('triton', 'shrink', torch.zeros(1).double())\n"
+        "except ValueError as error: print(error)",
+    ).splitlines()
+    assert told[:2] == ["flora_kernels.reference", "flora_kernels.triton"]
+    assert told[2].endswith("takes float32, bfloat16, float16 in shrink, got float64; use backend='reference'")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    backends.availability.cache_clear()
+    yield
+    backends.availability.cache_clear()
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_the_reason_is_told():
+    assert backends.availability()["triton"] == "no GPU here and TRITON_INTERPRET is not set"
+    inputs = make_linear(LINEAR_SHAPES[1])
+    with pytest.raises(ValueError, match=r"'triton' is not to be had here \(no GPU here.*available: reference"):
+        run_linear(inputs, "triton")
+
+
+def test_with_a_gpu_tensors_on_the_cpu_are_refused_or_go_to_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "availability", lambda: {"reference": None, "triton": None})
+    assert backends.resolve("auto", "shrink", torch.zeros(1))[1] == "reference (auto)"
+    with pytest.raises(ValueError, match=r"runs on a GPU, the tensors are on cpu; move them with .to\('cuda'\)"):
+        backends.resolve("triton", "shrink", torch.zeros(1))
+
+
+def test_every_op_has_the_reference_s_name_and_arguments():
+    import inspect
+
+    from flora_kernels import reference, triton
+
+    for name in ("shrink", "expand_", "wgrad", "linear", "merge_", "merge_many_", "cohort_adamw_"):
+        assert inspect.signature(getattr(triton, name)) == inspect.signature(getattr(reference, name)), name
+    assert triton.Dropout is reference.Dropout
+    assert set(triton.DTYPES) <= set(triton.__all__)
+    assert ops.HYPER_COLUMNS.index("clip_scale") + 1 == triton.adamw._COLUMNS
