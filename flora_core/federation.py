@@ -106,10 +106,8 @@ class Federation:
             began, notes = time.perf_counter(), self._check_clients()
             notes += self._resume()
             if self._over:
-                message = (
-                    f"{self.config.out} holds this run, finished: nothing is trained; choose another out for a new one"
-                )
-                self._tell({"event": "warning", "message": message})
+                text = f"{self.config.out} holds this run, finished: nothing is trained; a new one needs another out"
+                self._tell({"event": "warning", "message": text})
                 return self._result()
             self._start(notes)
             while self.round < self.config.rounds:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 import torch
 
 import flora_core as flora
+from flora_core.checkpoint import RunFolder
+from flora_core.peft_io import load_peft_adapter
+from flora_core.update import ClientUpdate
 
 WORDS = [f"w{i}" for i in range(24)]
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
@@ -109,3 +115,48 @@ def files(folder: Path, *kinds: str) -> dict[str, bytes]:
     """The bytes of every file of these endings below a folder."""
     found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name.endswith(kinds))
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def updates_of(out: Path, number: int, weights: dict[str, float]) -> list[ClientUpdate]:
+    """The adapters that a round saved."""
+    folders = sorted(path for path in (out / "rounds" / f"{number:04d}").iterdir() if path.is_dir())
+    return [load_peft_adapter(folder, weight=weights[folder.name]) for folder in folders]
+
+
+def no_training(event) -> None:
+    """A callback for runs that must stop before."""
+    assert event["event"] not in ("round_start", "train_progress")
+
+
+def new_folder(path: Path, **options) -> RunFolder:
+    """A folder in which a run has begun."""
+    folder = RunFolder(path, **options)
+    path.mkdir(exist_ok=True)
+    folder.begin({"rounds": 3}, {"torch": "1"}, "start")
+    return folder
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """What a full disk is like, for this process: no file may grow beyond ``size`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Stop(Exception):  # noqa: N818
+    """How a test stops a run."""
+
+
+def stop_after(number: int, out: Path, model=None, **changes) -> None:
+    """Run until a round is over."""
+
+    def callback(event) -> None:
+        if event["event"] == "round_end" and event["round"] == number:
+            raise Stop
+
+    with pytest.raises(Stop):
+        make_federation(out, model=model, callbacks=[callback], **{"rounds": 3, **changes}).run()

@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
-import resource
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from flora_core import files as files_module
 from flora_core.checkpoint import RunFolder
 from flora_core.files import SaveError
 from flora_core.update import ClientUpdate
-from tests.federation_cases import files, make_clients, make_federation, make_model, target_weights
+from tests.federation_cases import (
+    files,
+    largest_file,
+    make_federation,
+    make_model,
+    new_folder,
+    stop_after,
+)
 
 
 def make_update(name: str = "a") -> ClientUpdate:
     return ClientUpdate(name, {"m": (torch.ones(2, 4), torch.ones(2, 3))}, {"m": 2.0})
 
 
-def new_folder(path: Path, **options) -> RunFolder:
-    folder = RunFolder(path, **options)
-    path.mkdir(exist_ok=True)
-    folder.begin({"rounds": 3}, {"torch": "1"}, "start")
-    return folder
-
-
 def save(folder: RunFolder, number: int, value: float = 0.0, events=()) -> None:
     folder.save_round(number, [make_update()], {"weights": {"m": torch.full((3, 4), value)}}, list(events))
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """What a full disk is like, for this process: no file may grow beyond ``size`` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 # A state that is saved is the state that is read.
@@ -194,21 +178,6 @@ def test_a_run_goes_on_before_the_damage_and_ends_with_the_same_bytes(damaged, t
     assert files(out, ".safetensors") == files(tmp_path / "whole", ".safetensors")
 
 
-class Stop(Exception):  # noqa: N818 (it is how a test stops a run, and no error)
-    pass
-
-
-def stop_after(number: int, out: Path, model=None, **changes) -> None:
-    """Run until a round is over."""
-
-    def callback(event) -> None:
-        if event["event"] == "round_end" and event["round"] == number:
-            raise Stop
-
-    with pytest.raises(Stop):
-        make_federation(out, model=model, callbacks=[callback], **{"rounds": 3, **changes}).run()
-
-
 # metrics.jsonl.
 
 
@@ -259,196 +228,3 @@ def test_metrics_are_json_that_every_reader_takes(tmp_path):
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     read = json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
     assert read == {"event": "train", "round": 1, "loss": None, "groups": [{"x": None}], "name": "ä"}
-
-
-# The same run or an error.
-
-
-def test_another_configuration_is_named_field_by_field(tmp_path):
-    folder = new_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"another configuration: rounds was 3, is 4; seed was null, is 1\. Choose"):
-        folder.begin({"rounds": 4, "seed": 1}, {"torch": "1"})
-
-
-def test_another_environment_is_a_warning_and_remembered(tmp_path):
-    new_folder(tmp_path)
-    folder = RunFolder(tmp_path)
-    (warning,) = folder.begin({"rounds": 3}, {"torch": "2"})
-    assert warning.startswith('torch was "1", is "2" since the run stopped')
-    assert RunFolder(tmp_path).begin({"rounds": 3}, {"torch": "2"}) == []
-    facts = json.loads((tmp_path / "run.json").read_text())
-    assert facts["environments"] == [{"torch": "1"}, {"torch": "2"}]
-    folder.finish()
-    assert RunFolder(tmp_path).begin({"rounds": 3}, {"torch": "3"}) == [], "it is over: nothing of it is run any more"
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "another program"}'])
-def test_a_run_json_of_another_program_is_left_alone(text, tmp_path):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(ValueError, match=r"run\.json is damaged, or of another program"):
-        make_federation(tmp_path).run()
-    assert (tmp_path / "run.json").read_text() == text
-
-
-def test_a_folder_with_foreign_files_is_left_alone(tmp_path):
-    (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(FileExistsError, match=r"already holds thesis\.tex .*choose a new or empty out"):
-        make_federation(tmp_path).run()
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_out_that_is_a_file_is_an_error(tmp_path):
-    (tmp_path / "out").write_text("x")
-    with pytest.raises(FileExistsError, match="is a file, and the results need a folder"):
-        make_federation(tmp_path / "out").run()
-
-
-def test_two_runs_cannot_work_in_one_folder(tmp_path):
-    with RunFolder(tmp_path).locked():
-        with pytest.raises(
-            BlockingIOError, match=rf"another process \(pid {os.getpid()}\) works in .*choose another out"
-        ):
-            make_federation(tmp_path).run()
-        assert not (tmp_path / "run.json").exists()
-    make_federation(tmp_path, rounds=1).run()
-
-
-# A full disk.
-
-
-def test_a_full_disk_loses_nothing_and_the_run_goes_on(tmp_path):
-    make_federation(tmp_path / "whole", rounds=3, save_model=False).run()
-    out = tmp_path / "out"
-    stop_after(1, out, save_model=False)
-    before = files(out, ".safetensors", "round.json")
-    size = (out / "rounds" / "0001" / "state.safetensors").stat().st_size
-    with largest_file(size - 1), pytest.raises(SaveError, match=r"0002.* what was saved before is unchanged"):
-        make_federation(out, rounds=3, save_model=False).run()
-    assert files(out, ".safetensors", "round.json") == before
-    make_federation(out, rounds=3, save_model=False).run()
-    assert files(out, ".safetensors") == files(tmp_path / "whole", ".safetensors")
-
-
-def test_a_disk_too_small_for_the_model_is_an_error_at_the_end_that_loses_no_round(tmp_path):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    make_federation(whole, rounds=1).run()
-    size = (whole / "model" / "model.safetensors").stat().st_size
-    with largest_file(size - 1), pytest.raises(SaveError, match=r"could not save .*model: "):
-        make_federation(out, rounds=1).run()
-    assert not (out / "model").exists()
-    assert not list(out.rglob(".tmp-*"))
-    trained = []
-    result = make_federation(out, rounds=1, callbacks=[trained.append]).run()
-    assert "train_progress" not in {event["event"] for event in trained}
-    assert files(out, ".safetensors") == files(whole, ".safetensors")
-    assert [event["event"] for event in result.events].count("run_end") == 1
-
-
-@pytest.mark.parametrize("at", range(0, 60, 13))
-def test_no_space_left_at_any_file(at, tmp_path, monkeypatch):
-    """Every place that opens a file for writing, one after another."""
-    out, opened = tmp_path / "out", 0
-
-    def full(path: Path, *rest):
-        nonlocal opened
-        opened += 1
-        if opened > at:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return fsync(path, *rest)
-
-    fsync = files_module._fsync
-    with monkeypatch.context() as patch:
-        patch.setattr(files_module, "_fsync", full)
-        with pytest.raises(SaveError, match="the disk is full: free some space and try again"):
-            make_federation(out, rounds=2).run()
-    make_federation(out, rounds=2).run()
-    assert not list(tmp_path.rglob(".tmp-*"))
-
-
-def test_metrics_that_cannot_be_written_say_what_to_do(tmp_path):
-    folder = new_folder(tmp_path)
-    with (
-        largest_file(30),
-        pytest.raises(SaveError, match=r"could not write .*metrics\.jsonl: .*start the same run again"),
-    ):
-        folder.append({"event": "round_end", "text": "x" * 100})
-
-
-def test_too_little_room_is_told_before_training(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    told = []
-    with pytest.raises(SaveError, match=r"has 1\.0 kB free, and a checkpoint and the final model need"):
-        make_federation(tmp_path, callbacks=[told.append]).run()
-    assert told == []
-
-
-# A finished run.
-
-
-def test_a_finished_run_gives_its_result_and_trains_nothing(tmp_path):
-    first = make_federation(tmp_path, model=(model := make_model()))
-    result = first.run()
-    before, told, fresh = files(tmp_path, ""), [], make_model()
-    again = make_federation(tmp_path, model=fresh, callbacks=[told.append]).run()
-    assert [event["event"] for event in told] == ["warning"]
-    assert "finished: nothing is trained" in told[0]["message"]
-    assert (again.history, again.before, again.after) == (result.history, result.before, result.after)
-    assert files(tmp_path, "") == before
-    for path, weight in target_weights(model).items():
-        assert torch.equal(weight, target_weights(fresh)[path]), path
-
-
-def test_what_is_only_kept_may_change_between_runs(tmp_path):
-    stop_after(1, tmp_path)
-    make_federation(tmp_path, rounds=3, keep_snapshots=1, save_model=False).run()
-    assert not (tmp_path / "model").exists()
-    assert len(list(tmp_path.rglob("state.safetensors"))) == 1
-
-
-DIFFERENT = {
-    "rounds": (dict(rounds=4), "federation.rounds was 3, is 4"),
-    "seed": (dict(seed=1), "federation.seed was 0, is 1"),
-    "lr": (dict(lr=1e-3), "train.lr was 0.01, is 0.001"),
-    "strategy": (dict(strategy="zero_pad"), 'strategy was "flora", is "zero_pad"'),
-    "targets": (dict(target_modules=["q_proj"]), "target_modules was"),
-    "rank": (dict(clients=make_clients((4, 2, 5))), "clients.c.adapter.rank was 3, is 5"),
-    "client's training": (
-        dict(clients=[*make_clients()[:2], *make_clients()[2:]][::-1]),
-        r'clients was \["a", "b", "c"\], is \["c", "b", "a"\]',
-    ),
-    "held-out data": (dict(eval_data=None), "eval_data differs"),
-    "model": (dict(model=make_model(seed=1)), "model.weights differs"),
-    "dtype": (dict(model=make_model(torch.float64)), 'model.dtype was "torch.float32", is "torch.float64"'),
-}
-
-
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    out = tmp_path_factory.mktemp("stopped")
-    stop_after(1, out)
-    return out
-
-
-@pytest.mark.parametrize("what", DIFFERENT)
-def test_a_run_is_not_resumed_as_another(what, stopped):
-    changes, words = DIFFERENT[what]
-    before = files(stopped, "")
-    with pytest.raises(ValueError, match=f"holds a run with another configuration: .*{words}"):
-        make_federation(stopped, **{"rounds": 3, **changes}).run()
-    del before[".lock"]
-    assert before.items() <= files(stopped, "").items()
-
-
-def test_data_that_changed_are_another_run(stopped):
-    clients = make_clients()
-    clients[0].data[0]["output"] += " w1"
-    with pytest.raises(ValueError, match=r"another configuration: clients\.a\.data differs\."):
-        make_federation(stopped, rounds=3, clients=clients).run()
-
-
-def test_only_json_and_safetensors_are_left(tmp_path):
-    make_federation(tmp_path, rounds=1).run()
-    kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".jsonl", ".safetensors", ""}
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and not path.suffix] == [".lock"]
