@@ -35,7 +35,9 @@ class Tile:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        # AMD's 64 KB of shared memory hold no third stage.
+        stages = self.num_stages if torch.version.hip is None else min(self.num_stages, 2)
+        return {**self.sizes, "num_warps": self.num_warps, "num_stages": stages}
 
 
 def pick(tiles: Sequence[Tile], dtype: torch.dtype) -> Tile:

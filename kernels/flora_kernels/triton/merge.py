@@ -20,13 +20,12 @@ from ..reference import MergeItem
 from .common import Tile, draws_of, last_at_or_before, on_device
 
 # Three TF32 products lose 2^-22 or so: nothing beside a rounding to 16 bits, too much in an fp32 master.
-_ROUNDED = Tile((torch.bfloat16, torch.float16), dict(BLOCK_N=128, BLOCK_K=128, BLOCK_P=32), 8, 2)
-# The drawing of random numbers takes registers: a 128 x 128 tile spills.
-_STOCHASTIC = Tile((torch.bfloat16,), dict(BLOCK_N=64, BLOCK_K=128, BLOCK_P=32), 8, 2)
+# 128 x 128 would read the factors less often and spills on sm_80, with stochastic rounding everywhere.
+_ROUNDED = Tile((torch.bfloat16, torch.float16), dict(BLOCK_N=64, BLOCK_K=128, BLOCK_P=16), 8, 3)
 # IEEE products run on the CUDA cores, their operands in registers.
 _MASTER = Tile((torch.float32,), dict(BLOCK_N=64, BLOCK_K=64, BLOCK_P=16), 4, 2)
 _WIDE = Tile((torch.float64,), dict(BLOCK_N=32, BLOCK_K=64, BLOCK_P=1), 4, 1)
-TILES = (_ROUNDED, _STOCHASTIC, _MASTER, _WIDE)
+TILES = (_ROUNDED, _MASTER, _WIDE)
 _TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -201,10 +200,10 @@ def merge_many_(
     for options, members in _groups(items, rounding, seed):
         weight = members[0][0].weight
         wide = torch.float64 if weight.dtype == torch.float64 else accumulate
-        half, stochastic = weight.dtype.itemsize == 2, rounding == "stochastic"
+        half = weight.dtype.itemsize == 2
         tile = _WIDE if wide == torch.float64 else _MASTER
         if tile is _MASTER and half and not options["LOW_BITS"] and torch.version.hip is None:
-            tile = _STOCHASTIC if stochastic else _ROUNDED
+            tile = _ROUNDED
         rows, tiles = _rows(members, tile.sizes)
         with on_device(weight):
             _merge_kernel[(tiles,)](
@@ -215,7 +214,7 @@ def merge_many_(
                 SUM=_TRITON_DTYPE[wide],
                 PRECISION="ieee" if tile is _MASTER else "tf32x3",
                 HALF=half,
-                STOCHASTIC=stochastic,
+                STOCHASTIC=rounding == "stochastic",
                 **tile.options,
             )
 

@@ -19,7 +19,7 @@ from ..reference import Dropout, Ranges
 from .common import Tile, clients, draws_of, find_tile, on_device, pick, rank_block, scale_up, total
 
 TILES = (
-    Tile((torch.bfloat16, torch.float16), dict(BLOCK_D=128, BLOCK_T=64), num_warps=8, num_stages=3),
+    Tile((torch.bfloat16, torch.float16), dict(BLOCK_D=128, BLOCK_T=32), num_warps=8, num_stages=4),
     Tile((torch.float32,), dict(BLOCK_D=64, BLOCK_T=32), num_warps=8, num_stages=2),
 )
 # A chunk's part costs 8 R D bytes against the 2 T D that it reads: 1/8 at rank 64 in 16 bits.
