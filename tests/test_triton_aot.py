@@ -1,0 +1,341 @@
+"""The Triton kernels compiled ahead of time: matrix instructions, registers, spills, shared memory, no float atomics.
+
+Every launcher is called on tensors without data, its launch is kept instead of run, and what it would have compiled is
+compiled for each target: so nothing is checked that cannot be chosen, and nothing that can be chosen is left out.
+``python tests/test_triton_aot.py`` writes the tables of docs/kernels.md.
+Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+# The compiler asks that this be said; it is the default of every version that we run on.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from flora_core import Segments  # noqa: E402
+from flora_kernels import triton as kernels  # noqa: E402
+from flora_kernels.triton import counts  # noqa: E402
+
+ROWS, RANKS = (820,) * 2 + (819,) * 8, (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+LOW_RANKS = (16, 8, 4, 1)
+M, K, N = sum(ROWS), 4096, 4096
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+POINTER = {
+    **{dtype: name for name, dtype in DTYPES.items()},
+    torch.float64: "fp64",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, its matrix instruction, and the shared memory that one block may take."""
+
+    name: str
+    gpu: Any
+    matrix: str
+    shared_bytes: int
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", GPUTarget("cuda", 80, 32), r"\bHMMA\.", 166912),
+        Target("sm_90", GPUTarget("cuda", 90, 32), r"\bHGMMA\.", 232448),
+        Target("sm_100", GPUTarget("cuda", 100, 32), r"\bUTC\w*MMA\b", 232448),
+        Target("gfx942", GPUTarget("hip", "gfx942", 64), r"\bv_mfma_", 65536),
+    )
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def lora(op: str, dtype: torch.dtype, ranks: tuple[int, ...] = RANKS, dropout: bool = False) -> None:
+    """Call one of the LoRA launchers."""
+    rows = ROWS[: len(ranks)]
+    tokens, bank, scaling = Segments(rows), Segments(ranks), [2.0] * len(ranks)
+    draws = kernels.Dropout([6554] * len(ranks), [1] * len(ranks), [0] * len(ranks)) if dropout else None
+    x, dy, s = empty(sum(rows), K, dtype=dtype), empty(sum(rows), N, dtype=dtype), empty(1, dtype=dtype)
+    A, B, weight, bias = empty(sum(ranks), K), empty(sum(ranks), N), empty(N, K, dtype=dtype), empty(N, dtype=dtype)
+    if op == "shrink":
+        kernels.shrink(x, A, tokens, bank, None if dropout else scaling, draws)
+    elif op == "expand_":
+        kernels.expand_(dy, s, B, tokens, bank, None if dropout else scaling, draws)
+    elif op == "wgrad":
+        kernels.wgrad(s, x, s, dy, tokens, bank, scaling, torch.float32, draws)
+    elif op == "linear":
+        kernels.linear(x, weight, bias)
+    else:
+        kernels.linear_lora(x, weight, bias, s, B, tokens, bank, scaling)
+
+
+def merge(dtype: torch.dtype, **options: Any) -> None:
+    factors = empty(sum(RANKS), K), empty(sum(RANKS), N), empty(sum(RANKS))
+    low_bits = empty(N, K, dtype=torch.int16) if options.pop("low_bits", False) else None
+    kernels.merge_(empty(N, K, dtype=dtype), *factors, low_bits_NK=low_bits, **options)
+
+
+def adamw(dtype: torch.dtype) -> None:
+    buffer = empty(4096, dtype=dtype)
+    hyper_CH = empty(2, 7, dtype=torch.float64)
+    kernels.cohort_adamw_(buffer, buffer, buffer, buffer, Segments([1000, 3096]), hyper_CH, [0, 1])
+
+
+def split_wgrad() -> None:
+    """One client long enough to be cut into chunks."""
+    tokens, bank, s = Segments([M]), Segments([16]), empty(1, dtype=torch.bfloat16)
+    x, dy = empty(M, K, dtype=torch.bfloat16), empty(M, N, dtype=torch.bfloat16)
+    kernels.wgrad(s, x, s, dy, tokens, bank, [2.0], torch.float32)
+
+
+# Name -> what calls the launcher. Products in 16 bits must use the matrix instructions of their target.
+CONFIGURATIONS: dict[str, Callable[[], None]] = {}
+for _name, _dtype in DTYPES.items():
+    for _op in ("shrink", "expand_", "wgrad"):
+        for _dropout in (False, True):
+            _label = f"{_op}-{_name}{'-dropout' if _dropout else ''}"
+            CONFIGURATIONS[_label] = lambda op=_op, d=_dtype, p=_dropout: lora(op, d, RANKS, p)
+            if _op != "expand_":
+                CONFIGURATIONS[f"{_label}-low-ranks"] = lambda op=_op, d=_dtype, p=_dropout: lora(op, d, LOW_RANKS, p)
+    for _op in ("linear", "linear_lora"):
+        CONFIGURATIONS[f"{_op}-{_name}"] = lambda op=_op, d=_dtype: lora(op, d)
+    CONFIGURATIONS[f"merge-{_name}"] = lambda d=_dtype: merge(d)
+    CONFIGURATIONS[f"merge-{_name}-fp64-sum"] = lambda d=_dtype: merge(d, accumulate=torch.float64)
+CONFIGURATIONS |= {
+    "merge-bf16-stochastic": lambda: merge(torch.bfloat16, rounding="stochastic"),
+    "merge-bf16-stochastic-fp64-sum": lambda: merge(torch.bfloat16, rounding="stochastic", accumulate=torch.float64),
+    "merge-bf16-low-bits": lambda: merge(torch.bfloat16, low_bits=True),
+    "merge-bf16-low-bits-fp64-sum": lambda: merge(torch.bfloat16, low_bits=True, accumulate=torch.float64),
+    "merge-fp64": lambda: merge(torch.float64),
+    "wgrad-bf16-in-chunks": split_wgrad,
+    "adamw-fp32": lambda: adamw(torch.float32),
+    "adamw-fp64": lambda: adamw(torch.float64),
+}
+# What make test compiles: one of each kernel; make test-all compiles all of them for all targets.
+FEW = ("shrink-bf16-dropout", "expand_-bf16", "wgrad-bf16-dropout", "linear_lora-bf16", "merge-bf16", "adamw-fp32")
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[JITFunction, dict[str, Any]]]]:
+    """Keep every launch instead of running it."""
+    launches: list[tuple[JITFunction, dict[str, Any]]] = []
+    run = JITFunction.run
+
+    def keep(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        names = [parameter.name for parameter in self.params]
+        launches.append((self, {**dict(zip(names, args, strict=False)), **options}))
+
+    JITFunction.run = keep
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+@dataclass(frozen=True)
+class Built:
+    """A compiled kernel: its code, and what it takes on the GPU."""
+
+    name: str
+    code: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.code))
+
+
+def source(kernel: JITFunction, launch: dict[str, Any]) -> ASTSource:
+    """What the launch would compile, specialised as it would be."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = launch[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{POINTER[value.dtype]}"
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def build(kernel: JITFunction, launch: dict[str, Any], target: Target) -> Built:
+    options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
+    compiled = triton.compile(source(kernel, launch), target=target.gpu, options=options)
+    shared = compiled.metadata.shared
+    if target.gpu.backend == "hip":
+        code = compiled.asm["amdgcn"]
+        registers, stack = (int(re.findall(rf"{n}:?\s+(\d+)", code)[-1]) for n in (r"\.vgpr_count", "ScratchSize"))
+        return Built(kernel.__name__, code, registers, stack, shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        told = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", told)[-1]) for name in ("REG", "STACK"))
+    return Built(kernel.__name__, compiled.asm["sass"], registers, stack, shared)
+
+
+def built(configuration: str, target: Target) -> list[Built]:
+    """Every kernel that a configuration launches."""
+    # Launchers choose by the GPUs that torch was built for.
+    hip = "6" if target.gpu.backend == "hip" else None
+    with recorded() as launches, mock.patch.object(torch.version, "hip", hip):
+        CONFIGURATIONS[configuration]()
+    assert launches, f"{configuration} launches nothing"
+    return [build(kernel, launch, target) for kernel, launch in launches]
+
+
+FLOAT_ATOMIC = r"\b(RED|ATOM\w*)\.\S*(F16|BF16|F32|F64)|(global|flat|buffer|ds)_(atomic_)?(pk_)?add_(rtn_)?(f|bf)\d+"
+PRODUCTS = ("_shrink_kernel", "_expand_kernel", "_wgrad_kernel", "_linear_kernel", "_merge_kernel")
+
+
+def problems(configuration: str, kernel: Built, target: Target) -> list[str]:
+    """What a kernel of a configuration must not be."""
+    found = []
+    spilled = kernel.count(r"\b(STL|LDL)\b") if target.gpu.backend == "cuda" else 0
+    if kernel.stack_bytes or spilled:
+        found.append(f"spills: {kernel.stack_bytes} bytes of stack, {spilled} local accesses")
+    if kernel.shared_bytes > target.shared_bytes:
+        found.append(f"{kernel.shared_bytes} bytes of shared memory, {target.shared_bytes} are there")
+    if kernel.count(FLOAT_ATOMIC):
+        found.append("float atomics")
+    wide = "fp32" in configuration or "fp64" in configuration or "low-bits" in configuration
+    matrix = kernel.count(target.matrix)
+    amd_merge = kernel.name == "_merge_kernel" and target.gpu.backend == "hip"
+    if kernel.name in PRODUCTS and not wide and not amd_merge and not matrix:
+        found.append(f"no {target.matrix}")
+    # TF32 is three products in 16-bit merges and nowhere else: fp32 means IEEE.
+    tf32 = kernel.count(r"MMA\S*TF32|_xf32")
+    if wide and (tf32 or (kernel.name in PRODUCTS and target.gpu.backend == "cuda" and matrix)):
+        found.append("a matrix instruction where the product must be IEEE")
+    return found
+
+
+def selection(full: bool) -> Iterator[tuple[str, Target]]:
+    names = CONFIGURATIONS if full else FEW
+    for target in TARGETS.values() if full else [TARGETS["sm_90"]]:
+        yield from ((name, target) for name in names)
+
+
+def test_what_is_compiled_ahead_of_time(scale):
+    full = len(CONFIGURATIONS) * len(TARGETS)
+    compiled = scale(len(FEW), full, "configurations and targets")
+    wrong = []
+    for configuration, target in selection(compiled == full):
+        for kernel in built(configuration, target):
+            wrong += [f"{configuration} on {target.name}: {text}" for text in problems(configuration, kernel, target)]
+    assert not wrong, "\n".join(wrong)
+
+
+def tf32_products(precision: str) -> int:
+    """TF32 matrix instructions of the 16-bit merge, if its products had this precision."""
+    with recorded() as launches:
+        merge(torch.bfloat16)
+    ((kernel, launch),) = launches
+    assert launch["PRECISION"] == "tf32x3"
+    return build(kernel, {**launch, "PRECISION": precision}, TARGETS["sm_90"]).count(r"MMA\S*TF32")
+
+
+def test_tf32_is_three_products_and_never_one():
+    # The compiler may issue an instruction more often; one product alone has a third of them at most.
+    assert tf32_products("tf32x3") >= 3 * tf32_products("tf32") > 0
+
+
+def test_a_launch_is_recorded_and_not_run():
+    with recorded() as launches:
+        adamw(torch.float32)
+    ((kernel, launch),) = launches
+    assert kernel.__name__ == "_adamw_kernel"
+    assert launch["numel"] == 4096
+
+
+@pytest.mark.parametrize(
+    ("sass", "wanted"),
+    [
+        ("STL [R1], R2 ; HGMMA.64x64x16.F32 ;", "spills"),
+        ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2], R3 ; HGMMA.64x64x16.F32 ;", "float atomics"),
+        ("FFMA R1, R2, R3 ;", "no "),
+        ("HGMMA.64x64x16.F32 ;", None),
+    ],
+)
+def test_faults_in_the_code_are_seen(sass, wanted):
+    found = problems("shrink-bf16", Built("_shrink_kernel", sass, 10, 0, 0), TARGETS["sm_90"])
+    assert [text.startswith(wanted) for text in found] == [True] if wanted else not found
+
+
+def test_plain_tf32_is_seen():
+    code = "HGMMA.64x64x8.F32.TF32 ;"
+    assert problems("shrink-fp32", Built("_shrink_kernel", code, 10, 0, 0), TARGETS["sm_90"])
+
+
+def counted() -> dict[str, counts.Count]:
+    """The shapes of DESIGN's table: M = 8192 over ten clients, 4096 -> 4096, bf16 with fp32 factors."""
+    return {
+        "shrink": counts.shrink(ROWS, RANKS, K),
+        "expand_": counts.expand_(ROWS, RANKS, N),
+        "wgrad": counts.wgrad(ROWS, RANKS, K, N),
+        "linear": counts.linear(ROWS, K, N),
+        "linear_lora": counts.linear_lora(ROWS, RANKS, K, N),
+        "merge_": counts.merge_(RANKS, K, N),
+        "merge_ with low bits": counts.merge_(RANKS, K, N, low_bits=True),
+        "cohort_adamw_ (84e6 elements)": counts.cohort_adamw_(84_000_000),
+    }
+
+
+def test_counts_give_the_known_limits():
+    limit = {name: count.limit_us for name, count in counted().items()}
+    assert round(limit["linear"]) == 348
+    assert 15.6 < limit["shrink"] < 17
+    assert 16.2 < limit["merge_"] < 17.5
+
+
+def tables() -> tuple[str, list[str]]:
+    """The tables of docs/kernels.md, and what is wrong with any of the kernels."""
+    lines = ["| op | MB moved | GFLOP | us at the limit |", "|---|---|---|---|"]
+    for name, count in counted().items():
+        lines.append(f"| `{name}` | {count.bytes / 1e6:.1f} | {count.flops / 1e9:.2f} | {count.limit_us:.1f} |")
+    lines += ["", "| configuration | " + " | ".join(TARGETS) + " |", "|---|" + "---|" * len(TARGETS)]
+    wrong = []
+    for configuration in CONFIGURATIONS:
+        cells = []
+        for target in TARGETS.values():
+            kernel = built(configuration, target)[0]
+            wrong += [f"{configuration} on {target.name}: {text}" for text in problems(configuration, kernel, target)]
+            cells.append(f"{kernel.registers} / {kernel.shared_bytes // 1024} / {kernel.count(target.matrix)}")
+        lines.append(f"| {configuration} | " + " | ".join(cells) + " |")
+    return "\n".join(lines), wrong
+
+
+if __name__ == "__main__":
+    page = Path(__file__).parents[1] / "docs" / "kernels.md"
+    written, faults = tables()
+    page.write_text(page.read_text().partition("<!-- tables -->")[0] + f"<!-- tables -->\n\n{written}\n")
+    sys.exit("\n".join(faults) or None)
