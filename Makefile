@@ -15,6 +15,8 @@ RECIPE ?= recipes/quickstart.yaml
 OVERRIDES ?=
 
 TORCH := $(shell grep '^torch==' constraints.txt)
+# For a torch that brings none (a CPU wheel): the kernels then run under Triton's interpreter and compile ahead of time.
+TRITON := triton==3.9.0; platform_system == 'Linux'
 PYTHON3 = $(shell for python in python3 python3.13 python3.12 python3.11; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP = $(PY) -m pip --disable-pip-version-check
@@ -76,6 +78,7 @@ install:
 	@[ -x $(PY) ] || [ -n "$(PYTHON3)" ] || { echo "Python 3.11 or newer is needed and was not found; set PYTHON="; exit 1; }
 	[ -x $(PY) ] || $(PYTHON3) -m venv $(VENV)
 	$(PIP) install $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PY) -m flora_core.demo_model
 	touch $(VENV)/.flora-installed
