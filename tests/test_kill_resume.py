@@ -6,6 +6,7 @@ process that has imported everything, else most kills would hit the import of to
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -63,10 +64,8 @@ def load(folder: str, dtype: Any) -> tuple[Any, Any]:
 def serve() -> None:
     """Fork for each request on standard input; kill the fork by the clock if asked; answer how it ended."""
     # Nothing but imports: loading or running a model starts threads, and a fork would inherit the locks they hold.
-    import transformers.models.llama.modeling_llama
-
-    import flora_core.federation
-    import tests.federation_cases  # noqa: F401 (imported here so that no fork has to)
+    for name in ("transformers.models.llama.modeling_llama", "flora_core.federation", "tests.federation_cases"):
+        importlib.import_module(name)
 
     if os.path.isdir("/proc/self/task"):
         assert len(os.listdir("/proc/self/task")) == 1, "a fork of a process with threads may hang"
