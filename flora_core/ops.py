@@ -354,14 +354,14 @@ def cohort_adamw_(
     """Take one AdamW step over flat buffers, each client with its own hyper-parameters, in place.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq: 1-D buffers of one length and dtype (float32 or float64).
+        param, grad, exp_avg, exp_avg_sq: Contiguous 1-D buffers of one length and dtype (float32 or float64).
         segments: Ranges over the buffers, one per client, or several with ``owner``.
         hyper_CH: (C, 7): lr, beta1, beta2, eps, weight decay, step (1 for the first; 0 leaves the client's ranges
             untouched), scale on the gradient from clipping.
         owner: The row of hyper_CH of each range; range i takes row i unless given.
         backend: auto, reference, triton or native.
     Raises:
-        ValueError: If lengths do not fit.
+        ValueError: If lengths do not fit or a buffer is not contiguous.
     Deterministic: yes. Source: arXiv 1711.05101, as ``torch.optim.AdamW`` computes it.
     """
     kinds = (torch.float32, torch.float64)
@@ -369,6 +369,9 @@ def cohort_adamw_(
     kernels, _ = resolve(backend, "cohort_adamw_", param)
     for name, buffer in (("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check_tensor(name, buffer, tuple(param.shape), dtypes=[param.dtype], like=("param", param))
+    for name, buffer in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        remedy = "pass a contiguous copy and copy it back" if name != "grad" else "pass grad.contiguous()"
+        require(buffer.is_contiguous(), f"{name} must be contiguous, got stride {buffer.stride(0)}; {remedy}")
     require(
         segments.total == param.numel(),
         f"segments must cover the {param.numel()} elements of param, got {segments.total}",

@@ -200,6 +200,8 @@ WRONG_ADAMW = [
     (dict(grad=zeros(6, device=META)), ValueError, "grad must be on cpu with param, got meta"),
     (dict(exp_avg=zeros(7)), ValueError, r"exp_avg must have shape \(6\), got \(7,\)"),
     (dict(exp_avg_sq=zeros(6).half()), TypeError, "exp_avg_sq must be one of float32, got float16"),
+    (dict(grad=zeros(12)[::2]), ValueError, r"grad must be contiguous, got stride 2; pass grad.contiguous\(\)"),
+    (dict(exp_avg=zeros(12)[::2]), ValueError, "exp_avg must be contiguous, got stride 2; pass a contiguous copy"),
     (dict(segments=Segments([2, 3])), ValueError, "segments must cover the 6 elements of param, got 5"),
     (dict(owner=[0]), ValueError, "owner must name a row for each of 2 ranges, got 1"),
     (dict(owner=[0, 2]), ValueError, r"hyper_CH must have a row for each client, got 2 rows and clients \[0, 2\]"),
