@@ -1,0 +1,189 @@
+"""What callers hand to the public ops, checked: the one place, for eager calls and registered ops alike.
+
+Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients,
+H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .checks import check_choice, check_tensor, require
+from .segments import Segments
+
+HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
+Numbers = Sequence[float] | torch.Tensor
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """One target of ``lora_linears``: the frozen base, the stacked adapters and their ranges.
+
+    Args:
+        weight: Frozen weight (N, K), any strides.
+        bias: Frozen bias (N) or None.
+        A, B: Stacked factors (P, K) and (P, N).
+        ranks: Segments over P.
+        scaling_C: Scale s of each client.
+        dropout_seed_C: This target's dropout keys; None takes the row that ``lora_linears`` was given.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+    ranks: Segments
+    scaling_C: Sequence[float] | torch.Tensor
+    dropout_seed_C: Sequence[int] | torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MergeItem:
+    """One weight of ``stacked_merge_many_`` with its stack."""
+
+    weight: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    coef: torch.Tensor
+    low_bits: torch.Tensor | None = None
+
+
+def check_rows(x_MK: torch.Tensor, total: int, segments: int) -> None:
+    """Check that ``total`` tokens in so many segments are the rows of x."""
+    check_tensor("x_MK", x_MK, (None, None))
+    require(
+        total == x_MK.shape[0],
+        f"tokens must cover the M={x_MK.shape[0]} rows of x_MK, got {total} in {segments} segments",
+    )
+
+
+def check_target(
+    prefix: str,
+    x_MK: torch.Tensor,
+    tensors: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor],
+    p: int,
+    lengths: tuple[int, int, int],
+) -> None:
+    """Check weight, bias, A and B of one target against x, and that there is a rank and a scale for each client.
+
+    ``p`` is the sum of the ranks, ``lengths`` the numbers of token segments, of ranks and of scales.
+    """
+    (weight, bias, A, B), k, x, dtype = tensors, x_MK.shape[1], ("x_MK", x_MK), x_MK.dtype
+    why = f"to match x_MK with K={k} columns"
+    n = check_tensor(f"{prefix}weight_NK", weight, (None, k), dtypes=(dtype,), like=x, why=why).shape[0]
+    require(not weight.requires_grad, f"{prefix}weight_NK must be frozen; call requires_grad_(False) on it first")
+    if bias is not None:
+        check_tensor(f"{prefix}bias_N", bias, (n,), dtypes=(dtype,), like=x)
+        require(not bias.requires_grad, f"{prefix}bias_N must be frozen; call requires_grad_(False) on it first")
+    masters = (dtype,) if dtype in (torch.float32, torch.float64) else (dtype, torch.float32)
+    why = f"for ranks that sum to P={p}"
+    check_tensor(f"{prefix}A_PK", A, (p, k), dtypes=masters, like=x, why=why)
+    check_tensor(f"{prefix}B_PN", B, (p, n), dtypes=masters, like=x, why=why)
+    clients, ranks, scales = lengths
+    require(
+        ranks == clients and scales == clients,
+        f"{prefix}ranks and scaling_C must have one entry for each of the {clients} segments of tokens, "
+        f"got {ranks} and {scales}",
+    )
+
+
+def dropout_threshold(probability: float) -> int:
+    """q = round(65536 p): an element is kept where its 16-bit draw is at least q.
+
+    Raises:
+        ValueError: If p is not in [0, 1), or so near 1 that nothing would be kept.
+    """
+    q = round(65536 * probability) if 0 <= probability < 1 else 65536
+    require(q < 65536, f"dropout must be at least 0 and below 1 - 2**-17, got {probability}")
+    return q
+
+
+def _thresholds(dropout_C: Numbers) -> list[int] | torch.Tensor:
+    """q of each client; a table on a GPU stays there, unread: p = 1 then drops everything."""
+    if isinstance(dropout_C, torch.Tensor) and dropout_C.device.type != "cpu":
+        return (dropout_C.double() * 65536).round().to(torch.int32)
+    return [dropout_threshold(float(p)) for p in dropout_C]
+
+
+def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, clients: int) -> Any:
+    """The kernels' description of a target's dropout; None where nobody drops anything."""
+    if dropout_C is None:
+        return None
+    require(len(dropout_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(dropout_C)}")
+    q_C = _thresholds(dropout_C)
+    if isinstance(q_C, list) and not any(q_C):
+        return None
+    require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.seeds")
+    row_C = [0] * clients if row_C is None else row_C
+    require(len(seed_C) == clients, f"dropout_seed_C must have {clients} entries, one per client, got {len(seed_C)}")
+    require(len(row_C) == clients, f"row_C must have {clients} entries, one per client, got {len(row_C)}")
+    return kernels.Dropout(q_C, seed_C, row_C)
+
+
+def check_merges(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulate: str) -> None:
+    """Check all items and options of a merge before the first weight is changed."""
+    check_choice("rounding", rounding, ("nearest", "stochastic"))
+    check_choice("accumulate", accumulate, ("float32", "float64"))
+    require(rounding == "nearest" or seed is not None, "seed must be given for rounding='stochastic'")
+    for i, item in enumerate(items):
+        _check_merge(f"items[{i}]." if len(items) > 1 else "", item, rounding)
+
+
+def _check_merge(prefix: str, item: MergeItem, rounding: str) -> None:
+    weight = check_tensor(f"{prefix}weight_NK", item.weight, (None, None))
+    n, k = weight.shape
+    w = (f"{prefix}weight_NK", weight)
+    A = check_tensor(f"{prefix}A_PK", item.A, (None, k), like=w, why=f"to match weight_NK with K={k}")
+    p = A.shape[0]
+    check_tensor(f"{prefix}B_PN", item.B, (p, n), like=w, why=f"to match A_PK with P={p} and weight_NK with N={n}")
+    check_tensor(f"{prefix}coef_P", item.coef, (p,), like=w, why=f"to match A_PK with P={p}")
+    if item.low_bits is not None:
+        check_tensor(f"{prefix}low_bits_NK", item.low_bits, (n, k), dtypes=[torch.int16], like=w)
+        require(
+            weight.dtype == torch.bfloat16,
+            f"{prefix}low_bits_NK belongs to a bfloat16 weight, got {weight.dtype}; leave it out",
+        )
+        require(rounding == "nearest", "rounding must be 'nearest' with low_bits_NK, which loses nothing")
+    require(
+        rounding == "nearest" or weight.dtype == torch.bfloat16,
+        f"rounding='stochastic' is for bfloat16 weights, {prefix}weight_NK is {weight.dtype}; use 'nearest'",
+    )
+
+
+def check_adamw(
+    buffers: Sequence[torch.Tensor], total: int, ranges: int, hyper_CH: torch.Tensor, owner: Sequence[int] | None
+) -> None:
+    """Check param, grad and both moments, the ranges over them, and who owns each range."""
+    param, kinds = buffers[0], (torch.float32, torch.float64)
+    check_tensor("param", param, (None,), dtypes=kinds)
+    for name, buffer in zip(("param", "grad", "exp_avg", "exp_avg_sq"), buffers, strict=True):
+        check_tensor(name, buffer, tuple(param.shape), dtypes=[param.dtype], like=("param", param))
+        remedy = "pass grad.contiguous()" if name == "grad" else "pass a contiguous copy and copy it back"
+        require(buffer.is_contiguous(), f"{name} must be contiguous, got stride {buffer.stride(0)}; {remedy}")
+    require(total == param.numel(), f"segments must cover the {param.numel()} elements of param, got {total}")
+    owner = range(ranges) if owner is None else owner
+    require(len(owner) == ranges, f"owner must name a row for each of {ranges} ranges, got {len(owner)}")
+    check_tensor("hyper_CH", hyper_CH, (None, len(HYPER_COLUMNS)), dtypes=kinds)
+    require(
+        not len(owner) or (min(owner) >= 0 and max(owner) < hyper_CH.shape[0]),
+        f"hyper_CH must have a row for each client, got {hyper_CH.shape[0]} rows and clients {sorted(set(owner))}",
+    )
+
+
+__all__ = [
+    "HYPER_COLUMNS",
+    "LoraWeights",
+    "MergeItem",
+    "Numbers",
+    "check_adamw",
+    "check_merges",
+    "check_rows",
+    "check_target",
+    "dropout_of",
+    "dropout_threshold",
+]

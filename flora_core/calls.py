@@ -1,0 +1,82 @@
+"""What a call of a public op does, eager or registered: check, pick the kernels, run.
+
+Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients, H hyper-parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .arguments import LoraWeights, MergeItem, check_adamw, check_merges, check_rows, check_target, dropout_of
+from .backends import resolve
+from .checks import check_tensor, require
+from .fused import Plan, without_autocast
+from .segments import Segments
+
+
+def plan_linears(
+    x_MK: torch.Tensor,
+    targets: Sequence[LoraWeights],
+    tokens: Segments,
+    dropout_C: Any = None,
+    dropout_seed_C: Any = None,
+    row_C: Any = None,
+    backend: str = "auto",
+) -> Plan:
+    """Check what ``lora_linears`` was given; what its forward and gradients need."""
+    check_rows(x_MK, tokens.total, len(tokens))
+    kernels, _ = resolve(backend, "shrink", x_MK)
+    require(len(targets) > 0, "targets must hold at least one LoraWeights, got none")
+    keys = [None] * len(targets) if dropout_seed_C is None else dropout_seed_C
+    require(
+        len(keys) == len(targets),
+        f"dropout_seed_C must have one row for each of {len(targets)} targets, got {len(keys)}",
+    )
+    dropouts, clients = [], len(tokens)
+    for i, target in enumerate(targets):
+        prefix = f"targets[{i}]." if len(targets) > 1 else ""
+        tensors = target.weight, target.bias, target.A, target.B
+        check_target(prefix, x_MK, tensors, target.ranks.total, (clients, len(target.ranks), len(target.scaling_C)))
+        seed_C = keys[i] if target.dropout_seed_C is None else target.dropout_seed_C
+        dropouts.append(dropout_of(kernels, dropout_C, seed_C, row_C, clients))
+    return Plan(
+        kernels,
+        tokens,
+        tuple(target.ranks for target in targets),
+        tuple(target.scaling_C for target in targets),
+        tuple(dropouts),
+        tuple((target.weight, target.bias) for target in targets),
+    )
+
+
+def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulate: str, backend: str) -> None:
+    """Check all items, then merge them in place."""
+    check_merges(items, rounding, seed, accumulate)
+    if not items:
+        return
+    kernels, _ = resolve(backend, "merge_many_", items[0].weight)
+    stacks = [kernels.MergeItem(item.weight, item.A, item.B, item.coef, item.low_bits) for item in items]
+    with torch.no_grad(), without_autocast(items[0].weight):
+        kernels.merge_many_(stacks, rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
+
+
+def adamw(
+    buffers: Sequence[torch.Tensor],
+    segments: Segments,
+    hyper_CH: torch.Tensor,
+    owner: Sequence[int] | None,
+    backend: str,
+) -> None:
+    """Check, then take a step over param, grad and both moments."""
+    check_tensor("param", buffers[0], (None,), dtypes=(torch.float32, torch.float64))
+    kernels, _ = resolve(backend, "cohort_adamw_", buffers[0])
+    check_adamw(buffers, segments.total, len(segments), hyper_CH, owner)
+    owner = range(len(segments)) if owner is None else owner
+    with torch.no_grad():
+        kernels.cohort_adamw_(*buffers, segments, hyper_CH, owner)
+
+
+__all__ = ["adamw", "merge", "plan_linears"]

@@ -1,0 +1,112 @@
+"""LoRA linears over the primitives of ``flora_kernels``: forward, gradients, and the one autograd function.
+
+    Y = X W^T + b + s_c drop(X) A_c^T B_c        for the rows of client c
+
+Nothing is checked here; ``ops`` is for callers. Saved for backward: X once for all targets, S, A and B of each.
+Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .segments import Segments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What forward and gradients need besides tensors that take part in the graph; one entry per target."""
+
+    kernels: ModuleType
+    tokens: Segments
+    ranks: tuple[Segments, ...]
+    scaling: tuple[Sequence[float] | torch.Tensor, ...]
+    dropout: tuple[Any, ...]
+    bases: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+
+
+def forward(
+    plan: Plan, x_MK: torch.Tensor, factors: Sequence[torch.Tensor]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Y and S of every target; ``factors`` are A and B by turns."""
+    k, outputs, s_flats = plan.kernels, [], []
+    for i, (weight, bias) in enumerate(plan.bases):
+        A, B = factors[2 * i : 2 * i + 2]
+        y_MN = F.linear(x_MK, weight, bias)
+        s_flat = k.shrink(x_MK, A, plan.tokens, plan.ranks[i], None, plan.dropout[i])
+        outputs.append(k.expand_(y_MN, s_flat, B, plan.tokens, plan.ranks[i], plan.scaling[i]))
+        s_flats.append(s_flat)
+    return outputs, s_flats
+
+
+def gradients(
+    plan: Plan,
+    dys: Sequence[torch.Tensor],
+    x_MK: torch.Tensor,
+    s_flats: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor],
+    wants_x: bool,
+    wants: Sequence[bool],
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """dX, then dA and dB of every target whose factors want them."""
+    k, dx_MK = plan.kernels, None
+    factor_grads: list[torch.Tensor | None] = []
+    for i, (weight, _) in enumerate(plan.bases):
+        A, B = factors[2 * i : 2 * i + 2]
+        dy_MN, ranks, scaling, dropout = dys[i], plan.ranks[i], plan.scaling[i], plan.dropout[i]
+        ds_flat = k.shrink(dy_MN, B, plan.tokens, ranks, scaling)
+        if wants_x:
+            dx_MK = torch.mm(dy_MN, weight) if dx_MK is None else dx_MK.addmm_(dy_MN, weight)
+            k.expand_(dx_MK, ds_flat, A, plan.tokens, ranks, None, dropout)
+        if wants[i]:
+            factor_grads += k.wgrad(ds_flat, x_MK, s_flats[i], dy_MN, plan.tokens, ranks, scaling, A.dtype, dropout)
+        else:
+            factor_grads += [None, None]
+    return dx_MK, factor_grads
+
+
+class without_autocast:  # noqa: N801 (a context manager, used like torch.no_grad)
+    """Keep autocast from taking the widened fp32 sums back to 16 bits; free where it is off."""
+
+    def __init__(self, tensor: torch.Tensor):
+        device = tensor.device.type
+        self._inner = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else None
+
+    def __enter__(self) -> None:
+        if self._inner is not None:
+            self._inner.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        if self._inner is not None:
+            self._inner.__exit__(*error)
+
+
+class LoraLinears(torch.autograd.Function):
+    """``forward`` and ``gradients`` for autograd. ``apply(plan, x_MK, A, B, A, B, ...) -> (y, ...)``."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, x_MK: torch.Tensor, *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs, s_flats = forward(plan, x_MK, factors)
+        ctx.save_for_backward(x_MK, *s_flats, *factors)
+        ctx.plan = plan
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_MK, *saved = ctx.saved_tensors
+        count, needs = len(dys), ctx.needs_input_grad
+        wants = [any(needs[2 + 2 * i : 4 + 2 * i]) for i in range(count)]
+        with without_autocast(x_MK):
+            dx_MK, factor_grads = gradients(ctx.plan, dys, x_MK, saved[:count], saved[count:], needs[1], wants)
+        return None, dx_MK, *factor_grads
+
+
+__all__ = ["LoraLinears", "Plan", "forward", "gradients", "without_autocast"]
