@@ -6,6 +6,7 @@ H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -56,10 +57,8 @@ class MergeItem:
 def check_rows(x_MK: torch.Tensor, total: int, segments: int) -> None:
     """Check that ``total`` tokens in so many segments are the rows of x."""
     check_tensor("x_MK", x_MK, (None, None))
-    require(
-        total == x_MK.shape[0],
-        f"tokens must cover the M={x_MK.shape[0]} rows of x_MK, got {total} in {segments} segments",
-    )
+    if total != x_MK.shape[0]:
+        raise ValueError(f"tokens must cover the M={x_MK.shape[0]} rows of x_MK, got {total} in {segments} segments")
 
 
 def check_target(
@@ -85,11 +84,11 @@ def check_target(
     check_tensor(f"{prefix}A_PK", A, (p, k), dtypes=masters, like=x, why=why)
     check_tensor(f"{prefix}B_PN", B, (p, n), dtypes=masters, like=x, why=why)
     clients, ranks, scales = lengths
-    require(
-        ranks == clients and scales == clients,
-        f"{prefix}ranks and scaling_C must have one entry for each of the {clients} segments of tokens, "
-        f"got {ranks} and {scales}",
-    )
+    if ranks != clients or scales != clients:
+        raise ValueError(
+            f"{prefix}ranks and scaling_C must have one entry for each of the {clients} segments of tokens, "
+            f"got {ranks} and {scales}"
+        )
 
 
 def dropout_threshold(probability: float) -> int:
@@ -103,11 +102,20 @@ def dropout_threshold(probability: float) -> int:
     return q
 
 
-def _thresholds(dropout_C: Numbers) -> list[int] | torch.Tensor:
-    """q of each client; a table on a GPU stays there, unread: p = 1 then drops everything."""
-    if isinstance(dropout_C, torch.Tensor) and dropout_C.device.type != "cpu":
+@functools.lru_cache(maxsize=256)
+def _host_thresholds(dropout_C: tuple[float, ...]) -> tuple[int, ...] | None:
+    """q of each client; None where nobody drops anything."""
+    q_C = tuple(dropout_threshold(p) for p in dropout_C)
+    return q_C if any(q_C) else None
+
+
+def _thresholds(dropout_C: Numbers) -> tuple[int, ...] | torch.Tensor | None:
+    """As ``_host_thresholds``; a table on a GPU stays there, unread: p = 1 then drops everything."""
+    if not isinstance(dropout_C, torch.Tensor):
+        return _host_thresholds(tuple(dropout_C))
+    if dropout_C.device.type != "cpu":
         return (dropout_C.double() * 65536).round().to(torch.int32)
-    return [dropout_threshold(float(p)) for p in dropout_C]
+    return _host_thresholds(tuple(dropout_C.tolist()))
 
 
 def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, clients: int) -> Any:
@@ -116,7 +124,7 @@ def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, cli
         return None
     require(len(dropout_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(dropout_C)}")
     q_C = _thresholds(dropout_C)
-    if isinstance(q_C, list) and not any(q_C):
+    if q_C is None:
         return None
     require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.seeds")
     row_C = [0] * clients if row_C is None else row_C

@@ -17,6 +17,10 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _fits(got: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    return len(got) == len(wanted) and all(w is None or w == g for w, g in zip(wanted, got, strict=True))
+
+
 def check_tensor(
     name: str,
     tensor: Any,
@@ -29,12 +33,9 @@ def check_tensor(
     """Check type, shape (None matches any size), dtype and that it lies on the device of ``like``."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if shape is not None:
-        fits = tensor.dim() == len(shape) and all(
-            want is None or want == got for want, got in zip(shape, tensor.shape, strict=True)
-        )
+    if shape is not None and tensor.shape != shape and not _fits(tensor.shape, shape):
         wanted = "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-        require(fits, f"{name} must have shape {wanted}{why and ' ' + why}, got {tuple(tensor.shape)}")
+        raise ValueError(f"{name} must have shape {wanted}{why and ' ' + why}, got {tuple(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}")

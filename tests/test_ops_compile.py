@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import flora_core as flora
 from flora_core import LoraWeights, MergeItem, Segments, cohort_adamw_, lora_linears, ops, stacked_merge_many_, testing
+from flora_core.forward import lay_out
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
+from tests import models
 
 MIXED, RANK_0 = LINEAR_SHAPES[0], LINEAR_SHAPES[4]
 OPS = torch.ops.flora
@@ -153,7 +157,7 @@ def test_a_compiled_adamw_writes_the_same_bits():
     for wrap in (lambda f: f, compiled):
         random = torch.Generator().manual_seed(0)
         buffers = [torch.rand(7, generator=random) for _ in range(4)]
-        wrap(lambda *buffers: cohort_adamw_(*buffers, segments, hyper_CH, owner=[0, 1, 0]))(*buffers)
+        wrap(lambda p, g, m, v: cohort_adamw_(p, g, m, v, segments, hyper_CH, owner=[0, 1, 0]))(*buffers)
         written.append(buffers)
     assert all(torch.equal(eager, traced) for eager, traced in zip(*written, strict=True))
 
@@ -173,7 +177,7 @@ def test_what_is_wrong_is_said_while_tracing():
 def test_an_eager_call_does_not_go_through_the_dispatcher(monkeypatch):
     calls: list[str] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             calls.append(str(func))
             return func(*args, **(kwargs or {}))
@@ -183,3 +187,20 @@ def test_an_eager_call_does_not_go_through_the_dispatcher(monkeypatch):
         testing.run_linear(inputs)
     assert calls
     assert not [name for name in calls if name.startswith("flora")]
+
+
+def test_a_whole_model_with_a_cohort_is_one_graph():
+    model = models.tiny("llama", torch.float32).eval()
+    adapters = [flora.AdapterConfig(4, 8, dropout=0.1), flora.AdapterConfig(2, 8)]
+    clients = [flora.ClientSpec(name, adapter=adapter) for name, adapter in zip("ab", adapters, strict=True)]
+    cohort = flora.attach(model, clients, ["q_proj", "v_proj", "up_proj"])
+    cohort.parameters()
+    rows = models.examples(3, (5, 7))
+    batch = lay_out([rows[:1], rows[1:]], packs=True)
+    with cohort.batch(batch.tokens, sequences=batch.sequences, dropout_step=0):
+        eager, traced = (
+            run(**batch.inputs, use_cache=False).last_hidden_state for run in (model.model, compiled(model.model))
+        )
+    assert torch.equal(eager, traced)
+    wanted, found = (torch.autograd.grad(hidden.sum(), cohort.parameters()) for hidden in (eager, traced))
+    assert all(torch.equal(*pair) for pair in zip(wanted, found, strict=True))
