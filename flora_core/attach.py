@@ -212,7 +212,7 @@ def attach(
     targets = _targets(model, clients, target_modules)
     bank = _bank(model, clients, targets)
     for name in names:
-        bank.reset(name, seed)
+        bank.reset(name, seed, new=True)
     cohort = Cohort(model, clients, bank, backend)
     _wrap(cohort, targets)
     try:

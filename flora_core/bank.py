@@ -8,6 +8,7 @@ stands.
 from __future__ import annotations
 
 import math
+import mmap
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,6 +101,17 @@ class BankModule:
     scaling_C: tuple[float, ...]
 
 
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU in pages that the system claims when they are first written, which torch.zeros does at once.
+
+    A client that has not trained so costs the memory of its A alone.
+    """
+    if device.type != "cpu" or not count or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(count, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype)
+
+
 class AdapterBank:
     """Flat, stacked storage of the adapters of C clients.
 
@@ -140,7 +152,7 @@ class AdapterBank:
                 )
         segments = {module: Segments.from_lengths(ranks[module]) for module in self.shapes}
         total = sum(segments[module].total * (n + k) for module, (n, k) in self.shapes.items())
-        self.param = torch.zeros(total, dtype=dtype, device=device)
+        self.param = _zeros(total, dtype, torch.device(device))
         self.modules = {
             module: BankModule(A_PK, B_PN, segments[module], tuple(scaling[module]))
             for module, (A_PK, B_PN) in self._views(self.param, segments).items()
@@ -192,13 +204,17 @@ class AdapterBank:
         c = self.index(client)
         return {module: entry.scaling_C[c] for module, entry in self.modules.items() if entry.ranks.lengths[c]}
 
-    def reset(self, client: str, seed: int) -> None:
-        """Start a client afresh as PEFT does: A uniform in +-1/sqrt(K) (Kaiming, a = sqrt(5)), B zero."""
+    def reset(self, client: str, seed: int, *, new: bool = False) -> None:
+        """Start a client afresh as PEFT does: A uniform in +-1/sqrt(K) (Kaiming, a = sqrt(5)), B zero.
+
+        ``new`` says that the bank was just made: B is zero then, and a CPU claims no memory for it until it trains.
+        """
         for module, (A_RK, B_RN) in self.adapters(client).items():
             bound = 1 / math.sqrt(A_RK.shape[1])
             random = seeds.generator(seed, "init", client, module)
             A_RK.copy_(torch.empty(A_RK.shape).uniform_(-bound, bound, generator=random))
-            B_RN.zero_()
+            if not new:
+                B_RN.zero_()
 
     def load(self, client: str, adapters: Adapters) -> None:
         """Copy a client's factors in; every module and shape must be as the bank has it.

@@ -217,6 +217,7 @@ class CohortTrainer:
                     **client.metrics(),
                     **failed,
                 )
+            del optimizer  # its moments go before the factors are copied back
 
     def _optimizer(self, bank: AdapterBank, clients: Sequence[_Client]) -> CohortAdamW:
         spans = [self.rounds if client.config.schedule_scope == "run" else 1 for client in clients]
