@@ -55,19 +55,30 @@ class RoundResult:
         base_delta: Module path -> (A_PK, B_PN, coef_P): ``B_PN.T @ diag(coef_P) @ A_PK`` is to be added to the base.
         start: ``start(client, **hints)`` gives the adapter that the client starts the next round from, None for fresh.
         state: What the strategy carries to the next round: tensors and JSON values, nested in dicts and lists.
-        delta: Module path -> stacks whose sum is the change of the global model; ``base_delta`` unless a
-            strategy keeps a global adapter beside the base.
+        adapter: Module path -> (A_PK, B_PN, coef_P) of the global adapter that a strategy keeps beside the base.
         certificate: How far this is from the exact sum (``flora_core.aggregate.certificate``).
-        bytes_up, bytes_down: Bytes of all updates received, and of all payloads sent to the clients.
+        forms: Module path -> how its part of ``base_delta`` travels, and the bytes (``flora_core.aggregate.downlink``).
+        up, down: Client -> bytes that it sent and that the round's result costs it.
     """
 
     base_delta: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     start: Callable[..., Adapters | None] = _fresh
     state: dict[str, Any] = field(default_factory=dict)
-    delta: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+    adapter: Mapping[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     certificate: Any = None
-    bytes_up: int = 0
-    bytes_down: int = 0
+    forms: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    up: Mapping[str, int] = field(default_factory=dict)
+    down: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of all that was received."""
+        return sum(self.up.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of all that the round's clients are sent."""
+        return sum(self.down.values())
 
     def next_adapter(self, client: str, **hints: Any) -> Adapters | None:
         """The adapter that a client starts the next round from; None means freshly initialised.
@@ -78,7 +89,18 @@ class RoundResult:
         """
         return self.start(client, **hints)
 
+    def change(self) -> dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+        """Module path -> the stacks whose sum is the change of the global model: base and adapter."""
+        parts: dict[str, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
+        for stacks in (self.base_delta, self.adapter):
+            for module, stack in stacks.items():
+                parts.setdefault(module, []).append(stack)
+        return parts
+
     def dense(self) -> dict[str, torch.Tensor]:
         """Change of the global model per module, float64 (N, K), relative to the base that the clients trained on."""
-        stacks = self.base_delta if self.delta is None else self.delta
-        return {module: (B.double().T * coef.double()) @ A.double() for module, (A, B, coef) in stacks.items()}
+        return {m: torch.stack([_product(*stack) for stack in stacks]).sum(0) for m, stacks in self.change().items()}
+
+
+def _product(A_PK: torch.Tensor, B_PN: torch.Tensor, coef_P: torch.Tensor) -> torch.Tensor:
+    return (B_PN.double().T * coef_P.double()) @ A_PK.double()

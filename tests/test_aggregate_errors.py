@@ -113,13 +113,13 @@ def test_state_of_another_strategy_is_refused():
 
 def test_table_shows_every_strategy_with_its_properties():
     lines = table().splitlines()
-    assert lines[0].split() == ["name", "exact", "mixed", "ranks", "idle-safe", "rule"]
+    assert lines[0].split() == ["name", "exact", "mixed", "ranks", "mixed", "modules", "idle-safe", "rule"]
     rows = {line.split()[0]: line for line in lines[1:]}
     assert set(rows) == set(STRATEGIES)
-    assert rows["flora"].split()[1:4] == ["yes", "yes", "yes"]
+    want = {"flora": "yes yes yes yes", "fedit": "no no yes yes", "zero_pad": "no yes yes no", "ffa": "yes no no yes"}
+    for name, flags in want.items():
+        assert rows[name].split()[1:5] == flags.split()
     assert "2409.05976" in rows["flora"]
-    assert rows["fedit"].split()[1:4] == ["no", "no", "yes"]
-    assert rows["zero_pad"].split()[1:4] == ["no", "yes", "no"]
 
 
 def test_third_party_strategy_is_used_and_certified(own_table):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import average, product  # their strategies register themselves
+from . import average, frozen, product, redistribute, warm  # noqa: F401 (their strategies register themselves)
 from .certificate import Certificate, Deviation, certify, norm, sample_rows, total, write_deviation
 from .strategy import STRATEGIES, Strategy, aggregate, get_strategy, register, table
 
@@ -12,11 +12,9 @@ __all__ = [
     "Deviation",
     "Strategy",
     "aggregate",
-    "average",
     "certify",
     "get_strategy",
     "norm",
-    "product",
     "register",
     "sample_rows",
     "table",

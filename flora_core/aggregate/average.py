@@ -1,11 +1,6 @@
 """Strategies that average A and B apart: cheap, and not the average of the products.
 
-The scaling s_k is folded into B before averaging and taken out by the client's own s on the way back, so that
-the effective products are right when scalings differ (rsLoRA with mixed ranks, or alphas of the clients' own):
-
-    A = sum_k p_k A_k,   B = sum_k p_k s_k B_k,   client c starts from (A, B / s_c)
-
-A client that does not adapt a module adds zero to both sums.
+    A = sum_k w_k A_k,   B = sum_k w_k s_k B_k,   client c starts from (A, B / s_c)
 
 Letters: K in_features, N out_features, R a rank.
 """
@@ -14,105 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 
-from ..checks import require
-from ..seeds import generator
-from ..update import Adapters, ClientUpdate, RoundResult
-from .inputs import Term, round_terms
-from .strategy import Strategy, register
+from ..checks import check_choice, check_number, require
+from ..update import ClientUpdate, RoundResult
+from .adapter import AdapterStrategy, Pair, averaged, on_the_wire, without
+from .certificate import norm
+from .inputs import Term, exact_stacks, round_terms
+from .strategy import register
 
 
 @register
-class FedIT(Strategy):
-    """Average A and B apart; equal ranks only; the base never changes (arXiv 2305.05644).
-
-    The global adapter lives in ``state["adapter"]`` as module -> {"A", "B"}, float64, scaling folded into B. A
-    module that nobody adapts this round keeps the global adapter that it has.
-    """
+class FedIT(AdapterStrategy):
+    """Average A and B apart; equal ranks only; the base never changes (arXiv 2305.05644)."""
 
     name = "fedit"
     mixed_ranks = False
     shared_start = True
 
-    def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any]) -> RoundResult:
-        """Average the factors of the round; each client is sent the rows of the average that it can hold."""
-        terms = round_terms(updates)
-        averages = {module: _average(parts) for module, parts in terms.items()}
-        dtypes = {module: _dtype_name(parts) for module, parts in terms.items()}
-        new_state = {
-            "strategy": self.name,
-            "adapter": {**state.get("adapter", {}), **averages},
-            "dtype": {**state.get("dtype", {}), **dtypes},
-        }
-        return RoundResult(
-            base_delta={},
-            delta={module: _as_stack(**pair) for module, pair in new_state["adapter"].items()},
-            state=new_state,
-            start=partial(self._start, new_state, {one.client: (one.ranks, one.scaling) for one in updates}),
-            bytes_down=sum(update.size_bytes for update in updates),
-        )
-
-    def _start(
-        self,
-        state: Mapping[str, Any],
-        seen: Mapping[str, tuple[Mapping[str, int], Mapping[str, float]]],
-        client: str,
-        ranks: Mapping[str, int] | None = None,
-        scaling: Mapping[str, float] | None = None,
-    ) -> Adapters | None:
-        if ranks is None or scaling is None:
-            require(
-                client in seen,
-                f"client {client!r} sent no update this round: pass its ranks= and scaling= (module -> value)",
-            )
-        own = seen.get(client, ({}, {}))
-        return self.next_adapter(
-            state, client, own[0] if ranks is None else ranks, own[1] if scaling is None else scaling
-        )
-
-    def next_adapter(
-        self, state: Mapping[str, Any], client: str, ranks: Mapping[str, int], scaling: Mapping[str, float]
-    ) -> Adapters | None:
-        """Give a client the global adapter: its first rows, with B divided by the client's own scaling.
-
-        Raises:
-            ValueError: If the client's rank is not one that the strategy can serve, or its scaling is zero.
-        """
-        adapters: Adapters = {}
-        for module, pair in state.get("adapter", {}).items():
-            if ranks.get(module, 0) == 0:
-                continue
-            require(
-                scaling.get(module, 0) != 0,
-                f"client {client!r}, module {module!r}: scaling must not be 0, got {scaling.get(module)}",
-            )
-            A_RK, B_RN = self._fit(pair["A"], pair["B"], ranks[module], client, module)
-            dtype = getattr(torch, state["dtype"][module])
-            adapters[module] = (A_RK.to(dtype, copy=True), (B_RN / scaling[module]).to(dtype))
-        return adapters or None
-
-    def _fit(
-        self, A_RK: torch.Tensor, B_RN: torch.Tensor, rank: int, client: str, module: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        require(
-            rank == A_RK.shape[0],
-            f"client {client!r}, module {module!r}: strategy {self.name!r} needs rank {A_RK.shape[0]}, that of the"
-            f" global adapter, got {rank}; give the client this rank, or use zero_pad or flora",
-        )
-        return A_RK, B_RN
+    def combine(self, terms: Sequence[Term], old: Pair | None, **options: Any) -> Pair:
+        """Average by the clients' shares."""
+        return averaged(terms, [term.share for term in terms])
 
 
 @register
 class ZeroPad(FedIT):
     """Pad every adapter with zero rows to the largest rank, then average as fedit.
 
-    A client of rank r starts from the first r rows. One of larger rank than any so far gets, beyond the global
-    adapter's rows, fresh rows of A (uniform within 1 / sqrt(K), as PEFT starts them) with zero rows of B: its
-    effective model is the global one, and the rows can learn.
+    A client of larger rank than any so far gets, beyond the global adapter's rows, fresh rows of A with zero rows of
+    B: its effective model is the global one, and the rows can learn.
     """
 
     name = "zero_pad"
@@ -120,37 +47,107 @@ class ZeroPad(FedIT):
     # The rows that only the larger clients have shrink by those clients' share, in A and in B, every round.
     idle_safe = False
 
-    def _fit(
-        self, A_RK: torch.Tensor, B_RN: torch.Tensor, rank: int, client: str, module: str
+
+@register
+class HetLoRA(ZeroPad):
+    """Pad with zero rows, average A and B weighted by the norm of each product, cut to each rank (arXiv 2401.06432).
+
+    Client k weighs ``||s_k B_k A_k||_F / sum_j ||s_j B_j A_j||_F`` in a module, whatever its number of examples;
+    ``weigh="norm_and_share"`` multiplies the norm by the share, ``weigh="share"`` is zero_pad.
+
+    Rank self-pruning (option ``prune``, the paper's gamma, below 1; None prunes nothing): the tail of a client's
+    adapter are its rows from floor(gamma r) on. Where training left ``||A_tail|| ||B_tail||`` smaller than the client
+    had received, the client keeps floor(gamma r) rows from then on, at least 1. Rows given up are sent as zeros, which
+    have zero gradients, so they stay zero and the shapes stay as configured. The paper also adds this product to
+    the loss of local training; the trainer's loss is the model's own, so that part is not here.
+    """
+
+    name = "hetlora"
+
+    def check_options(self, *, weigh: str = "norm", prune: float | None = None) -> None:
+        """Check the two options."""
+        check_choice("weigh", weigh, ("norm", "norm_and_share", "share"))
+        if prune is not None:
+            check_number("prune", prune, 0, 1)
+            require(0 < prune < 1, f"prune must lie between 0 and 1, got {prune}; None prunes nothing")
+
+    def aggregate(
+        self,
+        updates: Sequence[ClientUpdate],
+        state: Mapping[str, Any],
+        *,
+        weigh: str = "norm",
+        prune: float | None = None,
+    ) -> RoundResult:
+        """Average, after deciding whose rank shrinks."""
+        kept = self._pruned(updates, state, prune) if prune else state.get("kept", {})
+        return super().aggregate(updates, {**state, "kept": kept}, weigh=weigh)
+
+    def combine(self, terms: Sequence[Term], old: Pair | None, *, weigh: str = "norm", **options: Any) -> Pair:
+        """Average by the norms of the products; a module whose products are all zero by the shares."""
+        sizes = [_product_norm(term) if weigh != "share" else 1.0 for term in terms]
+        if not any(sizes):
+            return averaged(terms, [term.share for term in terms])
+        shares = [term.share if weigh != "norm" else 1.0 for term in terms]
+        return averaged(terms, [size * share for size, share in zip(sizes, shares, strict=True)])
+
+    def _pruned(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any], gamma: float) -> dict[str, Any]:
+        """Client -> module -> rows kept, after this round."""
+        kept = {client: dict(rows) for client, rows in state.get("kept", {}).items()}
+        for update in updates:
+            sent = self.next_adapter(state, update.client, update.ranks, update.scaling) or {}
+            for module, now in update.adapters.items():
+                rank = kept.get(update.client, {}).get(module, now[0].shape[0])
+                first = max(1, math.floor(gamma * rank))
+                if module in sent and first < rank and _tail(now, first) < _tail(sent[module], first):
+                    kept.setdefault(update.client, {})[module] = first
+        return kept
+
+    def fit(
+        self, state: Mapping[str, Any], pair: Pair, rank: int, client: str, module: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        more = rank - A_RK.shape[0]
-        if more <= 0:
-            return A_RK[:rank], B_RN[:rank]
-        K = A_RK.shape[1]
-        uniform = torch.rand(more, K, generator=generator(0, "zero_pad", client, module), dtype=torch.float64)
-        fresh = ((2 * uniform - 1) / math.sqrt(K)).to(A_RK)
-        return torch.cat([A_RK, fresh]), torch.cat([B_RN, B_RN.new_zeros(more, B_RN.shape[1])])
+        """The client's rows, those that it gave up as zeros."""
+        A_RK, B_RN = super().fit(state, pair, rank, client, module)
+        rows = state.get("kept", {}).get(client, {}).get(module, rank)
+        if rows < rank:
+            A_RK, B_RN = A_RK.clone(), B_RN.clone()
+            A_RK[rows:], B_RN[rows:] = 0, 0
+        return A_RK, B_RN
 
 
-def _average(terms: Sequence[Term]) -> dict[str, torch.Tensor]:
-    """Sum p_k A_k and p_k s_k B_k in float64 over the largest rank; the rows that a client lacks count as zero."""
-    rank = max(term.A_RK.shape[0] for term in terms)
-    first = terms[0]
-    A = first.A_RK.new_zeros(rank, first.A_RK.shape[1], dtype=torch.float64)
-    B = first.B_RN.new_zeros(rank, first.B_RN.shape[1], dtype=torch.float64)
-    for term in terms:
-        r = term.A_RK.shape[0]
-        A[:r].add_(term.A_RK.double(), alpha=term.share)
-        B[:r].add_(term.B_RN.double(), alpha=term.share * term.scaling)
-    return {"A": A, "B": B}
+def _tail(pair: tuple[torch.Tensor, torch.Tensor], first: int) -> float:
+    A_RK, B_RN = pair
+    return float(A_RK[first:].double().norm() * B_RN[first:].double().norm())
 
 
-def _as_stack(A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return A, B, A.new_ones(A.shape[0])
+def _product_norm(term: Term) -> float:
+    return norm((term.A_RK, term.B_RN, term.A_RK.new_full((term.A_RK.shape[0],), term.scaling, dtype=torch.float64)))
 
 
-def _dtype_name(terms: Sequence[Term]) -> str:
-    dtype = terms[0].A_RK.dtype
-    for term in terms:
-        dtype = torch.promote_types(torch.promote_types(dtype, term.A_RK.dtype), term.B_RN.dtype)
-    return str(dtype).removeprefix("torch.")
+@register
+class FedEx(AdapterStrategy):
+    """Average as fedit and add what that misses to the base: the sum is exact; equal ranks only (arXiv 2410.09432).
+
+    The base gets ``sum_k p_k s_k B_k A_k - B A``, as the clients' stack with the averaged pair taken out. The pair is
+    rounded first to what the clients receive, so that the base makes up for that too.
+    """
+
+    name = "fedex"
+    exact = True
+    mixed_ranks = False
+    mixed_modules = False
+    shared_start = True
+
+    def combine(self, terms: Sequence[Term], old: Pair | None, **options: Any) -> Pair:
+        """Average by the clients' shares."""
+        return on_the_wire(averaged(terms, [term.share for term in terms]), terms)
+
+    def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any]) -> RoundResult:
+        """Average, and leave the residual to the base."""
+        result = super().aggregate(updates, state)
+        for module, stack in exact_stacks(round_terms(updates)).items():
+            result.base_delta[module] = without(stack, result.adapter[module])
+        return result
+
+
+__all__ = ["FedEx", "FedIT", "HetLoRA", "ZeroPad"]

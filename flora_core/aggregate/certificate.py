@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..update import ClientUpdate, RoundResult
-from .inputs import Stack, exact_stacks, round_terms
+from .inputs import Stack, exact_stacks, join_stacks, round_terms
 
 _CHUNK_ROWS = 1024
 
@@ -85,27 +85,27 @@ def _json(value: float | None) -> float | None:
 
 def certify(updates: Sequence[ClientUpdate], result: RoundResult) -> Certificate:
     """Compare the change of the global model with the exact sum, for every module that a client of the round adapts."""
-    exact = exact_stacks(round_terms(updates))
-    applied = result.base_delta if result.delta is None else result.delta
-    differences = {module: norm(_minus(applied.get(module), stack)) for module, stack in exact.items()}
+    exact, change = exact_stacks(round_terms(updates)), result.change()
+    differences = {module: norm(_minus(change.get(module, []), stack)) for module, stack in exact.items()}
     # ||exact|| costs as much as the difference, and 0 / ||exact|| does not need it.
     needed = any(differences.values())
     return Certificate({m: Deviation(differences[m], norm(exact[m]) if needed else None) for m in exact})
 
 
-def _minus(applied: Stack | None, exact: Stack) -> Stack:
-    """Stack applied - exact; rows that both share are kept once, so that they cancel exactly."""
-    A_exact, B_exact, coef_exact = exact
-    if applied is None:
-        return A_exact, B_exact, -coef_exact
-    A, B, coef = applied
-    if torch.equal(A, A_exact) and torch.equal(B, B_exact):
-        return A, B, coef.double() - coef_exact
-    return (
-        torch.cat([A.double(), A_exact.double()]),
-        torch.cat([B.double(), B_exact.double()]),
-        torch.cat([coef.double(), -coef_exact]),
-    )
+def _minus(applied: Sequence[Stack], exact: Stack) -> Stack:
+    """Stack applied - exact; rows that both begin with are kept once, so that they cancel exactly."""
+    rows = exact[0].shape[0]
+    if not applied or not _begins_with(applied[0], exact):
+        return join_stacks([*applied, (exact[0], exact[1], -exact[2])])
+    (A, B, coef), *more = applied
+    change = coef[:rows].double() - exact[2]
+    changed, rest = change.bool(), (A[rows:], B[rows:], coef[rows:])
+    return join_stacks([(exact[0][changed], exact[1][changed], change[changed]), rest, *more])
+
+
+def _begins_with(applied: Stack, exact: Stack) -> bool:
+    rows = exact[0].shape[0]
+    return all(torch.equal(mine[:rows], theirs) for mine, theirs in zip(applied[:2], exact[:2], strict=True))
 
 
 def norm(stack: Stack) -> float:

@@ -114,6 +114,18 @@ def check_equal_ranks(updates: Sequence[ClientUpdate], strategy: str, remedy: st
         )
 
 
+def check_same_modules(updates: Sequence[ClientUpdate], strategy: str, remedy: str) -> None:
+    """Check that every client adapts the same modules."""
+    first, *others = [({module for module, rank in one.ranks.items() if rank}, one.client) for one in updates]
+    for modules, client in others:
+        odd = sorted(modules ^ first[0])
+        require(
+            not odd,
+            f"strategy {strategy!r} needs clients that adapt the same modules, got {_names(odd)} in only one of "
+            f"{first[1]!r} and {client!r}; {remedy}",
+        )
+
+
 def _names(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -143,13 +155,20 @@ def exact_stacks(terms: Mapping[str, Iterable[Term]]) -> dict[str, Stack]:
         Module -> (A_PK, B_PN, coef_P in float64). A and B are views of the updates, without a copy, where the
         clients' factors lie one behind another in one buffer, as in an ``AdapterBank``.
     """
-    return {module: _stack(list(parts)) for module, parts in terms.items()}
+    return {module: stack_of(list(parts)) for module, parts in terms.items()}
 
 
-def _stack(terms: list[Term]) -> Stack:
+def stack_of(terms: Sequence[Term]) -> Stack:
+    """Stack one module's terms, see ``exact_stacks``."""
     coef = [term.share * term.scaling for term in terms for _ in range(term.A_RK.shape[0])]
     coef_P = torch.tensor(coef, dtype=torch.float64, device=terms[0].A_RK.device)
     return stack_rows([term.A_RK for term in terms]), stack_rows([term.B_RN for term in terms]), coef_P
+
+
+def join_stacks(stacks: Sequence[Stack]) -> Stack:
+    """Stack several stacks in float64: the product is the sum of theirs."""
+    A, B, coef = zip(*stacks, strict=True)
+    return tuple(torch.cat([part.double() for part in parts]) for parts in (A, B, coef))  # pyright: ignore
 
 
 def stack_rows(parts: Sequence[torch.Tensor]) -> torch.Tensor:

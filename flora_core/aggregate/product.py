@@ -1,4 +1,4 @@
-"""Strategies that keep the clients' products whole.
+"""Strategies that add the clients' products to the base and start everybody afresh.
 
 Letters: K in_features, N out_features, P the sum of ranks.
 """
@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
+from ..checks import check_number, require
 from ..update import ClientUpdate, RoundResult
+from .compress import balanced, energy_rank, stack_svd
+from .downlink import wire_dtype
 from .inputs import Stack, exact_stacks, round_terms
 from .strategy import Strategy, register
 
@@ -26,13 +29,37 @@ class Flora(Strategy):
     exact = True
 
     def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any]) -> RoundResult:
-        """Stack what the clients sent; per module the smaller of stack and dense change goes down to each."""
+        """Stack what the clients sent."""
+        return RoundResult(base_delta=exact_stacks(round_terms(updates)))
+
+
+@register
+class FloraSVD(Strategy):
+    """As flora, with the stack cut to the leading singular triplets that hold the energy tau (arXiv 2506.09199).
+
+    Of ``sum_k p_k s_k B_k A_k = U S V`` the smallest number of triplets is kept whose squared singular values make up
+    the share ``tau`` of all. tau = 1 (the default) loses nothing: all triplets, at most min(N, K, P). The triplets
+    travel in the clients' dtype, float32 at least.
+    """
+
+    name = "flora_svd"
+    exact = True
+
+    def check_options(self, *, tau: float = 1.0) -> None:
+        """Check tau."""
+        check_number("tau", tau, 0, 1)
+        require(tau > 0, "tau must be above 0 and at most 1, got 0; 1 keeps the whole sum")
+
+    def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any], *, tau: float = 1.0) -> RoundResult:
+        """Decompose each module's stack and keep the energy tau."""
         stacks = exact_stacks(round_terms(updates))
-        return RoundResult(base_delta=stacks, bytes_down=len(updates) * sum(map(payload_bytes, stacks.values())))
+        return RoundResult(base_delta={module: _cut(stack, tau) for module, stack in stacks.items()})
 
 
-def payload_bytes(stack: Stack) -> int:
-    """Bytes of the smaller exact form of a module's change: its stack (coef folded into B) or the N x K matrix."""
-    A_PK, B_PN, _ = stack
-    (P, K), N = A_PK.shape, B_PN.shape[1]
-    return min(P * (K + N), N * K) * torch.promote_types(A_PK.dtype, B_PN.dtype).itemsize
+def _cut(stack: Stack, tau: float) -> Stack:
+    svd = stack_svd(stack)
+    A, B = (factor.to(wire_dtype(*stack[:2])) for factor in balanced(svd.cut(energy_rank(svd.S_R, tau))))
+    return A, B, torch.ones(A.shape[0], dtype=torch.float64, device=A.device)
+
+
+__all__ = ["Flora", "FloraSVD"]

@@ -1,6 +1,6 @@
 """The interface of an aggregation strategy, the table of them, and the one way to call them.
 
-A third party adds a strategy in a file of its own::
+A third party adds a strategy in a file of its own (``docs/strategies.md`` has a whole one)::
 
     @register
     class Median(Strategy):
@@ -21,7 +21,10 @@ from typing import Any, ClassVar, TypeVar
 from ..checks import nearest, require
 from ..update import Adapters, ClientUpdate, RoundResult
 from .certificate import certify
-from .inputs import check_equal_ranks, check_updates
+from .downlink import smallest_form
+from .inputs import check_equal_ranks, check_same_modules, check_updates
+
+BOTH = ("A", "B")
 
 
 class Strategy:
@@ -31,6 +34,7 @@ class Strategy:
         name: What users call it.
         exact: Whether what it applies is the sum of p_k s_k B_k A_k itself.
         mixed_ranks: Whether clients may have different ranks in one module.
+        mixed_modules: Whether clients may adapt different sets of modules.
         idle_safe: Whether a round in which nobody trains leaves every client's effective model as it is, at any
             ranks that the strategy takes.
         shared_start: Whether clients must start their first round from one common adapter (of which a smaller
@@ -40,6 +44,7 @@ class Strategy:
     name: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
+    mixed_modules: ClassVar[bool] = True
     idle_safe: ClassVar[bool] = True
     shared_start: ClassVar[bool] = False
 
@@ -51,9 +56,30 @@ class Strategy:
             state: What this strategy returned as ``state`` last round; empty in the first.
             options: Keyword arguments named by the subclass; their names are checked against its signature.
         Returns:
-            A result with base_delta, start, state, delta and bytes_down; ``aggregate`` fills in the rest.
+            A result with base_delta, start, state and adapter; ``aggregate`` fills in the rest.
         """
         raise NotImplementedError
+
+    def check_options(self, **options: Any) -> None:
+        """Raise ``ValueError`` or ``TypeError`` for option values that make no sense; names are checked already."""
+
+    def trainable(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """Which factors the clients train in the round that starts from ``state``: "A", "B" or both."""
+        return BOTH
+
+    def population_options(self, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+        """Options that follow from everybody who may ever take part: client -> module -> rank."""
+        return {}
+
+    def adapter_bytes(self, state: Mapping[str, Any], update: ClientUpdate, trained: Sequence[str]) -> int:
+        """Bytes of the adapter that a round's client is sent beside the change of the base.
+
+        Args:
+            state: The state after the round.
+            update: What the client sent.
+            trained: The factors that the round trained.
+        """
+        return 0
 
     def next_adapter(
         self, state: Mapping[str, Any], client: str, ranks: Mapping[str, int], scaling: Mapping[str, float]
@@ -75,6 +101,26 @@ class Strategy:
         """Names of the keyword options that ``aggregate`` takes."""
         parameters = inspect.signature(self.aggregate).parameters.values()
         return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Check names and values of options.
+
+        Raises:
+            ValueError or TypeError: For an option that is unknown (with the nearest name) or out of range.
+        """
+        for option in options:
+            known = self.options
+            require(option in known, f"strategy {self.name!r} has no option {option!r}; {nearest(option, known)}")
+        self.check_options(**options)
+
+    def check_fits(self, updates: Sequence[ClientUpdate]) -> None:
+        """Refuse clients whose ranks or modules the strategy cannot take together; only shapes are looked at."""
+        if not self.mixed_ranks:
+            able = [other.name for other in _listed() if other.mixed_ranks]
+            check_equal_ranks(updates, self.name, f"give these clients one rank, or use one of {', '.join(able)}")
+        if not self.mixed_modules:
+            able = [other.name for other in _listed() if other.mixed_modules]
+            check_same_modules(updates, self.name, f"use one of {', '.join(able)}")
 
 
 STRATEGIES: dict[str, Strategy] = {}
@@ -105,10 +151,11 @@ def _listed() -> list[Strategy]:
 def table() -> str:
     """Describe the registered strategies, one a line: name, exactness, ranks, idle rounds, rule."""
     yes_no = {True: "yes", False: "no"}
-    rows = [("name", "exact", "mixed ranks", "idle-safe", "rule")]
+    rows: list[tuple[str, ...]] = [("name", "exact", "mixed ranks", "mixed modules", "idle-safe", "rule")]
     for one in _listed():
         rule = (inspect.getdoc(one) or "").partition("\n")[0]
-        rows.append((one.name, yes_no[one.exact], yes_no[one.mixed_ranks], yes_no[one.idle_safe], rule))
+        flags = (one.exact, one.mixed_ranks, one.mixed_modules, one.idle_safe)
+        rows.append((one.name, *(yes_no[flag] for flag in flags), rule))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -139,29 +186,37 @@ def aggregate(
 
     Args:
         updates: One ``ClientUpdate`` per client; ranks and sets of modules may differ.
-        strategy: A name from the table (``flora``, ``fedit``, ``zero_pad``, or one of your own).
+        strategy: A name from the table (``docs/strategies.md``), or one of your own.
         state: ``RoundResult.state`` of the round before; None in the first round.
         options: The strategy's own options.
     Returns:
         What to add to the base, what each client starts from, the state to carry on, certificate and bytes.
     Raises:
         ValueError: For updates that do not fit together, an unknown strategy or option, the state of another
-            strategy, or mixed ranks where the strategy cannot take them.
+            strategy, or mixed ranks or modules where the strategy cannot take them.
     Deterministic: yes. Source: arXiv 2409.05976.
     """
     chosen = get_strategy(strategy)
-    for option in options:
-        known = chosen.options
-        require(option in known, f"strategy {strategy!r} has no option {option!r}; {nearest(option, known)}")
+    chosen.check(options)
     owner = (state or {}).get("strategy", strategy)
     require(owner == strategy, f"state must be that of strategy {strategy!r}, got {owner!r}; start with state=None")
     updates = list(updates)
     check_updates(updates)
-    if not chosen.mixed_ranks:
-        able = [other.name for other in _listed() if other.mixed_ranks]
-        check_equal_ranks(updates, strategy, f"give these clients one rank, or use one of {', '.join(able)}")
+    chosen.check_fits(updates)
+    trained = chosen.trainable(state or {})
     result = chosen.aggregate(updates, state or {}, **options)
     result.state = {**result.state, "strategy": strategy}
+    chosen_forms = {module: smallest_form(stack) for module, stack in result.base_delta.items()}
+    result.base_delta = {module: stack for module, (stack, _) in chosen_forms.items()}
+    result.forms = {module: form for module, (_, form) in chosen_forms.items()}
     result.certificate = result.certificate or certify(updates, result)
-    result.bytes_up = sum(update.size_bytes for update in updates)
+    base = sum(form.size_bytes for form in result.forms.values())
+    result.up = {one.client: _sent_bytes(one, trained) for one in updates}
+    result.down = {one.client: base + chosen.adapter_bytes(result.state, one, trained) for one in updates}
     return result
+
+
+def _sent_bytes(update: ClientUpdate, trained: Sequence[str]) -> int:
+    """Bytes of the factors that were trained: a frozen one does not travel."""
+    chosen = [BOTH.index(name) for name in trained]
+    return sum(pair[i].numel() * pair[i].element_size() for pair in update.adapters.values() for i in chosen)

@@ -1,0 +1,95 @@
+"""The singular value decomposition of a stack, without ever forming N x K where the stack is smaller.
+
+    B_PN.T diag(coef_P) A_PK = U_RN.T diag(S_R) V_RK
+
+Letters: K in_features, N out_features, P the sum of ranks, R a rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .inputs import Stack
+
+
+class Svd(NamedTuple):
+    """Singular triplets, largest first, as float64 rows: U_RN, S_R, V_RK."""
+
+    U_RN: torch.Tensor
+    S_R: torch.Tensor
+    V_RK: torch.Tensor
+
+    def cut(self, rank: int) -> Svd:
+        """The leading triplets, at most ``rank``."""
+        return Svd(self.U_RN[:rank], self.S_R[:rank], self.V_RK[:rank])
+
+
+def stack_svd(stack: Stack) -> Svd:
+    """Decompose a stack in float64: QR of both sides and an SVD of the P x P core, dense where P is large.
+
+    Triplets whose singular value is rounding error (below eps max(N, K) of the largest) are left out. Each
+    right vector's largest entry is positive, so that the order of the clients changes no sign.
+    """
+    A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
+    left_NP, right_PK = B_PN.T * coef_P, A_PK
+    if is_smaller_than_dense(stack):
+        Q_NP, core_left = torch.linalg.qr(left_NP)
+        Q_KP, core_right = torch.linalg.qr(right_PK.T)
+        U, S, V = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+        U, V = Q_NP @ U, V @ Q_KP.T
+    else:
+        U, S, V = torch.linalg.svd(left_NP @ right_PK, full_matrices=False)
+    noise = S[:1] * torch.finfo(S.dtype).eps * max(U.shape[0], V.shape[1])
+    count = int((noise < S).sum())
+    U_RN, S_R, V_RK = U.T[:count], S[:count], V[:count]
+    peak = V_RK.gather(1, V_RK.abs().argmax(1, keepdim=True)) if count else V_RK[:, :1]
+    sign = torch.where(peak < 0, -1.0, 1.0).to(V_RK)
+    return Svd(U_RN * sign, S_R, V_RK * sign)
+
+
+def is_smaller_than_dense(stack: Stack) -> bool:
+    """Whether the stack's P (N + K) numbers are fewer than the N K of its product."""
+    (P, K), N = stack[0].shape, stack[1].shape[1]
+    return P * (N + K) < N * K
+
+
+def energy_rank(S_R: torch.Tensor, tau: float) -> int:
+    """The smallest rank whose squared singular values add up to the share ``tau`` of all; all of them at tau = 1."""
+    if tau == 1 or not S_R.numel():
+        return S_R.numel()
+    energy = S_R.square().cumsum(0)
+    return int((energy < tau * energy[-1]).sum()) + 1
+
+
+def balanced(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split a decomposition evenly: A = sqrt(S) V and B = sqrt(S) U."""
+    root = svd.S_R.sqrt()[:, None]
+    return root * svd.V_RK, root * svd.U_RN
+
+
+def as_fresh(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split a decomposition as training finds it: rows of A as long as fresh ones, the rest in B.
+
+    A fresh row is uniform within 1 / sqrt(K), so the mean square of its norm is 1/3.
+    """
+    length = 1 / math.sqrt(3)
+    return length * svd.V_RK, (svd.S_R / length)[:, None] * svd.U_RN
+
+
+def full_rank(rows_PK: torch.Tensor) -> bool:
+    """Whether rows are independent by a wide margin: the Cholesky factor of their cosines has no small pivot.
+
+    One symmetric product, far cheaper than an SVD; False only means that an SVD must decide.
+    """
+    P, K = rows_PK.shape
+    if P > K:
+        return False
+    unit = torch.nn.functional.normalize(rows_PK.double(), dim=1)
+    factor, info = torch.linalg.cholesky_ex(unit @ unit.T)
+    return P == 0 or (int(info) == 0 and float(factor.diagonal().min()) > 1e-4)
+
+
+__all__ = ["Svd", "as_fresh", "balanced", "energy_rank", "full_rank", "is_smaller_than_dense", "stack_svd"]
