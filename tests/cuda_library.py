@@ -1,0 +1,406 @@
+"""The CUDA kernels as a backend for tests: emulated on the host, or on a GPU, through the C interface's own structs.
+
+``Library`` has the functions of ``flora_kernels.reference`` with the same arguments. ``emulated()`` builds the kernels
+with the host compiler; every access of theirs is then checked for bounds, races and order. ``on_gpu()`` needs nvcc and
+a GPU, see ``tests/gpu_check.py``.
+Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p, sizeof
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flora_core import backends
+from flora_kernels.reference import Dropout, MergeItem, Ranges
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "csrc" / "cuda" / "check.cu"
+CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4, torch.int16: 5}
+HOST_FLAGS = ("-x", "c++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-DFLORA_HOST_SHIM")
+
+
+class Exec(Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        *((name, c_int32) for name in ("device", "device_index")),
+        *((name, c_void_p) for name in ("stream", "workspace")),
+        ("workspace_bytes", c_size_t),
+        *((name, c_int32) for name in ("num_threads", "isa")),
+    )
+
+
+class Matrix(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
+        *((name, c_int32) for name in ("dtype", "reserved")),
+    )
+
+
+class Vector(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        *((name, c_int64) for name in ("size", "stride")),
+        *((name, c_int32) for name in ("dtype", "reserved")),
+    )
+
+
+class Clients(Structure):
+    _fields_ = (
+        ("num_clients", c_int64),
+        *((name, c_void_p) for name in ("token_offsets", "rank_offsets", "scaling", "q", "seed", "first_row")),
+        *((name, c_int32) for name in ("scaling_dtype", "max_rank")),
+    )
+
+
+class Item(Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        *((name, Matrix) for name in ("weight", "A", "B")),
+        ("coef", Vector),
+        ("low_bits", Matrix),
+        ("seed", c_int64),
+    )
+
+
+class Options(Structure):
+    _fields_ = (("struct_size", c_size_t), ("rounding", c_int32), ("accumulate", c_int32))
+
+
+class ShrinkArgs(Structure):
+    _fields_ = (("struct_size", c_size_t), ("x", Matrix), ("A", Matrix), ("s", Vector), ("clients", Clients))
+
+
+class ExpandArgs(Structure):
+    _fields_ = (("struct_size", c_size_t), ("y", Matrix), ("s", Vector), ("B", Matrix), ("clients", Clients))
+
+
+class WgradArgs(Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        *(("ds", Vector), ("x", Matrix), ("s", Vector), ("dy", Matrix), ("dA", Matrix), ("dB", Matrix)),
+        ("clients", Clients),
+    )
+
+
+class AdamwArgs(Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        *((name, c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
+        ("numel", c_int64),
+        *((name, c_int32) for name in ("dtype", "reserved")),
+        ("num_segments", c_int64),
+        *((name, c_void_p) for name in ("segment_offsets", "owner")),
+        ("hyper", Matrix),
+    )
+
+
+class EmulationError(RuntimeError):
+    """What the emulation found wrong with a kernel."""
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None or not tensor.numel() else tensor.data_ptr()
+
+
+def _span_bytes(tensor: torch.Tensor) -> int:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize
+
+
+class Library:
+    """A built check library, used like a module of kernels; ``order`` is that of threads and blocks if emulated."""
+
+    Dropout, MergeItem = Dropout, MergeItem
+
+    def __init__(self, path: Path, device: str = "cpu"):
+        self.device, self.order, self.fault = torch.device(device), 0, ("", "")
+        self._c = ctypes.CDLL(str(path))
+        self._emulated = device == "cpu"
+        self._c.flora_check_error.restype = c_char_p
+        self._c.flora_check_probe.argtypes = (c_int32, c_void_p, c_void_p, c_void_p)
+        self._kept: list[tuple[str, torch.Tensor]] = []
+        if self._emulated:
+            self._c.flora_shim_sites.restype = c_char_p
+            self._c.flora_shim_buffer.argtypes = (c_void_p, c_size_t, c_char_p)
+
+    # What the structs are filled with; every tensor that a kernel may touch passes through here.
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != self.device.type:
+            raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        self._kept.append((name, tensor))
+        return tensor
+
+    def _matrix(self, name: str, tensor: torch.Tensor | None) -> Matrix:
+        if tensor is None:
+            return Matrix()
+        self._keep(name, tensor)
+        return Matrix(_address(tensor), *tensor.shape, *tensor.stride(), CODES[tensor.dtype], 0)
+
+    def _vector(self, name: str, tensor: torch.Tensor) -> Vector:
+        self._keep(name, tensor)
+        return Vector(_address(tensor), tensor.numel(), tensor.stride(0), CODES[tensor.dtype], 0)
+
+    def _table(self, name: str, values: Any, dtype: torch.dtype) -> int | None:
+        if values is None:
+            return None
+        return _address(self._keep(name, torch.as_tensor(values, dtype=dtype, device=self.device).contiguous()))
+
+    def _clients(
+        self, tokens: Ranges, ranks: Ranges, scaling_C: Sequence[float] | torch.Tensor | None, dropout: Dropout | None
+    ) -> Clients:
+        q, seed, row = dropout or (None, None, None)
+        return Clients(
+            len(tokens),
+            self._table("token_offsets", [0, *(part.stop for part in tokens)], torch.int32),
+            self._table("rank_offsets", [0, *(part.stop for part in ranks)], torch.int32),
+            self._table("scaling", scaling_C, torch.float64),
+            self._table("q", q, torch.int32),
+            self._table("seed", seed, torch.int64),
+            self._table("first_row", row, torch.int64),
+            CODES[torch.float64],
+            max((part.stop - part.start for part in ranks), default=0),
+        )
+
+    def _call(self, op: str, *arguments: Any) -> None:
+        """Ask for the workspace, then run; ``_kept`` is what the kernels may touch."""
+        function = getattr(self._c, f"flora_check_{op}")
+        stream = None if self._emulated else torch.cuda.current_stream().cuda_stream
+        setup, size = Exec(sizeof(Exec), 0 if self._emulated else 1, 0, stream), c_size_t(0)
+        try:
+            self._require(op, function(byref(setup), *arguments, byref(size)))
+            # NaN: results must not depend on what was there.
+            workspace = torch.full((size.value // 4 + 64,), float("nan"), device=self.device)[: size.value // 4]
+            setup.workspace, setup.workspace_bytes = _address(workspace), size.value
+            if self._emulated:
+                self._register([*self._kept, ("workspace", workspace)])
+            self._require(op, function(byref(setup), *arguments, None))
+        finally:
+            self._kept.clear()
+
+    def _register(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self._c.flora_shim_reset(self.order)
+        self._c.flora_shim_fault(*(text.encode() for text in self.fault))
+        known: dict[tuple[int, int], str] = {}
+        for name, tensor in tensors:
+            if tensor.numel():
+                known.setdefault((tensor.data_ptr(), _span_bytes(tensor)), name)
+        for (address, size), name in known.items():
+            self._c.flora_shim_buffer(address, size, name.encode())
+
+    def _require(self, op: str, status: int) -> None:
+        if status:
+            raise EmulationError(f"{op}: {self._c.flora_check_error().decode()}")
+
+    def sites(self) -> list[str]:
+        """The places of the last emulated call where a fault can be planted."""
+        return self._c.flora_shim_sites().decode().split("\n")[:-1]
+
+    def probe(self, which: int, words: torch.Tensor, size: int) -> torch.Tensor:
+        """Run one wrapper of ptx.cuh on a warp: int32 words in, ``size`` int32 words out."""
+        words = words.to(self.device, torch.int32)
+        out = torch.full((size,), -1, dtype=torch.int32, device=self.device)
+        if self._emulated:
+            self._register([("in", words), ("out", out)])
+        stream = None if self._emulated else torch.cuda.current_stream().cuda_stream
+        self._require("probe", self._c.flora_check_probe(which, words.data_ptr(), out.data_ptr(), stream))
+        return out.cpu()
+
+    # The functions of flora_kernels.reference.
+
+    def shrink(
+        self,
+        x_MK: torch.Tensor,
+        A_PK: torch.Tensor,
+        tokens: Ranges,
+        ranks: Ranges,
+        scaling_C: Sequence[float] | torch.Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:
+        size = sum((m.stop - m.start) * (p.stop - p.start) for m, p in zip(tokens, ranks, strict=True))
+        s_flat = torch.full((size,), float("nan"), dtype=x_MK.dtype, device=x_MK.device)
+        arguments = ShrinkArgs(
+            sizeof(ShrinkArgs),
+            self._matrix("x", x_MK),
+            self._matrix("A", A_PK),
+            self._vector("s", s_flat),
+            self._clients(tokens, ranks, scaling_C, dropout),
+        )
+        self._call("shrink", byref(arguments))
+        return s_flat
+
+    def expand_(
+        self,
+        y_MN: torch.Tensor,
+        s_flat: torch.Tensor,
+        B_PN: torch.Tensor,
+        tokens: Ranges,
+        ranks: Ranges,
+        scaling_C: Sequence[float] | torch.Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:
+        arguments = ExpandArgs(
+            sizeof(ExpandArgs),
+            self._matrix("y", y_MN),
+            self._vector("s", s_flat),
+            self._matrix("B", B_PN),
+            self._clients(tokens, ranks, scaling_C, dropout),
+        )
+        self._call("expand", byref(arguments))
+        return y_MN
+
+    def wgrad(
+        self,
+        ds_flat: torch.Tensor,
+        x_MK: torch.Tensor,
+        s_flat: torch.Tensor,
+        dy_MN: torch.Tensor,
+        tokens: Ranges,
+        ranks: Ranges,
+        scaling_C: Sequence[float] | torch.Tensor,
+        dtype: torch.dtype,
+        dropout: Dropout | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total = ranks[len(ranks) - 1].stop if len(ranks) else 0
+        dA, dB = (
+            torch.full((total, data.shape[1]), float("nan"), dtype=dtype, device=data.device) for data in (x_MK, dy_MN)
+        )
+        arguments = WgradArgs(
+            sizeof(WgradArgs),
+            self._vector("ds", ds_flat),
+            self._matrix("x", x_MK),
+            self._vector("s", s_flat),
+            self._matrix("dy", dy_MN),
+            self._matrix("dA", dA),
+            self._matrix("dB", dB),
+            self._clients(tokens, ranks, scaling_C, dropout),
+        )
+        self._call("wgrad", byref(arguments))
+        return dA, dB
+
+    def merge_many_(
+        self,
+        items: Sequence[MergeItem],
+        *,
+        rounding: str = "nearest",
+        seed: int = 0,
+        accumulate: torch.dtype = torch.float32,
+    ) -> None:
+        table = (Item * len(items))()
+        for i, (weight, A, B, coef, low_bits) in enumerate(items):
+            table[i] = Item(
+                sizeof(Item),
+                self._matrix(f"items[{i}].weight", weight),
+                self._matrix(f"items[{i}].A", A),
+                self._matrix(f"items[{i}].B", B),
+                self._vector(f"items[{i}].coef", coef),
+                self._matrix(f"items[{i}].low_bits", low_bits),
+                seed + i,
+            )
+        options = Options(sizeof(Options), int(rounding == "stochastic"), CODES[accumulate])
+        self._call("merge", table, c_int64(len(items)), byref(options))
+
+    def merge_(
+        self,
+        weight_NK: torch.Tensor,
+        A_PK: torch.Tensor,
+        B_PN: torch.Tensor,
+        coef_P: torch.Tensor,
+        *,
+        low_bits_NK: torch.Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        self.merge_many_([MergeItem(weight_NK, A_PK, B_PN, coef_P, low_bits_NK)], **options)
+
+    def cohort_adamw_(
+        self,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        exp_avg: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
+        segments: Ranges,
+        hyper_CH: torch.Tensor,
+        owner: Sequence[int],
+    ) -> None:
+        names = ("param", "grad", "exp_avg", "exp_avg_sq")
+        buffers = [self._keep(n, t) for n, t in zip(names, (param, grad, exp_avg, exp_avg_sq), strict=True)]
+        arguments = AdamwArgs(
+            sizeof(AdamwArgs),
+            *(_address(tensor) for tensor in buffers),
+            param.numel(),
+            CODES[param.dtype],
+            0,
+            len(segments),
+            self._table("segment_offsets", [0, *(part.stop for part in segments)], torch.int64),
+            self._table("owner", owner, torch.int32),
+            self._matrix("hyper", hyper_CH.to(self.device)),
+        )
+        self._call("adamw", byref(arguments))
+
+    @contextmanager
+    def as_backend(self, name: str) -> Iterator[str]:
+        """Make the ops of flora_core take this library for ``backend=name``."""
+        module = f"flora_kernels_{name}"
+        sys.modules[module] = self  # pyright: ignore[reportArgumentType]
+        backends._MODULES[name] = module
+        backends.availability.cache_clear()
+        try:
+            yield name
+        finally:
+            del sys.modules[module], backends._MODULES[name]
+            backends.availability.cache_clear()
+
+
+def host_compiler() -> str | None:
+    """The C++ compiler of the host."""
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def build_emulated(folder: Path, include: Path = ROOT / "csrc", source: Path = SOURCE) -> Path:
+    """Compile the kernels for the host."""
+    compiler, out = host_compiler(), folder / "emulated.so"
+    if compiler is None:
+        raise FileNotFoundError("needs g++ or clang++ to build the kernels for the host")
+    done = subprocess.run(
+        [compiler, *HOST_FLAGS, "-I", str(include / "include"), str(source), "-o", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return out
+
+
+def nvcc() -> str | None:
+    """CUDA's compiler."""
+    return shutil.which("nvcc")
+
+
+def build_for_gpu(folder: Path, arch: str = "native") -> Path:
+    """Compile the kernels for the GPU at hand."""
+    compiler, out = nvcc(), folder / "gpu.so"
+    if compiler is None:
+        raise FileNotFoundError("needs nvcc to build the kernels for a GPU")
+    flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", "-I", str(ROOT / "csrc/include")]
+    done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return out
+
+
+@functools.cache
+def emulated(folder: Path) -> Library:
+    """The emulated library, built once per folder."""
+    return Library(build_emulated(folder))
