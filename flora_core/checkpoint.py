@@ -266,13 +266,14 @@ class RunFolder:
         """Save the global adapter in PEFT form."""
         save_peft_adapter(adapter, self.path / "adapter", **options)
 
-    def save_model(self, model: Any, tokenizer: Any = None) -> None:
-        """Save a model and its tokenizer as transformers does, whole or not at all."""
+    def save_model(self, model: Any, tokenizer: Any = None, card: str = "") -> None:
+        """Save a model, its tokenizer and its card as transformers does, whole or not at all."""
         folder = self.path / "model"
         with atomic_dir(folder, replaceable=_names(folder)) as new, _system_errors(), _without_bars():
             model.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
+            (new / "README.md").write_text(card, encoding="utf-8")
 
     def finish(self) -> None:
         """Mark the run as over."""

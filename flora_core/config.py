@@ -36,6 +36,8 @@ class TrainConfig:
         token_budget: At most so many tokens in flight, which also splits the cohort; None lets the planner choose.
         memory_budget_gb: Memory beyond the base for activations, gradients and optimizer state, in GB.
         seed: Seed of data order, initial adapters and dropout.
+        deterministic: On CUDA, have the libraries use deterministic algorithms, so that a run repeats bit for bit; a
+            CPU with one number of threads always does.
         keep_optimizer: Carry the optimizer's state to the client's next round.
     Raises:
         ValueError or TypeError: If a value is out of range.
@@ -62,6 +64,7 @@ class TrainConfig:
     memory_budget_gb: float | None = None
     seed: int = 0
     keep_optimizer: bool = False
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):

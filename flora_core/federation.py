@@ -19,6 +19,7 @@ import torch
 from .aggregate import STRATEGIES, get_strategy
 from .aggregate.inputs import check_equal_ranks
 from .attach import ClientSpec, Cohort, attach, detach
+from .card import model_card
 from .checkpoint import ROUND, STATE, RunFolder
 from .checks import nearest, require
 from .config import TrainConfig
@@ -343,8 +344,9 @@ class Federation:
             if adapter is not None:
                 self.folder.save_adapter(adapter, **self.server.peft_options())
             if self.config.save_model:
+                card = model_card(self.model, self.strategy.name, self.config, self.train, self.events)
                 with self.server.merged() as model:
-                    self.folder.save_model(model, self.tokenizer)
+                    self.folder.save_model(model, self.tokenizer, card)
         self._emit(
             "run_end",
             rounds=self.config.rounds,

@@ -7,6 +7,7 @@ in ways that no configuration tells. Letters: M positions with a label, H hidden
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -109,6 +110,22 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def deterministic_libraries(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """On CUDA, have torch's libraries use deterministic algorithms; an operation that has none warns and runs."""
+    if not wanted or device.type != "cuda":
+        yield
+        return
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # cuBLAS reads it with its first product, and repeats its sums only with a workspace of a fixed size.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
 @torch.no_grad()
 def find_way(model: Any, context: Callable[[Any, Batch], AbstractContextManager[Any]] = alone) -> Way:
     """Find a way of running the model that gives its own logits; ``context(model, batch)`` is around each pass.
@@ -174,4 +191,13 @@ def _bends(model: Any, linear: Head, hidden: torch.Tensor) -> bool:
     return not all(_close(got, want, 4 * torch.finfo(hidden.dtype).eps) for got, want in pairs)
 
 
-__all__ = ["Batch", "Way", "alone", "evaluation_mode", "find_way", "labelled_hidden", "lay_out"]
+__all__ = [
+    "Batch",
+    "Way",
+    "alone",
+    "deterministic_libraries",
+    "evaluation_mode",
+    "find_way",
+    "labelled_hidden",
+    "lay_out",
+]

@@ -95,10 +95,11 @@ def _in_flight(cohort: Sequence[Demand], budget: int) -> int:
 
 
 def _alike(demands: Sequence[Demand]) -> list[list[Demand]]:
-    """Clients that can share a forward pass: same autocast dtype and checkpointing."""
-    groups: dict[tuple[str | None, bool], list[Demand]] = {}
+    """Clients that can share a forward pass: same autocast dtype, checkpointing and choice of algorithms."""
+    groups: dict[tuple[Any, ...], list[Demand]] = {}
     for demand in demands:
-        groups.setdefault((demand.config.dtype, demand.config.gradient_checkpointing), []).append(demand)
+        config = demand.config
+        groups.setdefault((config.dtype, config.gradient_checkpointing, config.deterministic), []).append(demand)
     return list(groups.values())
 
 

@@ -23,7 +23,7 @@ from .config import TrainConfig
 from .data.pack import epoch_order
 from .data.records import check_records, load_records
 from .data.template import IGNORE, EncodeReport, Example, encode, require_examples
-from .forward import Batch, evaluation_mode, labelled_hidden, lay_out
+from .forward import Batch, deterministic_libraries, evaluation_mode, labelled_hidden, lay_out
 from .loss import client_losses
 from .optimizer import CohortAdamW
 from .segments import Segments
@@ -196,7 +196,12 @@ class CohortTrainer:
     def _train_cohort(self, names: Sequence[str], token_budget: int, progress: dict[str, Any]) -> None:
         clients = [self.clients[name] for name in names]
         config = clients[0].config
-        with self.cohort.training(names) as bank, _checkpointed(self.cohort.model, config.gradient_checkpointing):
+        device = self.cohort.bank.param.device
+        with (
+            deterministic_libraries(device, config.deterministic),
+            self.cohort.training(names) as bank,
+            _checkpointed(self.cohort.model, config.gradient_checkpointing),
+        ):
             optimizer = self._optimizer(bank, clients)
             try:
                 for step in range(max(client.steps for client in clients)):
