@@ -57,6 +57,9 @@ def _unfit(name: str, op: str, tensor: torch.Tensor | None, auto: bool) -> str |
     # The interpreter checks kernels and is far too slow to be chosen for anybody.
     if _MODULES[name] == _TRITON and device != "cuda" and (auto or (tensor is not None and not _interpreted())):
         return f"runs on a GPU, the tensors are on {device}; move them with .to('cuda')"
+    devices = getattr(module, "DEVICES", (device,))
+    if device not in devices:
+        return f"runs on {', '.join(devices)}, the tensors are on {device}; use backend='auto'"
     dtypes = getattr(module, "DTYPES", {}).get(op)
     if tensor is not None and dtypes is not None and tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -53,7 +54,8 @@ def test_the_wheel_has_both_packages_and_the_recipes(tmp_path):
         "--build-lib",
         str(tmp_path),
     ]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    # The compiled library has a test of its own.
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "FLORA_NATIVE": "0"})
     for source, target in (("flora_core", "flora_core"), ("kernels/flora_kernels", "flora_kernels")):
         files = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py")}
         assert all((tmp_path / target / file).is_file() for file in files)
@@ -80,7 +82,7 @@ def test_make_installs_torch_first_and_by_exact_version(tmp_path):
     assert re.search(
         r"torch==\d+\.\d+\.\d+ -c constraints\.txt --extra-index-url https://example\.org/whl", installs[0]
     )
-    assert "-c constraints.txt -e '.[dev]'" in installs[1]
+    assert "-c constraints.txt -e '.[dev]'" in installs[-1]
 
 
 # Every example in the README and in the recipes' comments works.

@@ -18,42 +18,15 @@ are always at least float32. Rows of different clients never meet in a sum: a Na
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
 
 import torch
 from torch.optim.adamw import adamw
 
+from .arguments import Dropout, MergeItem, Ranges
+
 _PHILOX_M = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _U32 = 0xFFFFFFFF
-
-
-class Ranges(Protocol):
-    """Consecutive slices that cut one axis, one per client: ``flora_core.Segments``, or a plain sequence of slices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> slice: ...
-
-    def __iter__(self) -> Iterator[slice]: ...
-
-
-class Dropout(NamedTuple):
-    """Counter-based dropout: per client the threshold q of 65536, the Philox key and the first row."""
-
-    q_C: Sequence[int] | torch.Tensor
-    seed_C: Sequence[int] | torch.Tensor
-    row_C: Sequence[int] | torch.Tensor
-
-
-class MergeItem(NamedTuple):
-    """One weight with its stack: W (N, K), A (P, K), B (P, N), coef (P) and, for an fp32 master, its low bits."""
-
-    weight: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    coef: torch.Tensor
-    low_bits: torch.Tensor | None = None
 
 
 def philox4x32(
@@ -187,6 +160,37 @@ def expand_(
             add_mN = torch.where(keep, add_mN * _scale_up(dropout, c), 0)
         y_MN[rows] = (_wide(y_MN[rows]) + add_mN).to(y_MN.dtype)
     return y_MN
+
+
+def shrink_many(
+    x_MK: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    tokens: Ranges,
+    ranks: Sequence[Ranges],
+    scaling: Sequence[Sequence[float] | torch.Tensor | None],
+    dropout: Sequence[Dropout | None],
+) -> list[torch.Tensor]:
+    """``shrink`` for targets that share x: each with its A, ranks, scales and dropout."""
+    targets = zip(factors, ranks, scaling, dropout, strict=True)
+    return [shrink(x_MK, A_PK, tokens, *rest) for A_PK, *rest in targets]
+
+
+def expand_many_(
+    y_MN: torch.Tensor,
+    s_flats: Sequence[torch.Tensor],
+    factors: Sequence[torch.Tensor],
+    tokens: Ranges,
+    ranks: Sequence[Ranges],
+    scaling: Sequence[Sequence[float] | torch.Tensor | None],
+    dropout: Sequence[Dropout | None],
+) -> torch.Tensor:
+    """``expand_`` of several targets into one Y; 16 bits are summed in float32 and rounded once."""
+    narrow = len(factors) > 1 and y_MN.dtype in (torch.bfloat16, torch.float16)
+    sum_MN = y_MN.float() if narrow else y_MN
+    for s_flat, B_PN, *rest in zip(s_flats, factors, ranks, scaling, dropout, strict=True):
+        B_PN = B_PN.to(y_MN.dtype).to(sum_MN.dtype) if narrow else B_PN
+        expand_(sum_MN, s_flat.to(sum_MN.dtype), B_PN, tokens, *rest)
+    return y_MN.copy_(sum_MN) if narrow else y_MN
 
 
 def wgrad(
@@ -334,12 +338,14 @@ __all__ = [
     "cohort_adamw_",
     "dropout_keep",
     "expand_",
+    "expand_many_",
     "join_master",
     "linear",
     "merge_",
     "merge_many_",
     "philox4x32",
     "shrink",
+    "shrink_many",
     "split_master",
     "wgrad",
 ]

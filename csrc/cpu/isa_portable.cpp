@@ -1,0 +1,3 @@
+// The CPU's kernels for any processor.
+#define FLORA_ISA portable
+#include "all.h"

@@ -1,0 +1,181 @@
+// Run a sequence of products with all threads in one parallel region, allocating nothing.
+//
+// Each product is cut into blocks of columns whose packed right side fits PANEL_BYTES. Threads pack a block together,
+// wait for each other once, and take tasks (a block of rows x a range of columns) from a counter. Packed blocks
+// alternate between two buffers, so that a thread that is done goes on to pack the next block. Who computes a tile does
+// not change its bits.
+#pragma once
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "product.h"
+
+namespace flora {
+namespace FLORA_ISA {
+
+// The packed right side lies in the outer caches; as wide as W where that fits, since rows of W are then read in order.
+constexpr int64_t PANEL_BYTES = 4 << 20;
+// A task's packed left side lies in L2.
+constexpr int64_t LEFT_BYTES = 128 << 10;
+constexpr int64_t TASKS_PER_THREAD = 6;
+
+FLORA_INLINE int team_size(int32_t wanted) {
+#ifdef _OPENMP
+    return wanted > 0 ? wanted : omp_get_max_threads();
+#else
+    (void)wanted;
+    return 1;
+#endif
+}
+
+FLORA_INLINE size_t aligned(size_t bytes) {
+    return (bytes + FLORA_WORKSPACE_ALIGNMENT - 1) / FLORA_WORKSPACE_ALIGNMENT * FLORA_WORKSPACE_ALIGNMENT;
+}
+
+// How a product is cut.
+struct Blocks {
+    int64_t columns;    // of a block
+    int64_t panel_rows; // rows of a left panel, the last may have fewer
+    int64_t task_rows;  // a multiple of panel_rows, at most GROUP times it
+    int64_t task_columns;
+};
+
+template <class T>
+static Blocks cut(const Product &job, int threads) {
+    constexpr int64_t WIDTH = TILE_COLUMNS<T>;
+    int64_t column_bytes = larger(job.inner, 1) * static_cast<int64_t>(sizeof(T));
+    int64_t most = larger(WIDTH, PANEL_BYTES / column_bytes / WIDTH * WIDTH);
+    int64_t blocks = larger(1, ceil_div(job.columns, most));
+    Blocks cut;
+    cut.columns = ceil_div(ceil_div(job.columns, blocks), WIDTH) * WIDTH;
+    // Panels of even height: 128 rows are eleven of 12 or 11, not ten of 12 and one of 8.
+    int64_t panels = larger(1, ceil_div(job.rows, TILE_ROWS));
+    cut.panel_rows = larger(1, ceil_div(job.rows, panels));
+    int64_t groups = larger(1, ceil_div(panels, smaller(GROUP, larger(1, LEFT_BYTES / (column_bytes * TILE_ROWS)))));
+    cut.task_rows = ceil_div(panels, groups) * cut.panel_rows;
+    // One thread has nobody to share a group with.
+    int64_t splits = threads == 1 ? 1 : smaller(ceil_div(threads * TASKS_PER_THREAD, groups), cut.columns / WIDTH);
+    cut.task_columns = ceil_div(ceil_div(cut.columns, splits), WIDTH) * WIDTH;
+    return cut;
+}
+
+// Bytes of the workspace's parts for one product.
+struct Need {
+    size_t right, left;
+};
+
+template <class T>
+static Need need(const Product &job, int threads) {
+    Blocks cut_ = cut<T>(job, threads);
+    size_t inner = static_cast<size_t>(larger(job.inner, 1)) * sizeof(T);
+    return {aligned(inner * static_cast<size_t>(cut_.columns)), aligned(inner * static_cast<size_t>(cut_.task_rows))};
+}
+
+struct Buffers {
+    char *right[2];
+    char *left;
+    size_t left_bytes; // of one thread
+};
+
+// Counters of the two alternating steps.
+struct Counters {
+    int64_t packed[2], done[2];
+};
+
+FLORA_INLINE int64_t take(int64_t *counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+FLORA_INLINE void wait_for_all() {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+}
+
+FLORA_INLINE int thread_index() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+template <class T>
+static void pack_block(const Product &job, int64_t column, int64_t end, char *buffer, int64_t *counter) {
+    constexpr int64_t WIDTH = TILE_COLUMNS<T>;
+    // Runs of panels long enough to be worth a turn at the counter.
+    int64_t run = larger(1, 32768 / larger(1, job.inner * WIDTH)) * WIDTH;
+    for (int64_t start = column + take(counter) * run; start < end; start = column + take(counter) * run)
+        pack_right<T>(job, start, smaller(end, start + run),
+                      reinterpret_cast<T *>(buffer) + (start - column) * job.inner);
+}
+
+template <class T>
+static void compute_block(const Product &job, const Blocks &cut, int64_t column, int64_t end, const char *right,
+                          T *left, int64_t *counter) {
+    int64_t across = ceil_div(end - column, cut.task_columns), tasks = ceil_div(job.rows, cut.task_rows) * across;
+    int64_t packed = -1;
+    for (int64_t task = take(counter); task < tasks; task = take(counter)) {
+        int64_t row = task / across * cut.task_rows, last = smaller(job.rows, row + cut.task_rows);
+        int64_t start = column + task % across * cut.task_columns, stop = smaller(end, start + cut.task_columns);
+        for (int64_t i = row; i < last && packed != row; i += cut.panel_rows)
+            pack_left<T>(job, i, static_cast<int>(smaller(cut.panel_rows, last - i)), left + (i - row) * job.inner);
+        packed = row;
+        group_of_tiles<T>(job, left, row, last, static_cast<int>(cut.panel_rows),
+                          reinterpret_cast<const T *>(right) + (start - column) * job.inner, start, stop);
+    }
+}
+
+// One thread's part. `next` gives the products one after another, to every thread the same.
+template <class T, class Next>
+static void work(Next next, int threads, const Buffers &buffers, Counters *counters) {
+    int64_t step = 0;
+    T *left = reinterpret_cast<T *>(buffers.left + buffers.left_bytes * static_cast<size_t>(thread_index()));
+    for (Product job; next(job);) {
+        if (job.rows == 0 || job.columns == 0 || (job.inner == 0 && job.mode != STORE)) continue;
+        Blocks blocks = cut<T>(job, threads);
+        for (int64_t column = 0; column < job.columns; column += blocks.columns, ++step) {
+            int64_t end = smaller(job.columns, column + blocks.columns), now = step % 2;
+            pack_block<T>(job, column, end, buffers.right[now], &counters->packed[now]);
+            wait_for_all();
+            // Everybody has left these two counters; they are used again only after the next wait.
+            if (thread_index() == 0) counters->packed[now] = counters->done[1 - now] = 0;
+            compute_block<T>(job, blocks, column, end, buffers.right[now], left, &counters->done[now]);
+        }
+    }
+}
+
+template <class T, class Next>
+static size_t workspace_of(Next next, int threads, Buffers *buffers, char *base) {
+    Need most = {0, 0};
+    for (Product job; next(job);) {
+        Need one = need<T>(job, threads);
+        if (one.right > most.right) most.right = one.right;
+        if (one.left > most.left) most.left = one.left;
+    }
+    if (buffers) *buffers = {{base, base + most.right}, base + 2 * most.right, most.left};
+    return 2 * most.right + most.left * static_cast<size_t>(threads);
+}
+
+// Work that is not worth waking other threads for.
+constexpr double SMALL = 1 << 20;
+
+template <class T, class Next>
+static void run(Next next, const flora_exec &exec) {
+    int threads = team_size(exec.num_threads);
+    Buffers buffers;
+    workspace_of<T>(next, threads, &buffers, static_cast<char *>(exec.workspace));
+    double products = 0;
+    Next all = next;
+    for (Product job; all(job);)
+        products += static_cast<double>(job.rows) * static_cast<double>(job.columns) * static_cast<double>(job.inner);
+    Counters counters = {};
+    (void)products;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) if (products > SMALL)
+#endif
+    work<T>(next, threads, buffers, &counters);
+}
+
+}  // namespace FLORA_ISA
+}  // namespace flora
