@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,12 +17,11 @@ from typing import Any
 
 import torch
 
-from .aggregate import STRATEGIES, get_strategy
-from .aggregate.inputs import check_equal_ranks
+from .aggregate import get_strategy
 from .attach import ClientSpec, Cohort, attach, detach
 from .card import model_card
 from .checkpoint import ROUND, STATE, RunFolder
-from .checks import nearest, require
+from .checks import require
 from .config import TrainConfig
 from .data.records import load_records, read_jsonl
 from .device import peak_memory_bytes
@@ -90,9 +90,7 @@ class Federation:
             fine = name not in (STATE, ROUND) and len(name.encode()) <= 200
             require(fine, f"client name {name[:40]!r} cannot be a folder's here; choose another, of at most 200 bytes")
         self.config.check_names(names)
-        strategy, known = self.strategy.name, self.strategy.options
-        for option in self.config.strategy_options:
-            require(option in known, f"strategy {strategy!r} has no option {option!r}; {nearest(option, known)}")
+        self.strategy.check(self.config.strategy_options)
 
     def run(self) -> FederationResult:
         """Run all rounds that are still to be done, and save the result.
@@ -132,12 +130,10 @@ class Federation:
                     self.specs[name] = replace(self.specs[name], data=trainer.clients[name].examples)
                     self.expected[name] = promised(cohort, name)
                     require(bool(self.expected[name].adapters), f"client {name!r} has rank 0 everywhere; leave it out")
-        if not self.strategy.mixed_ranks:
-            able = ", ".join(sorted(name for name, one in STRATEGIES.items() if one.mixed_ranks))
-            remedy = f"give these clients one rank, or use one of {able}"
-            check_equal_ranks(list(self.expected.values()), self.strategy.name, remedy)
-        options, rounding = self.config.strategy_options, self.config.rounding
-        self.server = Server(self.model, self.expected, self.strategy.name, options, rounding, self.config.seed)
+        self.strategy.check_fits(list(self.expected.values()))
+        config = self.config
+        settings = (self.strategy.name, config.strategy_options, config.rounding, config.seed, config.check_rows)
+        self.server = Server(self.model, self.expected, *settings)
         self.round, self.optimizer, self.events = 0, {}, []
         return notes
 
@@ -239,10 +235,11 @@ class Federation:
 
     def _run_round(self) -> None:
         number, began = self.round + 1, time.perf_counter()
+        late = {name: self.server.catch_up(name) for name in self.sampled(number)}
         updates = self._train(number, self.sampled(number))
         applied = len(updates) >= self.config.min_clients
         if applied:
-            self._apply(number, updates)
+            self._apply(number, updates, {name: how for name, how in late.items() if how[1]})
         else:
             text = f"round {number} changes nothing: {len(updates)} good updates, min_clients={self.config.min_clients}"
             self._emit("warning", round=number, message=text)
@@ -274,6 +271,7 @@ class Federation:
                 rounds=self.config.rounds,
                 callbacks=[lambda event: self._hear(event, done)],
                 optimizer_state=self.optimizer,
+                trainable=self.server.trainable,
             )
             cohorts = len(trainer.plan().cohorts)
             self._emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=cohorts)
@@ -304,7 +302,7 @@ class Federation:
             update.weight = self.config.share(update)
         return good, refused
 
-    def _apply(self, number: int, updates: Sequence[ClientUpdate]) -> None:
+    def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
         began = time.perf_counter()
         result = self.server.apply(updates, number)
         errors = result.certificate
@@ -313,11 +311,16 @@ class Federation:
             round=number,
             strategy=self.strategy.name,
             clients=len(updates),
-            aggregation_error=errors.aggregation_error,
-            application_error=errors.application_error,
+            **errors.to_json(),
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
+            up=dict(result.up),
+            down=dict(result.down),
+            forms=dict(Counter(kind for kind, _ in result.forms.values())),
+            catch_up={name: {"kind": kind, "bytes": size} for name, (kind, size) in late.items()},
             seconds=time.perf_counter() - began,
+            seconds_of=result.seconds,
+            peak_memory_bytes=peak_memory_bytes(self.server.device),
         )
         if self.server.has_lossy_rounding and errors.application_error is not None:
             text = f"rounding='nearest' lost {errors.application_error:.1%} of round {number}; 'low_bits' loses nothing"

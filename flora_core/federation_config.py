@@ -30,6 +30,8 @@ class FederationConfig:
         eval_template, eval_max_length, eval_label: For ``flora_core.evaluate``; None takes the length of training.
         rounding: How rounds are written into 16-bit weights: ``low_bits`` keeps an exact fp32 master of bfloat16
             targets, ``stochastic`` and ``nearest`` round every round, which loses small updates.
+        check_rows: Rows of each weight, evenly spaced, in which a round's write is compared with what was to be
+            written (the application error); None for all, at the cost of a copy of the target weights.
         max_norm: Bound on the norm of a client's update (``sqrt(sum ||s B A||^2)``); beyond it, it is refused.
         keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay.
         save_model: Save the global model as a whole at the end.
@@ -49,6 +51,7 @@ class FederationConfig:
     eval_max_length: int | None = None
     eval_label: str = "category"
     rounding: Literal["low_bits", "nearest", "stochastic"] = "low_bits"
+    check_rows: int | None = 64
     max_norm: float | None = None
     keep_snapshots: int = 2
     save_model: bool = True
@@ -63,6 +66,8 @@ class FederationConfig:
         check_choice("eval_template", self.eval_template, ("auto", "chat", "prompt"))
         if self.eval_max_length is not None:
             check_number("eval_max_length", self.eval_max_length, 2, whole=True)
+        if self.check_rows is not None:
+            check_number("check_rows", self.check_rows, 1, whole=True)
         if self.max_norm is not None:
             check_number("max_norm", self.max_norm, 0)
             require(self.max_norm > 0, "max_norm must be above 0, got 0; None sets no bound")

@@ -68,6 +68,16 @@ class History:
             )
         return rows
 
+    def traffic_rows(self) -> list[dict[str, Any]]:
+        """Return one row per client: the bytes that it sent, was sent, and was sent for rounds that it missed."""
+        rows = []
+        for client in self.start.get("clients", []):
+            name, rounds = client["name"], list(self.aggregated.values())
+            up, down = (sum((event.get(way) or {}).get(name, 0) for event in rounds) for way in ("up", "down"))
+            late = sum((event.get("catch_up") or {}).get(name, {}).get("bytes", 0) for event in rounds)
+            rows.append(dict(client=name, up=up, down=down, catch_up=late))
+        return [row for row in rows if row["up"] or row["down"]]
+
     def totals(self) -> dict[str, Any]:
         """Return what the whole run sent, took and lost."""
         errors = [event.get("aggregation_error") for event in self.aggregated.values()]
@@ -130,6 +140,7 @@ def summary_tables(history: History) -> list[Table]:
     ]
     tables = [
         ("Clients", ["client", "rank", "examples", "rounds", "loss before", "loss after", "tokens/s"], clients),
+        ("Traffic", ["client", "up", "down", "caught up"], _traffic_rows(history)),
         ("Held-out data", *_evaluation_table(history)),
         ("The whole run", ["quantity", "value"], _total_rows(history)),
     ]
@@ -159,11 +170,21 @@ def _evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
+def _rows_checked(history: History) -> str:
+    rows = [event["application_rows"] for event in history.aggregated.values() if event.get("application_rows")]
+    return f", {max(rows)} rows of each weight" if rows else ""
+
+
+def _traffic_rows(history: History) -> list[list[str]]:
+    rows = history.traffic_rows()
+    return [[row["client"], *(show_bytes(row[way]) for way in ("up", "down", "catch_up"))] for row in rows]
+
+
 def _total_rows(history: History) -> list[list[str]]:
     totals = history.totals()
     return [
         ["aggregation error (largest)", show_number(totals["aggregation_error"], ".2e")],
-        ["application error (largest)", show_number(totals["application_error"], ".2e")],
+        [f"application error (largest{_rows_checked(history)})", show_number(totals["application_error"], ".2e")],
         ["sent up, all rounds", show_bytes(totals["bytes_up"])],
         ["sent down, all rounds", show_bytes(totals["bytes_down"])],
         ["time in rounds", show_seconds(totals["seconds"])],

@@ -25,6 +25,7 @@ class CohortAdamW:
         total_steps: Optimizer steps of each client's schedule, for decay.
         first_steps: Where in its schedule each client starts.
         backend: auto, reference, triton or native.
+        trainable: The factors that are trained; the other gets no gradient, no moments and no weight decay.
     Deterministic: yes. Equal to one ``torch.optim.AdamW`` per client, with ``clip_grad_norm_`` before it.
     """
 
@@ -35,9 +36,12 @@ class CohortAdamW:
         total_steps: Sequence[int] | int = 1,
         first_steps: Sequence[int] | int = 0,
         backend: str = "auto",
+        trainable: Sequence[str] = ("A", "B"),
     ):
         count = len(bank.names)
-        self.bank, self.backend = bank, backend
+        known = set(trainable) <= {"A", "B"} and len(trainable) > 0
+        require(known, f"trainable must name 'A', 'B' or both, got {tuple(trainable)!r}")
+        self.bank, self.backend, self.trainable = bank, backend, tuple(trainable)
         self.configs = [configs] * count if isinstance(configs, TrainConfig) else list(configs)
         self.total_steps = [total_steps] * count if isinstance(total_steps, int) else list(total_steps)
         self.first_steps = [first_steps] * count if isinstance(first_steps, int) else list(first_steps)
@@ -49,11 +53,15 @@ class CohortAdamW:
             require(len(values) == count, f"{name} must have one entry per client ({count}), got {len(values)}")
         self.steps = [0] * count
         self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(bank.param) for _ in range(3))
-        self._segments, self._owner = bank.segments, bank.owner
+        # Frozen ranges belong to one more row of hyper-parameters, whose step 0 leaves them untouched.
+        frozen = [set("AB"[i // count % 2]).isdisjoint(trainable) for i in range(len(bank.owner))]
+        self._segments = bank.segments
+        self._owner = tuple(count if still else c for c, still in zip(bank.owner, frozen, strict=True))
         for path, (dA_PK, dB_PN) in bank.views_of(self.grad).items():
             entry = bank.modules[path]
-            entry.A_PK.requires_grad_(True).grad = dA_PK
-            entry.B_PN.requires_grad_(True).grad = dB_PN
+            for name, factor, grad in (("A", entry.A_PK, dA_PK), ("B", entry.B_PN, dB_PN)):
+                if name in trainable:
+                    factor.requires_grad_(True).grad = grad
 
     def zero_grad(self) -> None:
         """Clear every client's gradient, a NaN included."""
@@ -68,7 +76,7 @@ class CohortAdamW:
 
     def _of_client(self, flat: torch.Tensor) -> list[list[torch.Tensor]]:
         parts: list[list[torch.Tensor]] = [[] for _ in self.bank.names]
-        for part, owner in zip(flat.split(list(self._segments.lengths)), self._owner, strict=True):
+        for part, owner in zip(flat.split(list(self._segments.lengths)), self.bank.owner, strict=True):
             if part.numel():
                 parts[owner].append(part)
         return parts
@@ -102,6 +110,8 @@ class CohortAdamW:
             scale = 1.0 if config.clip_norm is None else min(1.0, config.clip_norm / (norms[c] + 1e-6))
             step = self.steps[c] if active[c] else 0
             hyper.append([rates[c], *config.betas, config.eps, config.weight_decay, step, scale])
+        if len(self.trainable) == 1:
+            hyper.append([0.0] * len(HYPER_COLUMNS))
         hyper_CH = torch.tensor(hyper, dtype=torch.float64).view(-1, len(HYPER_COLUMNS))
         cohort_adamw_(
             self.bank.param,

@@ -12,8 +12,11 @@ train_progress  round, step, steps: optimizer steps done and planned in this rou
                 round_start, cohort?: 1.., cohorts?            (not written to metrics.jsonl)
 client_done     round, client, rank, examples, tokens, steps, loss_first?, loss_last?, seconds, tokens_per_s,
                 refused?: why this update was not used (non-finite, too large, ...)
-aggregated      round, strategy, clients: number of updates used, aggregation_error?, application_error?,
-                bytes_up, bytes_down, seconds
+aggregated      round, strategy, clients: number of updates used, aggregation_error?, application_error? and both
+                _by_module: {module: error}?, application_rows?: rows of each weight that it is of (None: all),
+                bytes_up, bytes_down, up?, down?: {client: bytes}, forms?: {stack, recompressed, dense or none: number
+                of modules whose change travels so}, catch_up?: {client that was away: {kind: log or snapshot, bytes}},
+                seconds, seconds_of?: {aggregate, certify, write}, peak_memory_bytes?
 evaluated       round, examples, seconds, loss?, exact_match? (0..1), accuracy? (0..1; multiple choice has only this),
                 groups?: {skill: {examples, loss?, exact_match?, accuracy?}}: what `evaluate` returns
 round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes,
@@ -74,8 +77,16 @@ def _say_aggregated(event: Event) -> str:
     return (
         f"round {event['round']}: aggregated {event['clients']} updates, "
         f"aggregation error {show_number(event.get('aggregation_error'), '.1e')}, "
-        f"{show_bytes(event['bytes_up'])} up, {show_bytes(event['bytes_down'])} down"
+        f"{_written(event)}{show_bytes(event['bytes_up'])} up, {show_bytes(event['bytes_down'])} down"
     )
+
+
+def _written(event: Event) -> str:
+    if event.get("application_error") is None:
+        return ""
+    rows = event.get("application_rows")
+    sample = f" in {rows} rows a weight" if rows else ""
+    return f"application error {event['application_error']:.1e}{sample}, "
 
 
 def _say_evaluated(event: Event) -> str:

@@ -45,7 +45,7 @@ def read_history(run_dir: str | Path) -> History:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write loss.png, accuracy.png, bytes.png and report.html into a run's folder.
+    """Write loss.png, accuracy.png, errors.png, bytes.png and report.html into a run's folder.
 
     Args:
         run_dir: Folder with metrics.jsonl and, for the facts about the run, run.json.
@@ -60,6 +60,7 @@ def write_report(run_dir: str | Path) -> Path:
     plots: dict[str, Callable[[History], Figure | None]] = {
         "loss": plot_loss,
         "accuracy": plot_accuracy,
+        "errors": plot_errors,
         "bytes": plot_bytes,
     }
     images = []
@@ -113,6 +114,20 @@ def plot_accuracy(history: History) -> Figure | None:
     axes.plot(list(rounds), [100 * (hit_rate(event) or 0.0) for event in rounds.values()], label="all", **_GLOBAL)
     axes.set_ylim(-2, 102)
     return _finish(figure, axes, "skill" if groups else "")
+
+
+def plot_errors(history: History) -> Figure | None:
+    """Plot each round's distance from the exact sum: what the strategy lost, and what the write lost."""
+    kinds = {"aggregation_error": "aggregation: the strategy", "application_error": "application: the write"}
+    found = {kind: {at: event[kind] for at, event in history.aggregated.items() if event.get(kind)} for kind in kinds}
+    if not any(found.values()):
+        return None
+    figure, axes = _canvas("Distance from the exact sum", "relative error (rounds of error 0 have no point)")
+    for kind, label in kinds.items():
+        if found[kind]:
+            axes.plot(*zip(*found[kind].items(), strict=True), label=label, marker="o")
+    axes.set_yscale("log")
+    return _finish(figure, axes, "")
 
 
 def plot_bytes(history: History) -> Figure | None:

@@ -6,6 +6,7 @@ Letters: K in_features, N out_features, R one client's rank.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 
 from .aggregate import aggregate, get_strategy
+from .aggregate.downlink import DeltaLog
+from .aggregate.strategy import BOTH
 from .attach import ClientSpec, Cohort, attach, detach
 from .bank import AdapterConfig
 from .checks import require
@@ -32,6 +35,7 @@ class Server:
         strategy, options: How updates are aggregated.
         rounding: How rounds are written into 16-bit weights.
         seed: Of initial adapters and stochastic rounding.
+        check_rows: Rows of each weight whose change is compared with what was to be written; None for all.
     Raises:
         ValueError: If the rounding does not suit the weights' dtype, or a target cannot be written.
     """
@@ -44,14 +48,19 @@ class Server:
         options: Mapping[str, Any] | None = None,
         rounding: str = "low_bits",
         seed: int = 0,
+        check_rows: int | None = 64,
     ):
         self.model, self.expected, self.strategy = model, expected, get_strategy(strategy)
-        self.options, self.rounding, self.seed = dict(options or {}), rounding, seed
+        self.rounding, self.seed, self.check_rows = rounding, seed, check_rows
+        everybody = {name: update.ranks for name, update in expected.items()}
+        self.options = {**self.strategy.population_options(everybody), **(options or {})}
         targets = dict.fromkeys(module for update in expected.values() for module in update.adapters)
         self.weights = target_weights(model, targets)
         self._check_rounding()
         self.low_bits = new_low_bits(self.weights) if rounding == "low_bits" else {}
         self.state: dict[str, Any] = {}
+        held = [*self.weights.values(), *self.low_bits.values()]
+        self.log = DeltaLog(sum(tensor.numel() * tensor.element_size() for tensor in held))
 
     def _check_rounding(self) -> None:
         dtypes = {weight.dtype for weight in self.weights.values()}
@@ -82,13 +91,32 @@ class Server:
 
     def saved(self) -> dict[str, Any]:
         """All that the next round needs; tensors are not copied."""
-        return {"weights": self.weights, "low_bits": self.low_bits, "strategy": self.state}
+        parts = {"weights": self.weights, "low_bits": self.low_bits}
+        return {**parts, "strategy": self.state, "log": self.log.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go back to what ``saved`` gave."""
         for module, weight in saved["weights"].items():
             self.weights[module].copy_(weight)
         self.low_bits, self.state = saved["low_bits"], saved["strategy"]
+        self.log.restore(saved["log"])
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The factors that the clients train in the next round."""
+        return self.strategy.trainable(self.state)
+
+    def catch_up(self, client: str) -> tuple[str, int]:
+        """How a client gets from the newest round that it has to the global model, and the bytes of that.
+
+        Returns:
+            ``none``, ``log`` (the changes of the rounds that it missed) or ``snapshot`` (of the weights), and the
+            bytes, with those of the adapter that it starts from.
+        """
+        kind, size, _ = self.log.missed(client)
+        if kind != "none" and self.state:
+            size += self.strategy.adapter_bytes(self.state, self.expected[client], BOTH)
+        return kind, size
 
     def load_starts(self, cohort: Cohort, number: int) -> None:
         """Start every client from what the strategy gives it, else from the common A, else from its fresh adapter."""
@@ -119,6 +147,7 @@ class Server:
             The round's result, whose certificate has the error of the write too.
         """
         result = aggregate(updates, self.strategy.name, self.state, **self.options)
+        began = time.perf_counter()
         written = apply_base_delta_(
             self.weights,
             result.base_delta,
@@ -126,9 +155,12 @@ class Server:
             rounding=self.rounding,
             seed=derive(self.seed, "rounding", number),
             accumulate="float64",
+            check_rows=self.check_rows,
         )
+        result.seconds["write"] = time.perf_counter() - began
         self.state = result.state
-        result.certificate = replace(result.certificate, application=written)
+        self.log.record(number, sum(size for _, size in result.forms.values()), [one.client for one in updates])
+        result.certificate = replace(result.certificate, application=written, rows=self.check_rows)
         return result
 
     def adapter(self) -> ClientUpdate | None:

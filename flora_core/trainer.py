@@ -86,6 +86,7 @@ class CohortTrainer:
             with ``schedule_scope="run"`` span all of them.
         callbacks: Called with event dicts: ``train_progress``, ``client_done``, ``warning``.
         optimizer_state: What ``optimizer_state`` of the round before was, for clients that keep theirs.
+        trainable: The factors that are trained, "A", "B" or both; the other one stays as it is, bit for bit.
     Raises:
         ValueError: For missing data, a client without examples, or sequences longer than the model allows; before
             anything is trained.
@@ -102,7 +103,9 @@ class CohortTrainer:
         rounds: int = 1,
         callbacks: Sequence[Callable[[Event], None]] = (),
         optimizer_state: Mapping[str, dict[str, Any]] | None = None,
+        trainable: Sequence[str] = ("A", "B"),
     ):
+        self.trainable = tuple(trainable)
         self.cohort, self.tokenizer = cohort, tokenizer
         self.config = config or TrainConfig()
         self.round, self.rounds, self.callbacks = round, rounds, tuple(callbacks)
@@ -232,6 +235,7 @@ class CohortTrainer:
             [client.steps * span for client, span in zip(clients, spans, strict=True)],
             [client.steps * self.round * (span > 1) for client, span in zip(clients, spans, strict=True)],
             self.cohort.backend,
+            self.trainable,
         )
         for client in clients:
             if client.config.keep_optimizer and client.name in self.optimizer_state:

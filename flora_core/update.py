@@ -59,6 +59,7 @@ class RoundResult:
         certificate: How far this is from the exact sum (``flora_core.aggregate.certificate``).
         forms: Module path -> how its part of ``base_delta`` travels, and the bytes (``flora_core.aggregate.downlink``).
         up, down: Client -> bytes that it sent and that the round's result costs it.
+        seconds: What took how long: ``aggregate``, ``certify``.
     """
 
     base_delta: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -69,6 +70,7 @@ class RoundResult:
     forms: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     up: Mapping[str, int] = field(default_factory=dict)
     down: Mapping[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def bytes_up(self) -> int:

@@ -28,7 +28,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero_pad": {"strategy": "zero_pad", "fraction": 0.7, "eval_every": 2},
 }
 _FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir", "os.listdir"}
-_TIMES = {"seconds", "tokens_per_s", "peak_memory_bytes", "out", "checkpoint"}
+_TIMES = {"seconds", "seconds_of", "tokens_per_s", "peak_memory_bytes", "out", "checkpoint"}
 
 
 def run_once(request: dict[str, Any]) -> int:

@@ -87,11 +87,23 @@ def test_ranks_are_dealt_in_turn_and_overrides_win(tmp_path):
         ("target_modules=[q_proj]", lambda r: r.target_modules, ["q_proj"]),
         ("out=2024", lambda r: r.out, "2024"),
         ("out=a=b", lambda r: r.out, "a=b"),
-        ("federation.strategy_options.tau=0.9", lambda r: r.federation.strategy_options, {"tau": 0.9}),
     ],
 )
 def test_overrides_change_one_value(recipe_file, override, read, value):
     assert read(load(recipe_file, [override])) == value
+
+
+def test_strategy_options_are_those_of_the_strategy(recipe_file):
+    chosen = load(recipe_file, ["strategy=flora_svd", "federation.strategy_options.tau=0.9"])
+    assert chosen.federation.strategy_options == {"tau": 0.9}
+    for options, words in (
+        ("{tau: 0.9}", r"strategy 'flora' has no option 'tau'; known: none"),
+        ("{tua: 0.9}", r"no option 'tua'; did you mean 'tau'"),
+        ("{tau: 0}", r"tau must be above 0 and at most 1, got 0"),
+    ):
+        strategy = "flora" if "known" in words else "flora_svd"
+        with pytest.raises(ValueError, match=words):
+            load(recipe_file, [f"strategy={strategy}", f"federation.strategy_options={options}"])
 
 
 def test_a_later_override_wins(recipe_file):

@@ -11,7 +11,7 @@ import pytest
 
 from flora_core.history import History, show_bytes, show_number, show_seconds, summary_tables
 from flora_core.progress import LiveProgress, PlainProgress, make_progress, print_tables, sentence
-from flora_core.report import plot_accuracy, plot_bytes, plot_loss, read_history, write_report
+from flora_core.report import plot_accuracy, plot_bytes, plot_errors, plot_loss, read_history, write_report
 
 
 def events(clients: int = 3, rounds: int = 2, groups: bool = True):
@@ -133,8 +133,8 @@ def test_report_is_one_self_contained_page(tmp_path):
     run = write_run(tmp_path / "run", events())
     (run / "run.json").write_text('{"versions": {"torch": "<2>"}}')
     page = write_report(run).read_text()
-    assert {path.name for path in run.glob("*.png")} == {"loss.png", "accuracy.png", "bytes.png"}
-    assert page.count('src="data:image/png;base64,') == 3
+    assert {path.name for path in run.glob("*.png")} == {"loss.png", "accuracy.png", "errors.png", "bytes.png"}
+    assert page.count('src="data:image/png;base64,') == 4
     assert "http" not in page
     assert "client-1 was refused &lt;in round 2&gt;" in page
     assert "&lt;2&gt;" in page
@@ -160,6 +160,29 @@ def test_plots_show_every_client_and_the_global_model():
     assert [line.get_label() for line in accuracy.axes[0].lines] == ["sum", "reverse", "all"]
     assert traffic is not None
     assert len(traffic.axes[0].patches) == 4
+
+
+def test_errors_of_the_rounds_are_plotted_where_there_are_any():
+    rounds = [dict(event="aggregated", round=at, aggregation_error=0.0, application_error=error, bytes_up=1,
+                   bytes_down=1, seconds=1.0) for at, error in ((1, 1e-3), (2, 2e-3), (3, None))]  # fmt: skip
+    figure = plot_errors(History.of(rounds))
+    assert figure is not None
+    (line,) = figure.axes[0].lines
+    assert (line.get_label(), np.asarray(line.get_xdata()).tolist(), figure.axes[0].get_yscale()) == (
+        "application: the write", [1, 2], "log")  # fmt: skip
+    assert plot_errors(History.of([{**rounds[0], "application_error": 0.0}])) is None
+
+
+def test_bytes_are_told_for_every_client_and_errors_with_their_rows():
+    start = dict(event="run_start", rounds=2, strategy="flora", out=None, clients=[
+        dict(name=name, rank=1, examples=1) for name in "ab"])  # fmt: skip
+    rounds = [dict(event="aggregated", round=at, aggregation_error=0.0, application_error=1e-7, application_rows=64,
+                   bytes_up=1000, bytes_down=2000, up={"a": 1000}, down={"a": 2000}, clients=1, seconds=1.0,
+                   catch_up={"a": {"kind": "log", "bytes": 5000}}) for at in (1, 2)]  # fmt: skip
+    tables = {table[0]: table[2] for table in summary_tables(History.of([start, *rounds]))}
+    assert tables["Traffic"] == [["a", "2.0 kB", "4.0 kB", "10.0 kB"]]
+    assert ["application error (largest, 64 rows of each weight)", "1.00e-07"] in tables["The whole run"]
+    assert "application error 1.0e-07 in 64 rows a weight, 1.0 kB up" in str(sentence(rounds[0]))
 
 
 def test_multiple_choice_has_an_accuracy_and_no_loss():

@@ -81,15 +81,16 @@ def test_two_runs_cannot_work_in_one_folder(tmp_path):
 
 
 def test_a_full_disk_loses_nothing_and_the_run_goes_on(tmp_path):
-    make_federation(tmp_path / "whole", rounds=3, save_model=False).run()
+    # Wide enough for the state to be the largest file: metrics.jsonl must fit.
+    make_federation(tmp_path / "whole", rounds=3, save_model=False, model=make_model(hidden=64)).run()
     out = tmp_path / "out"
-    stop_after(1, out, save_model=False)
+    stop_after(1, out, save_model=False, model=make_model(hidden=64))
     before = files(out, ".safetensors", "round.json")
     size = (out / "rounds" / "0001" / "state.safetensors").stat().st_size
     with largest_file(size - 1), pytest.raises(SaveError, match=r"0002.* what was saved before is unchanged"):
-        make_federation(out, rounds=3, save_model=False).run()
+        make_federation(out, rounds=3, save_model=False, model=make_model(hidden=64)).run()
     assert files(out, ".safetensors", "round.json") == before
-    make_federation(out, rounds=3, save_model=False).run()
+    make_federation(out, rounds=3, save_model=False, model=make_model(hidden=64)).run()
     assert files(out, ".safetensors") == files(tmp_path / "whole", ".safetensors")
 
 

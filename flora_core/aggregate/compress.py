@@ -30,7 +30,7 @@ class Svd(NamedTuple):
 def stack_svd(stack: Stack) -> Svd:
     """Decompose a stack in float64: QR of both sides and an SVD of the P x P core, dense where P is large.
 
-    Triplets whose singular value is rounding error (below eps max(N, K) of the largest) are left out. Each
+    Triplets whose singular value is rounding error are left out. Each
     right vector's largest entry is positive, so that the order of the clients changes no sign.
     """
     A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
@@ -42,7 +42,9 @@ def stack_svd(stack: Stack) -> Svd:
         U, V = Q_NP @ U, V @ Q_KP.T
     else:
         U, S, V = torch.linalg.svd(left_NP @ right_PK, full_matrices=False)
-    noise = S[:1] * torch.finfo(S.dtype).eps * max(U.shape[0], V.shape[1])
+    # Terms that cancel leave the rounding of their factors' products, which no singular value measures.
+    scale = torch.maximum(S[:1] * max(U.shape[0], V.shape[1]), left_NP.norm() * right_PK.norm())
+    noise = torch.finfo(S.dtype).eps * scale
     count = int((noise < S).sum())
     U_RN, S_R, V_RK = U.T[:count], S[:count], V[:count]
     peak = V_RK.gather(1, V_RK.abs().argmax(1, keepdim=True)) if count else V_RK[:, :1]
@@ -87,7 +89,8 @@ def full_rank(rows_PK: torch.Tensor) -> bool:
     P, K = rows_PK.shape
     if P > K:
         return False
-    unit = torch.nn.functional.normalize(rows_PK.double(), dim=1)
+    rows = rows_PK.double()
+    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     factor, info = torch.linalg.cholesky_ex(unit @ unit.T)
     return P == 0 or (int(info) == 0 and float(factor.diagonal().min()) > 1e-4)
 

@@ -15,6 +15,7 @@ A third party adds a strategy in a file of its own (``docs/strategies.md`` has a
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -203,13 +204,15 @@ def aggregate(
     updates = list(updates)
     check_updates(updates)
     chosen.check_fits(updates)
-    trained = chosen.trainable(state or {})
+    trained, began = chosen.trainable(state or {}), time.perf_counter()
     result = chosen.aggregate(updates, state or {}, **options)
     result.state = {**result.state, "strategy": strategy}
     chosen_forms = {module: smallest_form(stack) for module, stack in result.base_delta.items()}
     result.base_delta = {module: stack for module, (stack, _) in chosen_forms.items()}
     result.forms = {module: form for module, (_, form) in chosen_forms.items()}
+    done = time.perf_counter()
     result.certificate = result.certificate or certify(updates, result)
+    result.seconds |= {"aggregate": done - began, "certify": time.perf_counter() - done}
     base = sum(form.size_bytes for form in result.forms.values())
     result.up = {one.client: _sent_bytes(one, trained) for one in updates}
     result.down = {one.client: base + chosen.adapter_bytes(result.state, one, trained) for one in updates}

@@ -107,6 +107,15 @@ class FloraWarm(AdapterStrategy):
         A_RK, B_RN = torch.cat([pair["A"], D]), torch.cat([pair["B"], pair["B"].new_zeros(len(D), pair["B"].shape[1])])
         return extended(A_RK, B_RN, rank, self.name, client, module, str(state["rounds"]))
 
+    def adapter_bytes(self, state: Mapping[str, Any], update: ClientUpdate, trained: Sequence[str]) -> int:
+        """The shared part and the client's directions."""
+        size = super().adapter_bytes(state, update, trained)
+        for module, rank in update.ranks.items():
+            if module in state["adapter"]:
+                D = state["directions"][module][: max(0, rank - len(state["adapter"][module]["A"]))]
+                size += D.numel() * getattr(torch, state["dtype"][module]).itemsize
+        return size
+
     def _check_carried(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any]) -> None:
         """Every client must have started with the whole shared part, or the sum lacks its share of that."""
         for module, pair in state.get("adapter", {}).items():
