@@ -36,14 +36,34 @@ def forward(
     plan: Plan, x_MK: torch.Tensor, factors: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Y and S of every target; ``factors`` are A and B by turns."""
-    k, outputs, s_flats = plan.kernels, [], []
+    k, outputs = plan.kernels, []
+    s_flats = _shrink(plan, x_MK, factors[::2])
     for i, (weight, bias) in enumerate(plan.bases):
-        A, B = factors[2 * i : 2 * i + 2]
         y_MN = F.linear(x_MK, weight, bias)
-        s_flat = k.shrink(x_MK, A, plan.tokens, plan.ranks[i], None, plan.dropout[i])
-        outputs.append(k.expand_(y_MN, s_flat, B, plan.tokens, plan.ranks[i], plan.scaling[i]))
-        s_flats.append(s_flat)
+        k.expand_(y_MN, s_flats[i], factors[2 * i + 1], plan.tokens, plan.ranks[i], plan.scaling[i])
+        outputs.append(y_MN)
     return outputs, s_flats
+
+
+def _shrink(plan: Plan, x_MK: torch.Tensor, A: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """S of every target, x read once where the kernels can."""
+    k, none = plan.kernels, (None,) * len(A)
+    if len(A) > 1 and hasattr(k, "shrink_many"):
+        return k.shrink_many(x_MK, A, plan.tokens, plan.ranks, none, plan.dropout)
+    each = zip(A, plan.ranks, plan.dropout, strict=True)
+    return [k.shrink(x_MK, A_PK, plan.tokens, ranks, None, dropout) for A_PK, ranks, dropout in each]
+
+
+def _expand_into_dx(
+    plan: Plan, dx_MK: torch.Tensor, ds_flats: Sequence[torch.Tensor], A: Sequence[torch.Tensor]
+) -> None:
+    """dX += mask (dS A) / (1 - q) of every target, dX read and written once where the kernels can."""
+    k, none = plan.kernels, (None,) * len(A)
+    if len(A) > 1 and hasattr(k, "expand_many_"):
+        k.expand_many_(dx_MK, ds_flats, A, plan.tokens, plan.ranks, none, plan.dropout)
+        return
+    for ds_flat, A_PK, ranks, dropout in zip(ds_flats, A, plan.ranks, plan.dropout, strict=True):
+        k.expand_(dx_MK, ds_flat, A_PK, plan.tokens, ranks, None, dropout)
 
 
 def gradients(
@@ -56,19 +76,19 @@ def gradients(
     wants: Sequence[bool],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """dX, then dA and dB of every target whose factors want them."""
-    k, dx_MK = plan.kernels, None
-    factor_grads: list[torch.Tensor | None] = []
-    for i, (weight, _) in enumerate(plan.bases):
-        A, B = factors[2 * i : 2 * i + 2]
-        dy_MN, ranks, scaling, dropout = dys[i], plan.ranks[i], plan.scaling[i], plan.dropout[i]
-        ds_flat = k.shrink(dy_MN, B, plan.tokens, ranks, scaling)
-        if wants_x:
+    k, tokens, A, B = plan.kernels, plan.tokens, factors[::2], factors[1::2]
+    dx_MK, factor_grads = None, []
+    ds_flats = [
+        k.shrink(dy, B_PN, tokens, *own) for dy, B_PN, *own in zip(dys, B, plan.ranks, plan.scaling, strict=True)
+    ]
+    if wants_x:
+        for dy_MN, (weight, _) in zip(dys, plan.bases, strict=True):
             dx_MK = torch.mm(dy_MN, weight) if dx_MK is None else dx_MK.addmm_(dy_MN, weight)
-            k.expand_(dx_MK, ds_flat, A, plan.tokens, ranks, None, dropout)
-        if wants[i]:
-            factor_grads += k.wgrad(ds_flat, x_MK, s_flats[i], dy_MN, plan.tokens, ranks, scaling, A.dtype, dropout)
-        else:
-            factor_grads += [None, None]
+        assert dx_MK is not None
+        _expand_into_dx(plan, dx_MK, ds_flats, A)
+    for i, wanted in enumerate(wants):
+        rest = tokens, plan.ranks[i], plan.scaling[i], A[i].dtype, plan.dropout[i]
+        factor_grads += k.wgrad(ds_flats[i], x_MK, s_flats[i], dys[i], *rest) if wanted else (None, None)
     return dx_MK, factor_grads
 
 

@@ -82,8 +82,12 @@ def lora(op: str, dtype: torch.dtype, ranks: tuple[int, ...] = RANKS, dropout: b
     A, B, weight, bias = empty(sum(ranks), K), empty(sum(ranks), N), empty(N, K, dtype=dtype), empty(N, dtype=dtype)
     if op == "shrink":
         kernels.shrink(x, A, tokens, bank, None if dropout else scaling, draws)
+    elif op == "shrink_many":
+        kernels.shrink_many(x, [A] * 3, tokens, [bank] * 3, [None] * 3, [draws] * 3)
     elif op == "expand_":
         kernels.expand_(dy, s, B, tokens, bank, None if dropout else scaling, draws)
+    elif op == "expand_many_":
+        kernels.expand_many_(dy, [s] * 3, [B] * 3, tokens, [bank] * 3, [None] * 3, [draws] * 3)
     elif op == "wgrad":
         kernels.wgrad(s, x, s, dy, tokens, bank, scaling, torch.float32, draws)
     elif op == "linear":
@@ -114,11 +118,11 @@ def split_wgrad() -> None:
 # Name -> what calls the launcher. Products in 16 bits must use the matrix instructions of their target.
 CONFIGURATIONS: dict[str, Callable[[], None]] = {}
 for _name, _dtype in DTYPES.items():
-    for _op in ("shrink", "expand_", "wgrad"):
+    for _op in ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad"):
         for _dropout in (False, True):
             _label = f"{_op}-{_name}{'-dropout' if _dropout else ''}"
             CONFIGURATIONS[_label] = lambda op=_op, d=_dtype, p=_dropout: lora(op, d, RANKS, p)
-            if _op != "expand_":
+            if not _op.startswith("expand"):
                 CONFIGURATIONS[f"{_label}-low-ranks"] = lambda op=_op, d=_dtype, p=_dropout: lora(op, d, LOW_RANKS, p)
     for _op in ("linear", "linear_lora"):
         CONFIGURATIONS[f"{_op}-{_name}"] = lambda op=_op, d=_dtype: lora(op, d)
@@ -136,6 +140,7 @@ CONFIGURATIONS |= {
 }
 # What make test compiles: one of each kernel; make test-all compiles all of them for all targets.
 FEW = ("shrink-bf16-dropout", "expand_-bf16", "wgrad-bf16-dropout", "linear_lora-bf16", "merge-bf16", "adamw-fp32")
+FEW += ("shrink_many-bf16-dropout", "expand_many_-bf16-dropout")
 
 
 @contextmanager
@@ -169,20 +174,29 @@ class Built:
         return len(re.findall(pattern, self.code))
 
 
+def specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
+    """The type of an argument as a launch would specialise it; tuples element by element."""
+    if isinstance(value, tuple):
+        return tuple(specialised(item, (*path, i), constants, attributes) for i, item in enumerate(value))
+    if value is None or (isinstance(value, int) and value == 1):
+        constants[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor) or value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    if isinstance(value, torch.Tensor):
+        return f"*{POINTER[value.dtype]}"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
 def source(kernel: JITFunction, launch: dict[str, Any]) -> ASTSource:
     """What the launch would compile, specialised as it would be."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = launch[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if parameter.is_constexpr:
             signature[parameter.name], constants[(index,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{POINTER[value.dtype]}"
-            attributes[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = specialised(value, (index,), constants, attributes)
     return ASTSource(kernel, signature, constants, attributes)
 
 

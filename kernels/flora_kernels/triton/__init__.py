@@ -10,17 +10,19 @@ import torch
 from ..reference import Dropout, MergeItem
 from .adamw import cohort_adamw_
 from .common import FLOAT_DTYPES
-from .expand import expand_
+from .expand import expand_, expand_many_
 from .linear import linear, linear_lora
 from .merge import merge_, merge_many_
-from .shrink import shrink
+from .shrink import shrink, shrink_many
 from .wgrad import wgrad
 
 _MERGED = (*FLOAT_DTYPES, torch.float64)
 # What each op takes; what is not here goes to another backend, or is refused by name.
 DTYPES = {
     "shrink": FLOAT_DTYPES,
+    "shrink_many": FLOAT_DTYPES,
     "expand_": FLOAT_DTYPES,
+    "expand_many_": FLOAT_DTYPES,
     "wgrad": FLOAT_DTYPES,
     "linear": FLOAT_DTYPES,
     "linear_lora": FLOAT_DTYPES,
@@ -35,10 +37,12 @@ __all__ = [
     "MergeItem",
     "cohort_adamw_",
     "expand_",
+    "expand_many_",
     "linear",
     "linear_lora",
     "merge_",
     "merge_many_",
     "shrink",
+    "shrink_many",
     "wgrad",
 ]

@@ -89,10 +89,10 @@ class Clients:
     """The tables of one launch, and the ``constexpr`` that goes with them."""
 
     tokens: torch.Tensor
-    ranks: torch.Tensor
-    scaling: torch.Tensor | None
+    ranks: Any
+    scaling: Any
     q: torch.Tensor | None
-    seed: torch.Tensor | None
+    seed: Any
     row: torch.Tensor | None
     count: int
     options: dict[str, Any] = field(default_factory=dict)
@@ -118,6 +118,25 @@ def clients(
         CLIENTS=triton.next_power_of_2(max(count, 1)), SCALED=scaling is not None, DROPOUT=dropout is not None
     )
     return Clients(offsets(tokens, device), offsets(ranks, device), scaling, *draws, count, options)
+
+
+def clients_of_targets(
+    tokens: Ranges,
+    ranks: Sequence[Ranges],
+    scaling: Sequence[Sequence[float] | torch.Tensor | None],
+    dropout: Sequence[Dropout | None],
+    device: torch.device,
+) -> Clients:
+    """``clients`` for targets that share their tokens: tuples where each has tables of its own.
+
+    Who drops how much, and from which row on, is the same for all of them; the keys are not.
+    """
+    parts = [clients(tokens, *target, device) for target in zip(ranks, scaling, dropout, strict=True)]
+    first = parts[0]
+    tables = [tuple(getattr(part, name) for part in parts) for name in ("ranks", "scaling", "seed")]
+    ranks_T, scaling_T, seed_T = (None if table[0] is None else table for table in tables)
+    options = {**first.options, "TARGETS": len(parts)}
+    return Clients(first.tokens, ranks_T, scaling_T, first.q, seed_T, first.row, first.count, options)
 
 
 @triton.jit
@@ -148,6 +167,27 @@ def find_tile(
     s_start = tl.sum(tl.where(before, sizes, 0), 0)
     split = tl.where(before & (tiles > 1), tiles, 0).to(tl.int64) * ranks
     return client, first, stop, row, bank, rank, s_start, tl.sum(split, 0)
+
+
+@triton.jit
+def find_tile_of_targets(
+    tokens_ptr, ranks_ptrs, num_clients, tile, TARGETS: tl.constexpr, BLOCK: tl.constexpr, CLIENTS: tl.constexpr
+):
+    """``find_tile`` for targets that share their tokens.
+
+    Returns the client, its first row, its end and the tile's first row; for each target the first bank row, the rank
+    and the start of S; and the highest rank.
+    """
+    banks, ranks, starts, highest = (), (), (), 0
+    for t in tl.static_range(TARGETS):
+        client, first, stop, row, bank, rank, s_start, _ = find_tile(
+            tokens_ptr, ranks_ptrs[t], num_clients, tile, BLOCK, CLIENTS, 0
+        )
+        banks += (bank,)
+        ranks += (rank,)
+        starts += (s_start,)
+        highest = tl.maximum(highest, rank)
+    return client, first, stop, row, banks, ranks, starts, highest
 
 
 @triton.jit
@@ -190,8 +230,10 @@ __all__ = [
     "Clients",
     "Tile",
     "clients",
+    "clients_of_targets",
     "draws_of",
     "find_tile",
+    "find_tile_of_targets",
     "last_at_or_before",
     "offsets",
     "on_device",

@@ -1,7 +1,8 @@
 """shrink: S_c = s_c drop(X_c) A_c^T, and with B for A the backward's dS = s dY B^T.
 
-One launch for all clients. A program owns BLOCK_M rows of one client and BLOCK_R of its ranks and sums over K; X is
-read once for ranks up to BLOCK_R. Called by ``ops.lora_linear`` forward and backward; arXiv 2106.09685, eq. 3.
+One launch for all clients, and for all targets that share X. A program owns BLOCK_M rows of one client and BLOCK_R of
+its ranks in every target and sums over K; X is read once for ranks up to BLOCK_R, and each target has a mask of its
+own. Called by ``ops.lora_linears`` forward and backward; arXiv 2106.09685, eq. 3.
 Letters: M packed tokens, K columns of X, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -14,31 +15,49 @@ import triton
 import triton.language as tl
 
 from ..reference import Dropout, Ranges
-from .common import Tile, clients, draws_of, find_tile, on_device, pick, rank_block, s_numel, scale_up, total
+from .common import (
+    Tile,
+    clients_of_targets,
+    draws_of,
+    find_tile_of_targets,
+    on_device,
+    pick,
+    rank_block,
+    s_numel,
+    scale_up,
+    total,
+)
 
 TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_K=64), num_warps=4, num_stages=4),
     Tile((torch.float32,), dict(BLOCK_M=64, BLOCK_K=32), num_warps=8, num_stages=2),
+)
+# One accumulator per target: twice the warps hold them, and no more than 32 of a rank at a time.
+_SHARED_BLOCK_R = 32
+SHARED_TILES = (
+    Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_K=32), num_warps=8, num_stages=4),
+    Tile((torch.float32,), dict(BLOCK_M=32, BLOCK_K=32), num_warps=8, num_stages=2),
 )
 
 
 @triton.jit
 def _shrink_kernel(
     x_ptr,
-    A_ptr,
-    s_ptr,
+    A_ptrs,
+    s_ptrs,
     tokens_ptr,
-    ranks_ptr,
-    scaling_ptr,
+    ranks_ptrs,
+    scaling_ptrs,
     q_ptr,
-    seed_ptr,
+    seed_ptrs,
     row_ptr,
     num_clients,
     K,
     x_stride_m,
     x_stride_k,
-    A_stride_p,
-    A_stride_k,
+    A_strides_p,
+    A_strides_k,
+    TARGETS: tl.constexpr,
     CLIENTS: tl.constexpr,
     SCALED: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -47,37 +66,77 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     tile, piece = tl.program_id(0), tl.program_id(1) * BLOCK_R
-    client, first, stop, row, bank, rank, s_start, _ = find_tile(
-        tokens_ptr, ranks_ptr, num_clients, tile, BLOCK_M, CLIENTS, 0
+    client, first, stop, row, banks, ranks, starts, highest = find_tile_of_targets(
+        tokens_ptr, ranks_ptrs, num_clients, tile, TARGETS, BLOCK_M, CLIENTS
     )
-    if piece >= rank:
+    if piece >= highest:
         return
     row_M = row + tl.arange(0, BLOCK_M)
     column_R = piece + tl.arange(0, BLOCK_R)
     column_K = tl.arange(0, BLOCK_K)
-    real_M, real_R = row_M < stop, column_R < rank
+    real_M = row_M < stop
     x_ptrs = x_ptr + row_M.to(tl.int64)[:, None] * x_stride_m + column_K.to(tl.int64)[None, :] * x_stride_k
-    A_ptrs = A_ptr + (bank + column_R).to(tl.int64)[None, :] * A_stride_p + column_K.to(tl.int64)[:, None] * A_stride_k
-    factor = 1.0
-    if SCALED:
-        factor = tl.load(scaling_ptr + client)
+    q = 0
     if DROPOUT:
-        q, seed = tl.load(q_ptr + client), tl.load(seed_ptr + client)
-        counter_M = tl.load(row_ptr + client) + (row_M - first)
-        # The mask alone goes before the product; scaled up in 16 bits, X would be rounded.
-        factor *= scale_up(q)
-    acc_MR = tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32)
+        q, counter_M = tl.load(q_ptr + client), tl.load(row_ptr + client) + (row_M - first)
+    sums, factors, seeds = (), (), ()
+    for t in tl.static_range(TARGETS):
+        bank_R = (banks[t] + column_R).to(tl.int64)
+        factors += (A_ptrs[t] + bank_R[None, :] * A_strides_p[t] + column_K.to(tl.int64)[:, None] * A_strides_k[t],)
+        sums += (tl.zeros([BLOCK_M, BLOCK_R], dtype=tl.float32),)
+        if DROPOUT:
+            seeds += (tl.load(seed_ptrs[t] + client),)
     for k in range(0, K, BLOCK_K):
         real_K = column_K < K - k
         x_MK = tl.load(x_ptrs, mask=real_M[:, None] & real_K[None, :], other=0.0)
-        if DROPOUT:
-            x_MK = tl.where(draws_of(counter_M, k, seed, BLOCK_M, BLOCK_K, 0) >= q, x_MK, 0.0)
-        A_KR = tl.load(A_ptrs, mask=real_K[:, None] & real_R[None, :], other=0.0).to(x_MK.dtype)
-        acc_MR = tl.dot(x_MK, A_KR, acc_MR, input_precision="ieee")
+        new_sums, new_factors = (), ()
+        for t in tl.static_range(TARGETS):
+            kept_MK = x_MK
+            if DROPOUT:
+                # The mask alone goes before the product; scaled up in 16 bits, X would be rounded.
+                kept_MK = tl.where(draws_of(counter_M, k, seeds[t], BLOCK_M, BLOCK_K, 0) >= q, x_MK, 0.0)
+            real_KR = real_K[:, None] & (column_R < ranks[t])[None, :]
+            A_KR = tl.load(factors[t], mask=real_KR, other=0.0).to(x_MK.dtype)
+            new_sums += (tl.dot(kept_MK, A_KR, sums[t], input_precision="ieee"),)
+            new_factors += (factors[t] + BLOCK_K * A_strides_k[t],)
+        sums, factors = new_sums, new_factors
         x_ptrs += BLOCK_K * x_stride_k
-        A_ptrs += BLOCK_K * A_stride_k
-    s_ptrs = s_ptr + s_start + (row_M - first).to(tl.int64)[:, None] * rank + column_R[None, :]
-    tl.store(s_ptrs, (acc_MR * factor).to(s_ptr.dtype.element_ty), mask=real_M[:, None] & real_R[None, :])
+    for t in tl.static_range(TARGETS):
+        factor = 1.0
+        if SCALED:
+            factor = tl.load(scaling_ptrs[t] + client)
+        if DROPOUT:
+            factor *= scale_up(q)
+        out_ptrs = s_ptrs[t] + starts[t] + (row_M - first).to(tl.int64)[:, None] * ranks[t] + column_R[None, :]
+        real_MR = real_M[:, None] & (column_R < ranks[t])[None, :]
+        tl.store(out_ptrs, (sums[t] * factor).to(s_ptrs[t].dtype.element_ty), mask=real_MR)
+
+
+def shrink_many(
+    x_MK: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    tokens: Ranges,
+    ranks: Sequence[Ranges],
+    scaling: Sequence[Sequence[float] | torch.Tensor | None],
+    dropout: Sequence[Dropout | None],
+) -> list[torch.Tensor]:
+    """Flat S of every target that shares x, in one launch; each with its A, ranks, scales and dropout."""
+    s_flats = [x_MK.new_empty(s_numel(tokens, part)) for part in ranks]
+    tile = pick(TILES if len(factors) == 1 else SHARED_TILES, x_MK.dtype)
+    block_r = max(rank_block(part) for part in ranks)
+    block_r = block_r if len(factors) == 1 else min(block_r, _SHARED_BLOCK_R)
+    widest = max((bank.stop - bank.start for part in ranks for bank in part), default=0)
+    rows = clients_of_targets(tokens, ranks, scaling, dropout, x_MK.device)
+    grid = (triton.cdiv(total(tokens), tile.sizes["BLOCK_M"]) + len(tokens), triton.cdiv(widest, block_r))
+    strides = (tuple(A.stride(side) for A in factors) for side in (0, 1))
+    with on_device(x_MK):
+        _shrink_kernel[grid](
+            *(x_MK, tuple(factors), tuple(s_flats), *rows.pointers, x_MK.shape[1], *x_MK.stride(), *strides),
+            **rows.options,
+            BLOCK_R=block_r,
+            **tile.options,
+        )
+    return s_flats
 
 
 def shrink(
@@ -89,19 +148,7 @@ def shrink(
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
     """Flat S in the dtype of x: S_c = scaling_c drop(X_c) A_c^T."""
-    s_flat = x_MK.new_empty(s_numel(tokens, ranks))
-    tile, block_r = pick(TILES, x_MK.dtype), rank_block(ranks)
-    rows = clients(tokens, ranks, scaling_C, dropout, x_MK.device)
-    widest = max((bank.stop - bank.start for bank in ranks), default=0)
-    grid = (triton.cdiv(total(tokens), tile.sizes["BLOCK_M"]) + len(tokens), triton.cdiv(widest, block_r))
-    with on_device(x_MK):
-        _shrink_kernel[grid](
-            *(x_MK, A_PK, s_flat, *rows.pointers, x_MK.shape[1], *x_MK.stride(), *A_PK.stride()),
-            **rows.options,
-            BLOCK_R=block_r,
-            **tile.options,
-        )
-    return s_flat
+    return shrink_many(x_MK, [A_PK], tokens, [ranks], [scaling_C], [dropout])[0]
 
 
-__all__ = ["shrink"]
+__all__ = ["shrink", "shrink_many"]
