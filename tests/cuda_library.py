@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p, sizeof
+from ctypes import Structure, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p, sizeof
 from pathlib import Path
 from typing import Any
 

@@ -20,7 +20,7 @@ template <bool TRANSPOSED>
 FLORA_DEVICE void probe_ldmatrix(const uint32_t *in, uint32_t *out) {
     auto &rows = shared_memory<uint4[32]>();
     int lane = thread_id();
-    cp_async_16(&rows[lane], in + 4 * lane, 16);
+    cp_async<16>(&rows[lane], in + 4 * lane, 16);
     cp_async_commit();
     cp_async_wait<0>();
     sync_threads();
@@ -46,7 +46,7 @@ FLORA_DEVICE void probe_copy(const uint32_t *in, uint32_t *out) {
     auto &words = shared_memory<uint32_t[128]>();
     int lane = thread_id();
     for (int i = 0; i < 4; ++i) st_shared(&words[4 * lane + i], 0xAAAAAAAAu);
-    cp_async_16(&words[4 * lane], in + 4 * lane, int(ld_global(in + 128 + lane)));
+    cp_async<16>(&words[4 * lane], in + 4 * lane, int(ld_global(in + 128 + lane)));
     cp_async_commit();
     cp_async_wait<0>();
     sync_threads();
@@ -58,7 +58,7 @@ FLORA_DEVICE void probe_groups(const uint32_t *in, uint32_t *out) {
     auto &words = shared_memory<uint32_t[512]>();
     int lane = thread_id();
     for (int group = 0; group < 4; ++group) {
-        cp_async_16(&words[128 * group + 4 * lane], in + 128 * group + 4 * lane, 16);
+        cp_async<16>(&words[128 * group + 4 * lane], in + 128 * group + 4 * lane, 16);
         cp_async_commit();
     }
     auto take = [&](int group) {

@@ -46,6 +46,31 @@ struct ExpandArgs {
     Clients clients;
 };
 
+template <class T, class Sum>
+struct AddMasked {
+    View<T> y;
+    Sum factor;
+    Mask mask;
+    int row, n;  // the tile's place in the client's Y
+    bool wide;
+    using Held = T[8];
+
+    FLORA_DEVICE void fetch(int i, int j, int real, Held &held) const {
+        load_8(held, y.at(i, j), y.column_stride, wide, real);
+    }
+    FLORA_DEVICE void put(int i, int j, int real, const Sum (&sums)[8], Held &held) const {
+        Draws draws{};
+        if (mask.on()) draws = mask.draws(row + i, n + j);
+        FLORA_UNROLL
+        for (int e = 0; e < 8; ++e) {
+            // Selected, not multiplied: what is dropped adds 0 even where it is not finite.
+            Sum add = draws[e] >= mask.q ? sums[e] * factor : Sum(0);
+            narrow(Sum(widen(held[e])) + add, held[e]);
+        }
+        store_8(y.at(i, j), held, y.column_stride, wide, real);
+    }
+};
+
 template <class T, class F>
 __global__ void __launch_bounds__(ExpandShape<T>::Tile::kThreads) expand_kernel(FLORA_TABLE(ExpandArgs) args) {
     using Shape = ExpandShape<T>;
@@ -68,15 +93,15 @@ __global__ void __launch_bounds__(ExpandShape<T>::Tile::kThreads) expand_kernel(
     prefetch_tile<BM, BN, THREADS>(y, rows, columns);
     View<const T> s{static_cast<const T *>(args.s) + place.s_start + int64_t(row) * rank, rank, 1};
     View<const F> B{static_cast<const F *>(args.B), args.B_stride[0], args.B_stride[1]};
-    bool s_wide = s.wide(), B_wide = B.wide();
+    int s_unit = s.unit(), B_unit = B.unit();
     B = B.from(place.bank, n);
 
     Tile tile;
     tile.clear();
     auto load = [&](int step, int slot) {
         int r = step * DEPTH;
-        load_tile<BM, DEPTH, LD_S, THREADS>(&ring.s[slot][0][0], s.from(0, r), s_wide, rows, rank - r);
-        load_tile<DEPTH, BN, LD_B, THREADS>(&ring.B[slot][0][0], B.from(r, 0), B_wide, rank - r, columns);
+        load_ragged<BM, DEPTH, LD_S, THREADS>(&ring.s[slot][0][0], s.from(0, r), s_unit, rows, rank - r);
+        load_tile<DEPTH, BN, LD_B, THREADS>(&ring.B[slot][0][0], B.from(r, 0), B_unit, rank - r, columns);
     };
     auto work = [&](int step, int slot) {
         if constexpr (!DIRECT) {
@@ -94,19 +119,7 @@ __global__ void __launch_bounds__(ExpandShape<T>::Tile::kThreads) expand_kernel(
 
     Mask mask = mask_of(args.clients, place.client);
     Sum factor = Sum(scaling_of(args.clients, place.client)) * mask.scale<Sum>();
-    finish(tile, &memory.staged[0][0], rows, columns, [&](int i, int j, const Sum(&sums)[8], int real) {
-        T values[8];
-        load_8(values, y.at(i, j), y.column_stride, y_wide, real);
-        Draws draws{};
-        if (mask.on()) draws = mask.draws(row + i, n + j);
-        FLORA_UNROLL
-        for (int e = 0; e < 8; ++e) {
-            // Selected, not multiplied: what is dropped adds 0 even where it is not finite.
-            Sum add = draws[e] >= mask.q ? sums[e] * factor : Sum(0);
-            narrow(Sum(widen(values[e])) + add, values[e]);
-        }
-        store_8(y.at(i, j), values, y.column_stride, y_wide, real);
-    });
+    finish(tile, &memory.staged[0][0], rows, columns, AddMasked<T, Sum>{y, factor, mask, row, n, y_wide});
 }
 
 }  // namespace flora::cuda

@@ -107,50 +107,69 @@ FLORA_DEVICE int entry_of(const MergeTable &table, int tile) {
     return low;
 }
 
+// W + sums, rounded to nearest.
 template <class T, class Sum>
-FLORA_DEVICE void add_8(const View<T> &weight, int i, int j, const Sum (&sums)[8], int real) {
-    T values[8];
-    bool wide = weight.wide();
-    load_8(values, weight.at(i, j), weight.column_stride, wide, real);
-    FLORA_UNROLL
-    for (int e = 0; e < 8; ++e) narrow(Sum(widen(values[e])) + sums[e], values[e]);
-    store_8(weight.at(i, j), values, weight.column_stride, wide, real);
-}
+struct Add {
+    View<T> weight;
+    bool wide;
+    using Held = T[8];
 
-// bits(master) = (bits(W) << 16) + low, rounded to nearest with ties away from zero.
-template <class Sum>
-FLORA_DEVICE void add_8_to_master(const View<bf16> &weight, const View<int16_t> &low, int i, int j,
-                                  const Sum (&sums)[8], int real) {
-    bf16 high_8[8];
-    int16_t low_8[8];
-    load_8(high_8, weight.at(i, j), weight.column_stride, weight.wide(), real);
-    load_8(low_8, low.at(i, j), low.column_stride, low.wide(), real);
-    FLORA_UNROLL
-    for (int e = 0; e < 8; ++e) {
-        float master = bits_float((uint32_t(high_8[e].bits) << 16) + uint32_t(int32_t(low_8[e])));
-        uint32_t bits = float_bits(float(Sum(master) + sums[e]));
-        uint32_t high = bits + 0x8000u;
-        high_8[e].bits = uint16_t(high >> 16);
-        low_8[e] = int16_t(uint16_t(bits));
+    FLORA_DEVICE void fetch(int i, int j, int real, Held &held) const {
+        load_8(held, weight.at(i, j), weight.column_stride, wide, real);
     }
-    store_8(weight.at(i, j), high_8, weight.column_stride, weight.wide(), real);
-    store_8(low.at(i, j), low_8, low.column_stride, low.wide(), real);
-}
+    FLORA_DEVICE void put(int i, int j, int real, const Sum (&sums)[8], Held &held) const {
+        FLORA_UNROLL
+        for (int e = 0; e < 8; ++e) narrow(Sum(widen(held[e])) + sums[e], held[e]);
+        store_8(weight.at(i, j), held, weight.column_stride, wide, real);
+    }
+};
 
 // Up or down with the odds of the bits that are cut off; what is not finite is cut without a draw.
 template <class Sum>
-FLORA_DEVICE void add_8_at_random(const View<bf16> &weight, int i, int j, const Sum (&sums)[8], int real,
-                                  const Draws &draws) {
-    bf16 values[8];
-    load_8(values, weight.at(i, j), weight.column_stride, weight.wide(), real);
-    FLORA_UNROLL
-    for (int e = 0; e < 8; ++e) {
-        uint32_t bits = float_bits(float(Sum(widen(values[e])) + sums[e]));
-        if ((bits & 0x7F800000u) != 0x7F800000u) bits += draws[e];
-        values[e].bits = uint16_t(bits >> 16);
+struct AddAtRandom : Add<bf16, Sum> {
+    int n, k;  // the tile's place in W
+    uint64_t seed;
+    using Held = bf16[8];
+
+    FLORA_DEVICE void put(int i, int j, int real, const Sum (&sums)[8], Held &held) const {
+        Draws draws = draws_of(uint32_t(k + j) / 8, uint32_t(n + i), seed, 1);
+        FLORA_UNROLL
+        for (int e = 0; e < 8; ++e) {
+            uint32_t bits = float_bits(float(Sum(widen(held[e])) + sums[e]));
+            if ((bits & 0x7F800000u) != 0x7F800000u) bits += draws[e];
+            held[e].bits = uint16_t(bits >> 16);
+        }
+        store_8(this->weight.at(i, j), held, this->weight.column_stride, this->wide, real);
     }
-    store_8(weight.at(i, j), values, weight.column_stride, weight.wide(), real);
-}
+};
+
+// bits(master) = (bits(W) << 16) + low, rounded to nearest with ties away from zero.
+template <class Sum>
+struct AddToMaster {
+    View<bf16> weight;
+    View<int16_t> low;
+    bool weight_wide, low_wide;
+    struct Held {
+        bf16 high[8];
+        int16_t low[8];
+    };
+
+    FLORA_DEVICE void fetch(int i, int j, int real, Held &held) const {
+        load_8(held.high, weight.at(i, j), weight.column_stride, weight_wide, real);
+        load_8(held.low, low.at(i, j), low.column_stride, low_wide, real);
+    }
+    FLORA_DEVICE void put(int i, int j, int real, const Sum (&sums)[8], Held &held) const {
+        FLORA_UNROLL
+        for (int e = 0; e < 8; ++e) {
+            float master = bits_float((uint32_t(held.high[e].bits) << 16) + uint32_t(int32_t(held.low[e])));
+            uint32_t bits = float_bits(float(Sum(master) + sums[e]));
+            held.high[e].bits = uint16_t((bits + 0x8000u) >> 16);
+            held.low[e] = int16_t(uint16_t(bits));
+        }
+        store_8(weight.at(i, j), held.high, weight.column_stride, weight_wide, real);
+        store_8(low.at(i, j), held.low, low.column_stride, low_wide, real);
+    }
+};
 
 template <class F, Engine ENGINE>
 __global__ void __launch_bounds__(256, (MergeShape<F, ENGINE>::kBlocks)) merge_kernel(FLORA_TABLE(MergeTable) table) {
@@ -169,7 +188,7 @@ __global__ void __launch_bounds__(256, (MergeShape<F, ENGINE>::kBlocks)) merge_k
     int columns = smaller(BJ, entry.K - k);
     View<const F> A{static_cast<const F *>(entry.A), entry.A_stride[0], entry.A_stride[1]};
     View<const F> B{static_cast<const F *>(entry.B), entry.B_stride[0], entry.B_stride[1]};
-    bool A_wide = A.wide(), B_wide = B.wide();
+    int A_unit = A.unit(), B_unit = B.unit();
     A = A.from(0, k), B = B.from(0, n);
     if (table.weight_dtype == 2 || table.weight_dtype == 3) {
         View<bf16> weight{static_cast<bf16 *>(entry.weight), entry.weight_stride[0], entry.weight_stride[1]};
@@ -180,22 +199,25 @@ __global__ void __launch_bounds__(256, (MergeShape<F, ENGINE>::kBlocks)) merge_k
     tile.clear();
     auto load = [&](int step, int slot) {
         int p = step * DEPTH;
-        load_tile<DEPTH, BI, kLd<F, BI>, THREADS>(&ring.B[slot][0][0], B.from(p, 0), B_wide, P - p, rows);
-        load_tile<DEPTH, BJ, kLd<F, BJ>, THREADS>(&ring.A[slot][0][0], A.from(p, 0), A_wide, P - p, columns);
+        load_tile<DEPTH, BI, kLd<F, BI>, THREADS>(&ring.B[slot][0][0], B.from(p, 0), B_unit, P - p, rows);
+        load_tile<DEPTH, BJ, kLd<F, BJ>, THREADS>(&ring.A[slot][0][0], A.from(p, 0), A_unit, P - p, columns);
     };
     auto work = [&](int step, int slot) {
+        FLORA_UNROLL_ONCE
         for (int index = thread_id(); index < DEPTH * EIGHTS_I; index += THREADS) {
             int c = index / EIGHTS_I, i = index % EIGHTS_I * 8, p = step * DEPTH + c;
             Sum scale = p < P ? Sum(number_at(entry.coef, int64_t(p) * entry.coef_stride, table.coef_dtype)) : Sum(0);
             convert(ring.left, &ring.B[slot][c][i], c, i, scale);
         }
         if constexpr (!Shape::kDirect) {
+            FLORA_UNROLL_ONCE
             for (int index = thread_id(); index < DEPTH * EIGHTS_J; index += THREADS) {
                 int c = index / EIGHTS_J, j = index % EIGHTS_J * 8;
                 convert(ring.right, &ring.A[slot][c][j], c, j, Sum(1));
             }
         }
         sync_threads();
+        FLORA_UNROLL_ONCE  // both steps at once spill on sm_80
         for (int c = 0; c < DEPTH; c += Tile::kDepth) {
             const Operand *left[PIECES];
             FLORA_UNROLL
@@ -213,28 +235,28 @@ __global__ void __launch_bounds__(256, (MergeShape<F, ENGINE>::kBlocks)) merge_k
     };
     pipeline<Shape::kStages>((P + DEPTH - 1) / DEPTH, load, work);
 
-    auto weight_as = [&](auto zero) {
-        View<decltype(zero)> whole{static_cast<decltype(zero) *>(entry.weight), entry.weight_stride[0],
-                                   entry.weight_stride[1]};
-        return whole.from(n, k);
+    auto *staged = &memory.staged[0][0];
+    auto add = [&](auto zero) {
+        using T = decltype(zero);
+        View<T> weight{static_cast<T *>(entry.weight), entry.weight_stride[0], entry.weight_stride[1]};
+        return Add<T, Sum>{weight.from(n, k), weight.wide()};
     };
-    finish(tile, &memory.staged[0][0], rows, columns, [&](int i, int j, const Sum(&sums)[8], int real) {
+    // Masters are summed by their own engines, so the others need no code for them.
+    if constexpr (ENGINE != Engine::tensor) {
         if (entry.low_bits) {
             View<int16_t> low{entry.low_bits, entry.low_stride[0], entry.low_stride[1]};
-            add_8_to_master(weight_as(bf16{}), low.from(n, k), i, j, sums, real);
-        } else if (table.stochastic) {
-            Draws draws = draws_of(uint32_t(k + j) / 8, uint32_t(n + i), entry.seed, 1);
-            add_8_at_random(weight_as(bf16{}), i, j, sums, real, draws);
-        } else if (table.weight_dtype == 2) {
-            add_8(weight_as(bf16{}), i, j, sums, real);
-        } else if (table.weight_dtype == 3) {
-            add_8(weight_as(fp16{}), i, j, sums, real);
-        } else if (table.weight_dtype == 1) {
-            add_8(weight_as(float{}), i, j, sums, real);
-        } else {
-            add_8(weight_as(double{}), i, j, sums, real);
+            auto weight = add(bf16{});
+            return finish(tile, staged, rows, columns, AddToMaster<Sum>{weight.weight, low.from(n, k), weight.wide, low.wide()});
         }
-    });
+        if (table.weight_dtype == 1) return finish(tile, staged, rows, columns, add(float{}));
+    }
+    if constexpr (ENGINE == Engine::wide)
+        if (table.weight_dtype == 4) return finish(tile, staged, rows, columns, add(double{}));
+    if constexpr (ENGINE != Engine::plain) {
+        if (table.stochastic) finish(tile, staged, rows, columns, AddAtRandom<Sum>{add(bf16{}), n, k, entry.seed});
+        else if (table.weight_dtype == 2) finish(tile, staged, rows, columns, add(bf16{}));
+        else finish(tile, staged, rows, columns, add(fp16{}));
+    }
 }
 
 }  // namespace flora::cuda

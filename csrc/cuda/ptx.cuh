@@ -14,6 +14,7 @@
 #define FLORA_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FLORA_ONLY_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FLORA_UNROLL
+#define FLORA_UNROLL_ONCE
 // A kernel's argument that is large and read in place.
 #define FLORA_TABLE(type) const type &
 #define FLORA_DEVICE inline
@@ -22,6 +23,7 @@
 #define FLORA_SITE
 #define FLORA_ONLY_SITE
 #define FLORA_UNROLL _Pragma("unroll")
+#define FLORA_UNROLL_ONCE _Pragma("unroll 1")
 #define FLORA_TABLE(type) const __grid_constant__ type
 #define FLORA_DEVICE __device__ __forceinline__
 #endif
@@ -144,15 +146,20 @@ FLORA_DEVICE void sync_threads(FLORA_ONLY_SITE) {
 #endif
 }
 
-// 16 bytes from global to shared memory while the thread goes on; of these, the first `bytes` are read and the rest
-// become zero. Both addresses are multiples of 16.
-FLORA_DEVICE void cp_async_16(void *shared, const void *global, int bytes FLORA_SITE) {
+// UNIT = 16, 8 or 4 bytes from global to shared memory while the thread goes on; of these, the first `bytes` are read
+// and the rest become zero. Both addresses are multiples of UNIT.
+template <int UNIT>
+FLORA_DEVICE void cp_async(void *shared, const void *global, int bytes FLORA_SITE) {
 #ifdef FLORA_HOST_SHIM
     bool whole = shim::machine().faulty("no zero fill", "copy", file, line) && bytes > 0;
-    shim::machine().copy_async(shared, global, whole ? 16 : bytes);
+    shim::machine().copy_async(shared, global, UNIT, whole ? UNIT : bytes);
 #else
     uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+    if (UNIT == 16)  // past L1, which has no use for what a block reads once
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(global), "n"(UNIT), "r"(bytes)
+                     : "memory");
 #endif
 }
 // Closes a group of copies.

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(ShrinkShape<T>::Tile::kThreads) shrink_kernel(
     int rows = smaller(BM, place.stop - place.row), ranks = smaller(BR, place.rank - piece), K = args.K;
     View<const T> x{static_cast<const T *>(args.x), args.x_stride[0], args.x_stride[1]};
     View<const F> A{static_cast<const F *>(args.A), args.A_stride[0], args.A_stride[1]};
-    bool x_wide = x.wide(), A_wide = A.wide();
+    int x_unit = x.unit(), A_unit = A.unit();
     x = x.from(place.row, 0), A = A.from(place.bank + piece, 0);
     Mask mask = mask_of(args.clients, place.client);
 
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(ShrinkShape<T>::Tile::kThreads) shrink_kernel(
     tile.clear();
     auto load = [&](int step, int slot) {
         int k = step * DEPTH;
-        load_tile<BM, DEPTH, LD_X, THREADS>(&ring.x[slot][0][0], x.from(0, k), x_wide, rows, K - k);
-        load_tile<BR, DEPTH, LD_A, THREADS>(&ring.A[slot][0][0], A.from(0, k), A_wide, ranks, K - k);
+        load_tile<BM, DEPTH, LD_X, THREADS>(&ring.x[slot][0][0], x.from(0, k), x_unit, rows, K - k);
+        load_tile<BR, DEPTH, LD_A, THREADS>(&ring.A[slot][0][0], A.from(0, k), A_unit, ranks, K - k);
     };
     auto work = [&](int step, int slot) {
         // The mask alone goes before the product; scaled up in 16 bits, X would be rounded.
@@ -91,13 +91,7 @@ __global__ void __launch_bounds__(ShrinkShape<T>::Tile::kThreads) shrink_kernel(
     Sum factor = Sum(scaling_of(args.clients, place.client)) * mask.scale<Sum>();
     T *s = static_cast<T *>(args.s) + place.s_start + int64_t(place.row - place.first) * place.rank + piece;
     View<T> out{s, place.rank, 1};
-    bool wide = out.wide();
-    finish(tile, &memory.staged[0][0], rows, ranks, [&](int i, int j, const Sum(&sums)[8], int real) {
-        T values[8];
-        FLORA_UNROLL
-        for (int e = 0; e < 8; ++e) narrow(sums[e] * factor, values[e]);
-        store_8(out.at(i, j), values, 1, wide, real);
-    });
+    finish(tile, &memory.staged[0][0], rows, ranks, Write<T, Sum>{out, factor, out.wide()});
 }
 
 }  // namespace flora::cuda

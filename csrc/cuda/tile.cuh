@@ -19,7 +19,7 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 template <class T>
 constexpr int kVector = 16 / int(sizeof(T));
 
-FLORA_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+FLORA_DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
 FLORA_DEVICE int clamp_to(int64_t value, int limit) { return value < 0 ? 0 : value < limit ? int(value) : limit; }
 
 // Two axes of global memory, and whether every row starts at a multiple of 16 bytes with its elements side by side.
@@ -30,27 +30,64 @@ struct View {
 
     FLORA_DEVICE T *at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
     FLORA_DEVICE View from(int64_t row, int64_t column) const { return {at(row, column), row_stride, column_stride}; }
-    FLORA_DEVICE bool wide() const {
-        return column_stride == 1 && (reinterpret_cast<uintptr_t>(data) | uintptr_t(row_stride) * sizeof(T)) % 16 == 0;
+    // The bytes up to 16 of which every row's start is a multiple, its elements side by side.
+    FLORA_DEVICE int unit() const {
+        uintptr_t all = reinterpret_cast<uintptr_t>(data) | uintptr_t(row_stride) * sizeof(T) | 16;
+        return column_stride == 1 ? int(all & -all) : 1;
     }
+    FLORA_DEVICE bool wide() const { return unit() == 16; }
 };
 
-// ROWS x COLUMNS of a view into shared memory, asynchronously where it is wide; what lies outside becomes zero.
+// UNIT bytes from global to shared memory, the last elements of which may be outside.
+template <int UNIT, class T>
+FLORA_DEVICE void copy_unit(T *to, const T *from, const T *anything, int real) {
+    real = clamp_to(real, UNIT / int(sizeof(T)));
+    cp_async<UNIT>(to, real ? from : anything, real * int(sizeof(T)));
+}
+
+// ROWS x COLUMNS of a view into shared memory, asynchronously where its rows start at multiples of 16 bytes, else
+// element by element; what lies outside becomes zero.
 template <int ROWS, int COLUMNS, int LD, int THREADS, class T>
-FLORA_DEVICE void load_tile(T *shared, const View<const T> &view, bool wide, int rows, int columns) {
+FLORA_DEVICE void load_tile(T *shared, const View<const T> &view, int unit, int rows, int columns) {
     constexpr int V = kVector<T>, ACROSS = COLUMNS / V;
     static_assert(COLUMNS % V == 0 && LD % V == 0, "rows of whole vectors");
-    FLORA_UNROLL
+    FLORA_UNROLL_ONCE  // copies wait for nothing; unrolled, their addresses fill registers
     for (int index = thread_id(); index < ROWS * ACROSS; index += THREADS) {
         int row = index / ACROSS, column = index % ACROSS * V;
         T *to = shared + row * LD + column;
         int real = row < rows ? clamp_to(columns - column, V) : 0;
-        if (wide) {
-            cp_async_16(to, real ? view.data + row * view.row_stride + column : view.data, real * int(sizeof(T)));
+        if (unit == 16) {
+            copy_unit<16>(to, view.data + row * view.row_stride + column, view.data, real);
+        } else {
+            FLORA_UNROLL_ONCE
+            for (int e = 0; e < V; ++e) st_shared(to + e, e < real ? ld_global(view.at(row, column + e)) : T{});
+        }
+    }
+}
+
+// The same for S, whose rows are as long as a rank: copies of 8 and 4 bytes too (rank 4 starts at multiples of 8), and
+// odd ranks with several elements under way at once.
+template <int ROWS, int COLUMNS, int LD, int THREADS, class T>
+FLORA_DEVICE void load_ragged(T *shared, const View<const T> &view, int unit, int rows, int columns) {
+    constexpr int V = kVector<T>, ACROSS = COLUMNS / V, SIZE = int(sizeof(T));
+    if (unit == 16) return load_tile<ROWS, COLUMNS, LD, THREADS>(shared, view, unit, rows, columns);
+    FLORA_UNROLL_ONCE
+    for (int index = thread_id(); index < ROWS * ACROSS; index += THREADS) {
+        int row = index / ACROSS, column = index % ACROSS * V;
+        T *to = shared + row * LD + column;
+        int real = row < rows ? clamp_to(columns - column, V) : 0;
+        const T *from = view.data + row * view.row_stride + column;
+        if (unit == 8 && SIZE < 8) {
+            FLORA_UNROLL
+            for (int e = 0; e < V; e += 8 / SIZE) copy_unit<8>(to + e, from + e, view.data, real - e);
+        } else if (unit == 4 && SIZE < 4) {
+            FLORA_UNROLL
+            for (int e = 0; e < V; e += 4 / SIZE) copy_unit<4>(to + e, from + e, view.data, real - e);
         } else {
             Pack<T, V> values{};
+            FLORA_UNROLL
             for (int e = 0; e < V; ++e)
-                if (e < real) values.v[e] = ld_global(view.at(row, column + e));
+                if (e < real) values.v[e] = ld_global(from + e);
             st_shared(reinterpret_cast<Pack<T, V> *>(to), values);
         }
     }
@@ -127,39 +164,43 @@ struct TensorTile {
     template <int NL, int NR>
     FLORA_DEVICE void multiply(const T *const (&left)[NL], int left_ld, const T *const (&right)[NR], int right_ld,
                                int rows = BI, int columns = BJ) {
-        int lane = thread_id() % 32;
-        uint32_t b[NR][MJ][2];
+        constexpr int PIECES = NL > NR ? NL : NR;
         FLORA_UNROLL
-        for (int piece = 0; piece < NR; ++piece)
+        for (int r = NR - 1; r >= 0; --r) {
+            uint32_t b[MJ][2];
+            fetch_right(b, right[r], right_ld, columns);
             FLORA_UNROLL
-            for (int mj = 0; mj < MJ; mj += 2) {
-                if (first_column() + mj * 8 >= columns) continue;
-                int j = first_column() + mj * 8;
-                int row = RIGHT_BY_C ? lane % 16 : j + lane % 8 + lane / 16 * 8;
-                int column = RIGHT_BY_C ? j + lane / 16 * 8 : lane / 8 % 2 * 8;
-                uint32_t four[4];
-                ldmatrix<RIGHT_BY_C>(four, right[piece] + row * right_ld + column);
-                b[piece][mj][0] = four[0], b[piece][mj][1] = four[1];
-                b[piece][mj + 1][0] = four[2], b[piece][mj + 1][1] = four[3];
-            }
-        FLORA_UNROLL
-        for (int mi = 0; mi < MI; ++mi) {
-            int i = first_row() + mi * 16;
-            if (i >= rows) continue;
-            int row = LEFT_BY_C ? lane % 8 + lane / 16 * 8 : i + lane % 16;
-            int column = LEFT_BY_C ? i + lane / 8 % 2 * 8 : lane / 16 * 8;
-            uint32_t a[NL][4];
-            FLORA_UNROLL
-            for (int piece = 0; piece < NL; ++piece) ldmatrix<LEFT_BY_C>(a[piece], left[piece] + row * left_ld + column);
-            FLORA_UNROLL
-            for (int order = (NL > NR ? NL : NR) - 1; order >= 0; --order)
+            for (int mi = 0; mi < MI; ++mi) {
+                if (first_row() + mi * 16 >= rows) continue;
                 FLORA_UNROLL
-                for (int piece = 0; piece < NL; ++piece) {
-                    if (order - piece < 0 || order - piece >= NR) continue;
+                for (int l = smaller(NL, PIECES - r) - 1; l >= 0; --l) {
+                    uint32_t a[4];
+                    fetch_left(a, left[l], left_ld, mi);
                     FLORA_UNROLL
                     for (int mj = 0; mj < MJ; ++mj)
-                        if (first_column() + mj * 8 < columns) mma(T{}, sum[mi][mj], a[piece], b[order - piece][mj]);
+                        if (first_column() + mj * 8 < columns) mma(T{}, sum[mi][mj], a, b[mj]);
                 }
+            }
+        }
+    }
+
+    FLORA_DEVICE static void fetch_left(uint32_t (&a)[4], const T *left, int ld, int mi) {
+        int lane = thread_id() % 32, i = first_row() + mi * 16;
+        int row = LEFT_BY_C ? lane % 8 + lane / 16 * 8 : i + lane % 16;
+        int column = LEFT_BY_C ? i + lane / 8 % 2 * 8 : lane / 16 * 8;
+        ldmatrix<LEFT_BY_C>(a, left + row * ld + column);
+    }
+    FLORA_DEVICE static void fetch_right(uint32_t (&b)[MJ][2], const T *right, int ld, int columns) {
+        int lane = thread_id() % 32;
+        FLORA_UNROLL
+        for (int mj = 0; mj < MJ; mj += 2) {
+            int j = first_column() + mj * 8;
+            if (j >= columns) continue;
+            int row = RIGHT_BY_C ? lane % 16 : j + lane % 8 + lane / 16 * 8;
+            int column = RIGHT_BY_C ? j + lane / 16 * 8 : lane / 8 % 2 * 8;
+            uint32_t four[4];
+            ldmatrix<RIGHT_BY_C>(four, right + row * ld + column);
+            b[mj][0] = four[0], b[mj][1] = four[1], b[mj + 1][0] = four[2], b[mj + 1][1] = four[3];
         }
     }
 
@@ -267,22 +308,55 @@ FLORA_DEVICE void pipeline(int steps, Load load, Work work) {
     }
 }
 
-// Sums through shared memory, so that every thread gets eight neighbours of one row: `put(i, j, sums, real)`.
-template <class Tile, class Put>
-FLORA_DEVICE void finish(const Tile &tile, typename Tile::Sum *staged, int rows, int columns, Put put) {
-    constexpr int LD = kStagedLd<Tile::kColumns>, ACROSS = Tile::kColumns / 8;
+// Sums through shared memory, so that every thread gets eight neighbours of one row at a time: what `update.fetch(i, j,
+// real)` read goes to `update.put(i, j, real, sums, held)`. Several are read before the first is used.
+template <class Tile, class Update>
+FLORA_DEVICE void finish(const Tile &tile, typename Tile::Sum *staged, int rows, int columns, const Update &update) {
+    using Eight = Pack<typename Tile::Sum, 8>;
+    constexpr int LD = kStagedLd<Tile::kColumns>, ACROSS = Tile::kColumns / 8, AT_ONCE = 4;
+    constexpr int EACH = Tile::kRows * ACROSS / Tile::kThreads;
+    static_assert(EACH % AT_ONCE == 0 || EACH < AT_ONCE, "whole rounds");
     sync_threads();  // the tiles that lay here are read
     tile.stage(staged, LD);
     sync_threads();
-    FLORA_UNROLL
-    for (int index = thread_id(); index < Tile::kRows * ACROSS; index += Tile::kThreads) {
-        int i = index / ACROSS, j = index % ACROSS * 8, real = i < rows ? clamp_to(columns - j, 8) : 0;
-        if (!real) continue;
-        using Eight = Pack<typename Tile::Sum, 8>;
-        Eight sums = ld_shared(reinterpret_cast<const Eight *>(staged + i * LD + j));
-        put(i, j, sums.v, real);
+    constexpr int ROUND = EACH < AT_ONCE ? EACH : AT_ONCE;
+    FLORA_UNROLL_ONCE
+    for (int first = thread_id(); first < EACH * Tile::kThreads; first += ROUND * Tile::kThreads) {
+        typename Update::Held held[ROUND];
+        auto place = [&](int u, int &i, int &j) {
+            int index = first + u * Tile::kThreads;
+            i = index / ACROSS, j = index % ACROSS * 8;
+            return i < rows ? clamp_to(columns - j, 8) : 0;
+        };
+        int i, j;
+        FLORA_UNROLL
+        for (int u = 0; u < ROUND; ++u)
+            if (int real = place(u, i, j)) update.fetch(i, j, real, held[u]);
+        FLORA_UNROLL
+        for (int u = 0; u < ROUND; ++u)
+            if (int real = place(u, i, j)) {
+                Eight sums = ld_shared(reinterpret_cast<const Eight *>(staged + i * LD + j));
+                update.put(i, j, real, sums.v, held[u]);
+            }
     }
 }
+
+// Sums times a factor, rounded once, over whatever was there.
+template <class T, class Sum>
+struct Write {
+    View<T> out;
+    Sum factor;
+    bool wide;
+    struct Held {};
+
+    FLORA_DEVICE void fetch(int, int, int, Held &) const {}
+    FLORA_DEVICE void put(int i, int j, int real, const Sum (&sums)[8], Held &) const {
+        T values[8];
+        FLORA_UNROLL
+        for (int e = 0; e < 8; ++e) narrow(sums[e] * factor, values[e]);
+        store_8(out.at(i, j), values, out.column_stride, wide, real);
+    }
+};
 
 // Philox4x32-7 (Salmon et al., SC 2011): eight 16-bit draws for the columns of one group of eight.
 struct Draws {

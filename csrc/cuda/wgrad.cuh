@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(WgradShape<T>::Tile::kThreads) wgrad_kernel(FL
     int tokens = smaller(args.chunk, place.stop - place.row);
     View<const T> s{static_cast<const T *>(side.s) + place.s_start + int64_t(row) * place.rank + piece, place.rank, 1};
     View<const T> data{static_cast<const T *>(side.data), side.data_stride[0], side.data_stride[1]};
-    bool s_wide = s.wide(), data_wide = data.wide();
+    int s_unit = s.unit(), data_unit = data.unit();
     data = data.from(place.row, d);
     Mask mask{};
     if (!side.scaled) mask = mask_of(args.clients, place.client);
@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(WgradShape<T>::Tile::kThreads) wgrad_kernel(FL
     tile.clear();
     auto load = [&](int step, int slot) {
         int t = step * DEPTH;
-        load_tile<DEPTH, BR, LD_S, THREADS>(&ring.s[slot][0][0], s.from(t, 0), s_wide, tokens - t, ranks);
-        load_tile<DEPTH, BD, LD_D, THREADS>(&ring.data[slot][0][0], data.from(t, 0), data_wide, tokens - t, columns);
+        load_ragged<DEPTH, BR, LD_S, THREADS>(&ring.s[slot][0][0], s.from(t, 0), s_unit, tokens - t, ranks);
+        load_tile<DEPTH, BD, LD_D, THREADS>(&ring.data[slot][0][0], data.from(t, 0), data_unit, tokens - t, columns);
     };
     auto work = [&](int step, int slot) {
         if (mask.on()) {
@@ -103,20 +103,12 @@ __global__ void __launch_bounds__(WgradShape<T>::Tile::kThreads) wgrad_kernel(FL
     bool split = place.stop - place.first > args.chunk;
     View<O> out{static_cast<O *>(side.out), side.out_stride[0], side.out_stride[1]};
     bool out_wide = out.wide();
-    out = out.from(place.bank + piece, d);
     // Parts lie by client, by chunk, by rank.
     int64_t part = (place.part + int64_t(row / args.chunk) * place.rank + piece) * side.part_ld + d;
-    finish(tile, &memory.staged[0][0], ranks, columns, [&](int i, int j, const Sum(&sums)[8], int real) {
-        if (split) {
-            Sum values[8];
-            for (int e = 0; e < 8; ++e) values[e] = sums[e] * factor;
-            store_8(static_cast<Sum *>(side.parts) + part + i * side.part_ld + j, values, 1, true, real);
-        } else {
-            O values[8];
-            for (int e = 0; e < 8; ++e) narrow(sums[e] * factor, values[e]);
-            store_8(out.at(i, j), values, out.column_stride, out_wide, real);
-        }
-    });
+    View<Sum> parts{static_cast<Sum *>(side.parts) + part, side.part_ld, 1};
+    auto *staged = &memory.staged[0][0];
+    if (split) finish(tile, staged, ranks, columns, Write<Sum, Sum>{parts, factor, true});
+    else finish(tile, staged, ranks, columns, Write<O, Sum>{out.from(place.bank + piece, d), factor, out_wide});
 }
 
 // Sum the chunks of one bank row in order; a thread has eight columns.

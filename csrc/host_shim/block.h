@@ -30,7 +30,7 @@ struct Dim3 {
 struct Copy {
     void* to;
     const void* from;
-    int bytes;  // of 16; the rest becomes zero
+    int unit, bytes;  // the rest of the unit becomes zero
     int group;
 };
 
@@ -140,16 +140,21 @@ class Machine {
         if (const char* wrong = write ? region->write(p, bytes, who()) : region->read(p, bytes, who())) blame(*region, p, wrong);
     }
 
-    void copy_async(void* to, const void* from, int bytes) {
-        if (bytes < 0 || bytes > 16) fail("cp.async of %d bytes", bytes);
-        if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("cp.async between addresses that are not aligned to 16 bytes");
-        if (bytes) check("global memory:", "reads", from, 16 <= bytes ? 16 : bytes & -bytes, false), check_rest(from, bytes);
-        Region* region = find(to, 16, true);
+    void copy_async(void* to, const void* from, int unit, int bytes) {
+        if (bytes < 0 || bytes > unit) fail("cp.async of %d bytes out of %d", bytes, unit);
+        if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % unsigned(unit)) fail("cp.async between addresses that are not aligned to %d bytes", unit);
+        if (bytes) {
+            Region* source = find(from, size_t(bytes), false);
+            if (!source) return fail("cp.async reads %d bytes outside of every buffer", bytes);
+            if (const char* wrong = source->read(from, size_t(bytes), who())) blame(*source, from, wrong);
+        }
+        Region* region = find(to, size_t(unit), true);
         if (!region) return fail("cp.async writes outside of shared memory");
-        if (const char* wrong = region->write(to, 16, who(), true)) blame(*region, to, wrong);
-        fibers_[thread].copies.push_back({to, from, bytes, fibers_[thread].groups});
+        if (const char* wrong = region->write(to, size_t(unit), who(), true)) blame(*region, to, wrong);
+        fibers_[thread].copies.push_back({to, from, unit, bytes, fibers_[thread].groups});
     }
     void commit() { ++fibers_[thread].groups; }
+    // Carry out this thread's copies, but for those of the last `left` groups.
     void wait(int left) {
         Fiber& self = fibers_[thread];
         size_t kept = 0;
@@ -158,9 +163,9 @@ class Machine {
                 self.copies[kept++] = copy;
                 continue;
             }
-            memset(copy.to, 0, 16);
+            memset(copy.to, 0, size_t(copy.unit));
             if (copy.bytes) memcpy(copy.to, copy.from, size_t(copy.bytes));
-            shared_region_->land(copy.to, 16, who());
+            shared_region_->land(copy.to, size_t(copy.unit), who());
         }
         self.copies.resize(kept);
     }
@@ -181,11 +186,6 @@ class Machine {
             return buffers[i ? i - 1 : 0].get();
         }
         return nullptr;
-    }
-    void check_rest(const void* from, int bytes) {
-        Region* region = find(from, size_t(bytes), false);
-        if (!region) return fail("cp.async reads %d bytes outside of every buffer", bytes);
-        if (const char* wrong = region->read(from, size_t(bytes), who())) blame(*region, from, wrong);
     }
     void blame(const Region& region, const void* p, const char* wrong) {
         const Fiber& self = fibers_[thread];
