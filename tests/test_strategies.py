@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flora_core.aggregate import STRATEGIES, aggregate, get_strategy
-from flora_core.aggregate.compress import energy_rank, stack_svd
+from flora_core.aggregate.compress import energy_rank, leading_svd, stack_svd
 from flora_core.update import ClientUpdate
 from tests.aggregate_cases import (
     SHAPES,
@@ -468,6 +468,7 @@ BAD_OPTIONS = {
     "floor": ("flora_warm", {"floor": -1}, "floor of floor must be at least 0, got -1"),
     "weigh": ("hetlora", {"weigh": "norms"}, "weigh must be one of norm, .*did you mean 'norm'"),
     "prune": ("hetlora", {"prune": 1}, "prune must lie between 0 and 1, got 1; None prunes nothing"),
+    "svd": ("raflora", {"svd": "quick"}, "svd must be one of exact, fast, got 'quick'"),
     "rank": ("flexlora", {"rank": 0}, "rank must be at least 1, got 0"),
     "name": ("flora_svd", {"taau": 0.9}, "strategy 'flora_svd' has no option 'taau'; did you mean 'tau'"),
 }
@@ -485,3 +486,56 @@ def test_options_out_of_range_are_refused(case):
 def test_every_strategy_of_the_design_is_there():
     names = "flora flora_svd flora_warm fedit zero_pad hetlora flexlora ffa rolora fedex raflora"
     assert set(names.split()) <= set(STRATEGIES)
+
+
+def test_leading_svd_finds_what_the_whole_one_does_where_the_spectrum_falls():
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(80, width, generator=generator, dtype=torch.float64) for width in (120, 100))
+    fall = 2.0 ** -torch.arange(80, dtype=torch.float64)
+    stack = torch.linalg.qr(A.T).Q.T.contiguous(), torch.linalg.qr(B.T).Q.T.contiguous(), fall
+    fast, whole = leading_svd(stack, 12), stack_svd(stack).cut(12)
+    torch.testing.assert_close(fast.S_R, whole.S_R, rtol=1e-10, atol=0)
+    torch.testing.assert_close((fast.U_RN.T * fast.S_R) @ fast.V_RK, (whole.U_RN.T * whole.S_R) @ whole.V_RK)
+    again = leading_svd(stack, 12)
+    assert all(torch.equal(one, other) for one, other in zip(fast, again, strict=True))
+    assert len(leading_svd((A, B, 0 * fall), 12).S_R) == 0
+
+
+@pytest.mark.parametrize("name", ["flexlora", "raflora"])
+def test_fast_decomposition_loses_little_more_than_the_best_cut(name):
+    """Thirty clients of random factors: hardly any gaps in the spectrum, the worst case for subspace iteration."""
+    generator = torch.Generator().manual_seed(0)
+    updates = []
+    for i in range(30):
+        pair = torch.randn(4, 90, generator=generator).double(), torch.randn(4, 100, generator=generator).double()
+        updates.append(ClientUpdate(f"c{i}", {"w": pair}, {"w": 1.0}))
+    whole, fast = (aggregate(updates, name, svd=kind).certificate.aggregation_error for kind in ("exact", "fast"))
+    assert whole <= fast < 1.02 * whole
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_flexlora_equals_peft_s_own_svd():
+    """``add_weighted_adapter(combination_type="svd")`` at one rank is an independent oracle."""
+    import peft
+
+    from tests.federation_cases import make_model
+
+    model = make_model(torch.float64)
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"])
+    theirs = peft.get_peft_model(model, config, adapter_name="c0")
+    theirs.add_adapter("c1", config)
+    generator, updates = torch.Generator().manual_seed(0), []
+    layers = {
+        path.removeprefix("base_model.model."): m for path, m in theirs.named_modules() if path.endswith("q_proj")
+    }
+    for name in ("c0", "c1"):
+        adapters = {}
+        for path, layer in layers.items():
+            A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+            for factor in (A, B):
+                factor.data = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
+            adapters[path] = (A.detach(), B.detach().T)
+        updates.append(ClientUpdate(name, adapters, dict.fromkeys(adapters, 2.0), {"c0": 0.3, "c1": 0.7}[name]))
+    theirs.add_weighted_adapter(["c0", "c1"], [0.3, 0.7], "all", combination_type="svd", svd_rank=3)
+    for path, change in aggregate(updates, "flexlora").dense().items():
+        torch.testing.assert_close(change, layers[path].get_delta_weight("all").detach(), rtol=0, atol=1e-9)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..update import ClientUpdate, RoundResult
+from .compress import is_smaller_than_dense
 from .inputs import Stack, exact_stacks, join_stacks, round_terms
 
 _CHUNK_ROWS = 1024
@@ -86,26 +87,51 @@ def _json(value: float | None) -> float | None:
 def certify(updates: Sequence[ClientUpdate], result: RoundResult) -> Certificate:
     """Compare the change of the global model with the exact sum, for every module that a client of the round adapts."""
     exact, change = exact_stacks(round_terms(updates)), result.change()
-    differences = {module: norm(_minus(change.get(module, []), stack)) for module, stack in exact.items()}
-    # ||exact|| costs as much as the difference, and 0 / ||exact|| does not need it.
-    needed = any(differences.values())
-    return Certificate({m: Deviation(differences[m], norm(exact[m]) if needed else None) for m in exact})
+    found = {module: _deviation(change.get(module, []), stack) for module, stack in exact.items()}
+    if any(one.difference for one in found.values()):
+        # ||exact|| costs as much as the difference, and 0 / ||exact|| does not need it.
+        found = {
+            m: one if one.exact is not None else Deviation(one.difference, norm(exact[m])) for m, one in found.items()
+        }
+    return Certificate(found)
 
 
-def _minus(applied: Sequence[Stack], exact: Stack) -> Stack:
-    """Stack applied - exact; rows that both begin with are kept once, so that they cancel exactly."""
+def _deviation(applied: Sequence[Stack], exact: Stack) -> Deviation:
+    """Compare stacks whose sum was applied with the exact one."""
+    left = _left_after_cancelling(applied, exact)
+    if left is not None:
+        return Deviation(norm(left), None)
+    joined = join_stacks([*applied, (exact[0], exact[1], -exact[2])])
+    if is_smaller_than_dense(joined):
+        return Deviation(norm(joined), None)
+    # One N x K product serves both norms.
+    want = _dense(exact)
+    got = _dense(join_stacks(applied)) if applied else torch.zeros_like(want)
+    return Deviation(float(torch.linalg.matrix_norm(got - want)), float(torch.linalg.matrix_norm(want)))
+
+
+def _left_after_cancelling(applied: Sequence[Stack], exact: Stack) -> Stack | None:
+    """What is left of applied - exact if it begins with the rows of exact: those cancel exactly, as do equal pairs."""
     rows = exact[0].shape[0]
-    if not applied or not _begins_with(applied[0], exact):
-        return join_stacks([*applied, (exact[0], exact[1], -exact[2])])
+    if not applied or not _same_rows([part[:rows] for part in applied[0]], exact):
+        return None
     (A, B, coef), *more = applied
     change = coef[:rows].double() - exact[2]
-    changed, rest = change.bool(), (A[rows:], B[rows:], coef[rows:])
-    return join_stacks([(exact[0][changed], exact[1][changed], change[changed]), rest, *more])
+    rest = A[rows:], B[rows:], coef[rows:]
+    changed = change.bool()
+    parts = [(exact[0][changed], exact[1][changed], change[changed])]
+    if len(more) != 1 or not _same_rows(rest, more[0]) or (rest[2] + more[0][2]).any():
+        parts += [rest, *more]
+    return join_stacks(parts)
 
 
-def _begins_with(applied: Stack, exact: Stack) -> bool:
-    rows = exact[0].shape[0]
-    return all(torch.equal(mine[:rows], theirs) for mine, theirs in zip(applied[:2], exact[:2], strict=True))
+def _same_rows(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(mine.to(theirs.dtype), theirs) for mine, theirs in zip(one[:2], other[:2], strict=True))
+
+
+def _dense(stack: Stack) -> torch.Tensor:
+    A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
+    return (B_PN.T * coef_P) @ A_PK
 
 
 def norm(stack: Stack) -> float:
@@ -113,9 +139,8 @@ def norm(stack: Stack) -> float:
     A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
     if not bool(coef_P.any()):
         return 0.0
-    (P, K), N = A_PK.shape, B_PN.shape[1]
     left, right = B_PN.T * coef_P, A_PK
-    if P * (N + K) < N * K:
+    if is_smaller_than_dense((A_PK, B_PN, coef_P)):
         left = torch.linalg.qr(left, mode="r").R
         right = torch.linalg.qr(right.T, mode="r").R.T
     return float(torch.linalg.matrix_norm(left @ right))

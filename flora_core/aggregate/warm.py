@@ -13,8 +13,8 @@ import torch
 from ..checks import check_choice, check_number, require
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, as_stack, dtype_name, extended, on_the_wire, without
-from .compress import Svd, as_fresh, stack_svd
-from .inputs import Term, round_terms, stack_of
+from .compress import Svd, as_fresh, leading_svd
+from .inputs import round_terms, stack_of
 from .strategy import register
 
 Floor = Mapping[str, int]
@@ -34,11 +34,11 @@ class FloraWarm(AdapterStrategy):
     where A_C, B_C are C' split into two factors, D the next right-singular directions of T, as long as fresh rows, up
     to rank r_k, and fresh rows what a new adapter has.
 
-    *Exact*: W' + C' = W + T, whatever C' is. *Everybody starts at the global model*: client k computes with
-    ``W' + s_k (B_C / s_k) A_C + s_k 0 D = W' + C'``. It holds bit for bit where F = 0 (then B = 0), and where s_k is a
-    power of two; else up to one rounding of B_C / s_k. *Nobody trains*: every client sends back C', so T = C' (shares
-    add up to 1) and W' = W. These need that every client carries C: F is at most the smallest rank that any client has
-    in the module, and 0 where some client does not adapt it.
+    *Exact*: W' + C' = W + T whatever C' is, so a fast, approximate decomposition does. *Everybody starts at the global
+    model*: client k computes with ``W' + s_k (B_C / s_k) A_C + s_k 0 D = W' + C'``. It holds bit for bit where F = 0
+    (then B = 0), and where s_k is a power of two; else up to one rounding of B_C / s_k. *Nobody trains*: every client
+    sends back C', so T = C' (shares add up to 1) and W' = W. These need that every client carries C: F is at most the
+    smallest rank that any client has in the module, and 0 where some client does not adapt it.
 
     Options: ``start="directions"`` sets F = 0 (all of T goes into the base). ``floor`` bounds F, one number or module
     -> number; unless given, a federation takes the smallest rank of all its clients, ``aggregate`` that of the round.
@@ -77,21 +77,16 @@ class FloraWarm(AdapterStrategy):
         base_delta = {}
         for module, terms in round_terms(updates).items():
             most = bound.get(module, 0) if isinstance(bound, Mapping) else bound
-            stack, svd = stack_of(terms), stack_svd(stack_of(terms))
-            most = 0 if start == "directions" else min(most, *(term.A_RK.shape[0] for term in terms))
+            ranks = [term.A_RK.shape[0] for term in terms]
+            most = 0 if start == "directions" else min(most, *ranks)
+            stack = stack_of(terms)
+            svd = leading_svd(stack, max(ranks))
             pair = on_the_wire(dict(zip("AB", as_fresh(svd.cut(most)), strict=True)), terms)
             base_delta[module] = without(stack, as_stack(**pair)) if most else stack
             new["adapter"][module] = pair
-            directions = self._directions(svd, most, terms, new["directions"].get(module))
-            new["directions"][module] = directions
+            new["directions"][module] = _directions(svd, most, new["directions"].get(module))
             new_state["dtype"][module] = dtype_name(terms)
         return self.result(updates, new_state, base_delta)
-
-    def _directions(self, svd: Svd, most: int, terms: Sequence[Term], old: torch.Tensor | None) -> torch.Tensor:
-        """Right-singular directions after the shared part, for the largest client; those before if T has none."""
-        largest = max(term.A_RK.shape[0] for term in terms)
-        A_RK, _ = as_fresh(Svd(svd.U_RN[most:], svd.S_R[most:], svd.V_RK[most:]).cut(largest - most))
-        return old if old is not None and not len(A_RK) else A_RK
 
     def fit(
         self, state: Mapping[str, Any], pair: Pair, rank: int, client: str, module: str
@@ -128,6 +123,12 @@ class FloraWarm(AdapterStrategy):
                     f"{carried}; give floor= the smallest rank of all clients (0 where one lacks the module), or "
                     "start='directions'",
                 )
+
+
+def _directions(svd: Svd, most: int, old: torch.Tensor | None) -> torch.Tensor:
+    """Right-singular directions after the shared part; those of the round before if the sum has none."""
+    A_RK, _ = as_fresh(Svd(svd.U_RN[most:], svd.S_R[most:], svd.V_RK[most:]))
+    return old if old is not None and not len(A_RK) else A_RK
 
 
 __all__ = ["FloraWarm"]
