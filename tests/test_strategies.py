@@ -538,4 +538,6 @@ def test_flexlora_equals_peft_s_own_svd():
         updates.append(ClientUpdate(name, adapters, dict.fromkeys(adapters, 2.0), {"c0": 0.3, "c1": 0.7}[name]))
     theirs.add_weighted_adapter(["c0", "c1"], [0.3, 0.7], "all", combination_type="svd", svd_rank=3)
     for path, change in aggregate(updates, "flexlora").dense().items():
-        torch.testing.assert_close(change, layers[path].get_delta_weight("all").detach(), rtol=0, atol=1e-9)
+        # PEFT decomposes in float32.
+        want = layers[path].get_delta_weight("all").detach()
+        assert float((change - want).norm() / want.norm()) < 1e-6

@@ -2,7 +2,7 @@
 
 Distances are Frobenius norms in float64. A stack's norm comes from the P x P core of QR factorisations of both
 sides: like Gram matrices it needs no N x K matrix, but it does not square the error, so that a strategy which is
-exact by another route shows 1e-15 and not 1e-8. Where P is so large that N x K is smaller, the dense sum is used.
+exact by another route shows 1e-15 and not 1e-8. Where P is so large that the N x K sum costs less, that is used.
 
 Letters: K in_features, N out_features, P the sum of ranks.
 """
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ..update import ClientUpdate, RoundResult
-from .compress import is_smaller_than_dense
 from .inputs import Stack, exact_stacks, join_stacks, round_terms
 
 _CHUNK_ROWS = 1024
@@ -102,7 +101,7 @@ def _deviation(applied: Sequence[Stack], exact: Stack) -> Deviation:
     if left is not None:
         return Deviation(norm(left), None)
     joined = join_stacks([*applied, (exact[0], exact[1], -exact[2])])
-    if is_smaller_than_dense(joined):
+    if not _dense_is_cheaper(joined):
         return Deviation(norm(joined), None)
     # One N x K product serves both norms.
     want = _dense(exact)
@@ -129,6 +128,12 @@ def _same_rows(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bo
     return all(torch.equal(mine.to(theirs.dtype), theirs) for mine, theirs in zip(one[:2], other[:2], strict=True))
 
 
+def _dense_is_cheaper(stack: Stack) -> bool:
+    """Two QR factorisations take 2 P^2 (N + K) operations, several times slower ones than the 2 N K P of a product."""
+    (P, K), N = stack[0].shape, stack[1].shape[1]
+    return N * K <= 4 * P * (N + K)
+
+
 def _dense(stack: Stack) -> torch.Tensor:
     A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
     return (B_PN.T * coef_P) @ A_PK
@@ -140,7 +145,7 @@ def norm(stack: Stack) -> float:
     if not bool(coef_P.any()):
         return 0.0
     left, right = B_PN.T * coef_P, A_PK
-    if is_smaller_than_dense((A_PK, B_PN, coef_P)):
+    if not _dense_is_cheaper((A_PK, B_PN, coef_P)):
         left = torch.linalg.qr(left, mode="r").R
         right = torch.linalg.qr(right.T, mode="r").R.T
     return float(torch.linalg.matrix_norm(left @ right))
