@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..update import ClientUpdate, RoundResult
-from .inputs import Stack, exact_stacks, join_stacks, round_terms
+from .inputs import Stack, join_stacks, round_terms, stack_of
 
 _CHUNK_ROWS = 1024
 
@@ -85,13 +85,13 @@ def _json(value: float | None) -> float | None:
 
 def certify(updates: Sequence[ClientUpdate], result: RoundResult) -> Certificate:
     """Compare the change of the global model with the exact sum, for every module that a client of the round adapts."""
-    exact, change = exact_stacks(round_terms(updates)), result.change()
-    found = {module: _deviation(change.get(module, []), stack) for module, stack in exact.items()}
+    terms, change = round_terms(updates), result.change()
+    # One module's stack at a time: where it is no view of a bank it is a copy.
+    found = {module: _deviation(change.get(module, []), stack_of(parts)) for module, parts in terms.items()}
     if any(one.difference for one in found.values()):
         # ||exact|| costs as much as the difference, and 0 / ||exact|| does not need it.
-        found = {
-            m: one if one.exact is not None else Deviation(one.difference, norm(exact[m])) for m, one in found.items()
-        }
+        unknown = [module for module, one in found.items() if one.exact is None]
+        found |= {m: Deviation(found[m].difference, norm(stack_of(terms[m]))) for m in unknown}
     return Certificate(found)
 
 
