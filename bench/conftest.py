@@ -37,8 +37,12 @@ class Scale:
     seconds: float
 
     @property
+    def full(self) -> bool:
+        return (self.layers, self.tokens) == (LAYERS, 128) and self.seconds >= 1
+
+    @property
     def folder(self) -> Path:
-        return RESULTS if (self.layers, self.tokens) == (LAYERS, 128) and self.seconds >= 1 else SMOKE
+        return RESULTS if self.full else SMOKE
 
     @property
     def settings(self) -> dict[str, int]:

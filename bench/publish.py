@@ -98,6 +98,19 @@ def saved_table(data: Data) -> str:
     return table(["case", "bytes per token", "per hidden unit and layer"], rows)
 
 
+def demo_table(found: Sequence[Data]) -> str:
+    """What the demo reached with each seed, and its time."""
+    rows = []
+    for data in found:
+        first, last = data["rows"][0], data["rows"][-1]
+        losses = [f"{row['loss']:.2f}" for row in (first, last)]
+        matches = [f"{row['exact_match']:.0%}" for row in (first, last)]
+        spent = f"{data['seconds'] / 60:.1f} min, {verdict(data['seconds'], data['target_seconds'], at_least=False)}"
+        rows.append([str(data["settings"]["seed"]), *losses, *matches, spent])
+    heads = ["loss before", "after", "exact match before", "after"]
+    return table(["seed", *heads, "from start to end (target in seconds)"], rows)
+
+
 def plot_memory(data: Data, path: Path) -> None:
     """The curve of speed against memory."""
     from matplotlib.figure import Figure
@@ -166,6 +179,9 @@ def body(found: dict[str, Data]) -> str:
     if found.get("saved_activations", {}).get("rows"):
         saved = found["saved_activations"]
         parts += ["### Saved for backward", saved["question"] + ".", saved_table(saved)]
+    demos = [data for name, data in found.items() if name.startswith("demo") and data.get("finished")]
+    if demos:
+        parts += ["### The demo", "`flora run quickstart seed=N`, on held-out questions.", demo_table(demos)]
     if found:
         parts += ["### Sources", "\n".join(f"- {source(data)}" for data in found.values())]
     return "\n\n".join(parts or ["No results yet: run `make bench`."])
