@@ -1,8 +1,8 @@
 """The CUDA kernels as a backend for tests: emulated on the host, or on a GPU, through the C interface's own structs.
 
-``Library`` has the functions of ``flora_kernels.reference`` with the same arguments. ``emulated()`` builds the kernels
-with the host compiler; every access of theirs is then checked for bounds, races and order. ``on_gpu()`` needs nvcc and
-a GPU, see ``tests/gpu_check.py``.
+``Library`` has the functions of ``flora_kernels.reference`` with the same arguments. ``build_emulated`` compiles the
+kernels with the host compiler: every access of theirs is then checked for bounds, races and order. ``build_for_gpu``
+needs nvcc and a GPU, see ``tests/gpu_check.py``.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -13,6 +13,7 @@ import functools
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import Structure, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p, sizeof
@@ -25,7 +26,6 @@ from flora_core import backends
 from flora_kernels.reference import Dropout, MergeItem, Ranges
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "csrc" / "cuda" / "check.cu"
 CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4, torch.int16: 5}
 HOST_FLAGS = ("-x", "c++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-DFLORA_HOST_SHIM")
 
@@ -368,19 +368,32 @@ def host_compiler() -> str | None:
     return shutil.which("g++") or shutil.which("clang++")
 
 
-def build_emulated(folder: Path, include: Path = ROOT / "csrc", source: Path = SOURCE) -> Path:
+def build_emulated(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     """Compile the kernels for the host."""
     compiler, out = host_compiler(), folder / "emulated.so"
     if compiler is None:
         raise FileNotFoundError("needs g++ or clang++ to build the kernels for the host")
     done = subprocess.run(
-        [compiler, *HOST_FLAGS, "-I", str(include / "include"), str(source), "-o", str(out)],
+        [compiler, *HOST_FLAGS, "-I", str(csrc / "include"), str(csrc / "cuda" / "check.cu"), "-o", str(out)],
         capture_output=True,
         text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     return out
+
+
+@functools.cache
+def _emulated() -> Library:
+    with tempfile.TemporaryDirectory() as folder:
+        return Library(build_emulated(Path(folder)))
+
+
+def fresh_emulated() -> Library:
+    """The emulated library, built once per process, with no fault planted and threads in their order."""
+    library = _emulated()
+    library.order, library.fault = 0, ("", "")
+    return library
 
 
 def nvcc() -> str | None:
@@ -394,13 +407,8 @@ def build_for_gpu(folder: Path, arch: str = "native") -> Path:
     if compiler is None:
         raise FileNotFoundError("needs nvcc to build the kernels for a GPU")
     flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", "-I", str(ROOT / "csrc/include")]
-    done = subprocess.run([compiler, *flags, str(SOURCE), "-o", str(out)], capture_output=True, text=True)
+    source = str(ROOT / "csrc" / "cuda" / "check.cu")
+    done = subprocess.run([compiler, *flags, source, "-o", str(out)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     return out
-
-
-@functools.cache
-def emulated(folder: Path) -> Library:
-    """The emulated library, built once per folder."""
-    return Library(build_emulated(folder))

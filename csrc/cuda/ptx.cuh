@@ -151,8 +151,8 @@ FLORA_DEVICE void sync_threads(FLORA_ONLY_SITE) {
 template <int UNIT>
 FLORA_DEVICE void cp_async(void *shared, const void *global, int bytes FLORA_SITE) {
 #ifdef FLORA_HOST_SHIM
-    bool whole = shim::machine().faulty("no zero fill", "copy", file, line) && bytes > 0;
-    shim::machine().copy_async(shared, global, UNIT, whole ? UNIT : bytes);
+    bool unfilled = shim::machine().faulty("no zero fill", "copy", file, line);
+    shim::machine().copy_async(shared, global, UNIT, bytes, unfilled ? 0xFF : 0);
 #else
     uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
     if (UNIT == 16)  // past L1, which has no use for what a block reads once

@@ -30,7 +30,7 @@ struct Dim3 {
 struct Copy {
     void* to;
     const void* from;
-    int unit, bytes;  // the rest of the unit becomes zero
+    int unit, bytes, filling;  // what the rest of the unit becomes: zero
     int group;
 };
 
@@ -140,7 +140,7 @@ class Machine {
         if (const char* wrong = write ? region->write(p, bytes, who()) : region->read(p, bytes, who())) blame(*region, p, wrong);
     }
 
-    void copy_async(void* to, const void* from, int unit, int bytes) {
+    void copy_async(void* to, const void* from, int unit, int bytes, int filling) {
         if (bytes < 0 || bytes > unit) fail("cp.async of %d bytes out of %d", bytes, unit);
         if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % unsigned(unit)) fail("cp.async between addresses that are not aligned to %d bytes", unit);
         if (bytes) {
@@ -151,7 +151,7 @@ class Machine {
         Region* region = find(to, size_t(unit), true);
         if (!region) return fail("cp.async writes outside of shared memory");
         if (const char* wrong = region->write(to, size_t(unit), who(), true)) blame(*region, to, wrong);
-        fibers_[thread].copies.push_back({to, from, unit, bytes, fibers_[thread].groups});
+        fibers_[thread].copies.push_back({to, from, unit, bytes, filling, fibers_[thread].groups});
     }
     void commit() { ++fibers_[thread].groups; }
     // Carry out this thread's copies, but for those of the last `left` groups.
@@ -163,7 +163,7 @@ class Machine {
                 self.copies[kept++] = copy;
                 continue;
             }
-            memset(copy.to, 0, size_t(copy.unit));
+            memset(copy.to, copy.filling, size_t(copy.unit));
             if (copy.bytes) memcpy(copy.to, copy.from, size_t(copy.bytes));
             shared_region_->land(copy.to, size_t(copy.unit), who());
         }

@@ -1,0 +1,166 @@
+"""The harness that executes CUDA code on the host: the instructions it emulates, and the faults that it catches.
+
+The instructions are held against formulas written anew from the PTX manual, the faults are planted: every barrier and
+every wait of every kernel left out in turn, fragments swapped, and lines of the kernels' source changed.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flora_core import testing
+from flora_core.testing import LinearCase, MergeCase, make_linear, make_merge
+from flora_kernels import reference
+from tests.cuda_library import ROOT, EmulationError, Library, build_emulated
+from tests.probes import PROBES, expected, words_for
+from tests.test_cuda import library  # noqa: F401 (a fixture)
+
+BF16 = torch.bfloat16
+# More steps than every pipeline has stages, the last in the first slot; ragged edges; clients for two rounds of search.
+CASE = LinearCase("", (70, 5, 40) + (0, 1) * 17, 264, 140, (20, 3, 37) + (1, 2) * 17, BF16)
+DROPOUT = reference.Dropout([6000, 0, 20000] + [9000] * 34, list(range(37)), [4 * c for c in range(37)])
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_an_instruction_does_what_its_manual_says(probe, library):  # noqa: F811
+    words = words_for(probe)
+    right = expected(probe, words)
+    assert torch.equal(library.probe(PROBES[probe], words, right.numel()), right)
+
+
+def merge(library: Library) -> float:  # noqa: F811
+    one = make_merge(MergeCase("", 131, 264, (100, 33), BF16))
+    out = one.weight.clone()
+    library.merge_(out, one.A, one.B, one.coef)
+    return testing.budget_ratio(out, testing.oracle_merge(one), testing.oracle_merge(one, BF16))
+
+
+def merge_masters(library: Library) -> float:  # noqa: F811
+    one = make_merge(MergeCase("", 131, 264, (40, 33)))
+    out = one.weight.clone()
+    library.merge_(out, one.A.to(BF16), one.B.to(BF16), one.coef)
+    one = replace(one, A=one.A.to(BF16), B=one.B.to(BF16))
+    return testing.budget_ratio(out, testing.oracle_merge(one), testing.oracle_merge(one, torch.float32))
+
+
+def merge_nine_bits(library: Library) -> float:  # noqa: F811
+    """301 and 303 have a bit more than one bf16 piece holds; a 16-bit weight's budget would hide the loss."""
+    weight = torch.zeros(16, 16, dtype=torch.float16)
+    library.merge_(weight, torch.full((1, 16), 303.0), torch.full((1, 16), 301.0), torch.tensor([2.0**-7]))
+    return 0.0 if weight.eq(torch.tensor(301 * 303 / 2**7).half()).all() else float("inf")
+
+
+def shrink(library: Library) -> float:  # noqa: F811
+    inputs = make_linear(CASE, masters=True)
+    arguments = inputs.tokens, inputs.ranks, inputs.scaling_C, DROPOUT
+    out = library.shrink(inputs.x, inputs.A, *arguments)
+    low, A = reference.shrink(inputs.x, inputs.A, *arguments), inputs.A.to(BF16).double()
+    return testing.budget_ratio(out, reference.shrink(inputs.x.double(), A, *arguments), low)
+
+
+def expand(library: Library) -> float:  # noqa: F811
+    inputs = make_linear(CASE, masters=True)
+    arguments = inputs.tokens, inputs.ranks, inputs.scaling_C
+    s = reference.shrink(inputs.x, inputs.A, inputs.tokens, inputs.ranks)
+    out, low, ref64 = inputs.dy.clone(), inputs.dy.clone(), inputs.dy.double()
+    library.expand_(out, s, inputs.B, *arguments)
+    reference.expand_(low, s, inputs.B, *arguments)
+    reference.expand_(ref64, s.double(), inputs.B.to(BF16).double(), *arguments)
+    return testing.budget_ratio(out, ref64, low)
+
+
+def wgrad(library: Library) -> float:  # noqa: F811
+    inputs = make_linear(CASE)
+    arguments = inputs.tokens, inputs.ranks, inputs.scaling_C
+    s = reference.shrink(inputs.x, inputs.A, inputs.tokens, inputs.ranks)
+    out = library.wgrad(s, inputs.x, s, inputs.dy, *arguments, BF16, DROPOUT)
+    low = reference.wgrad(s, inputs.x, s, inputs.dy, *arguments, BF16, DROPOUT)
+    wide = [tensor.double() for tensor in (s, inputs.x, s, inputs.dy)]
+    ref64 = reference.wgrad(*wide, *arguments, torch.float64, DROPOUT)
+    return max(testing.budget_ratio(*three) for three in zip(out, ref64, low, strict=True))
+
+
+def adamw(library: Library) -> float:  # noqa: F811
+    lengths = testing.Segments([1500, 600])
+    buffers = [torch.full((2100,), 0.5 + i) for i in range(4)]
+    hyper = torch.tensor([[1e-2, 0.9, 0.99, 1e-8, 0.1, 3, 1.0], [3e-2, 0.8, 0.9, 1e-6, 0.0, 1, 0.5]])
+    ref64, out = [b.double() for b in buffers], [b.clone() for b in buffers]
+    reference.cohort_adamw_(*buffers, lengths, hyper, (0, 1))
+    reference.cohort_adamw_(*ref64, lengths, hyper.double(), (0, 1))
+    library.cohort_adamw_(*out, lengths, hyper, (0, 1))
+    return max(testing.budget_ratio(*three) for three in zip(out, ref64, buffers, strict=True))
+
+
+OPS: dict[str, Callable[[Library], float]] = {
+    f.__name__: f for f in (merge, merge_masters, shrink, expand, wgrad, adamw)
+}
+# The faults that can be planted at each kind of place.
+FAULTS = {
+    "barrier": ("skip",),
+    "wait": ("skip", "one group early"),
+    "copy": ("no zero fill",),
+    "mma": ("swap",),
+    "ldmatrix": ("swap", "transpose"),
+    "shuffle": ("skip",),
+}
+
+
+def caught(library: Library, op: Callable[[Library], float]) -> str | None:  # noqa: F811
+    """What gives a fault away: a message of the harness, or a wrong result; None if nothing does."""
+    for order in (0, 1):
+        library.order = order
+        try:
+            ratio = op(library)
+        except EmulationError as error:
+            return str(error)
+        if not ratio <= 1:
+            return f"error / budget = {ratio:.3g}"
+    return None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_fault_at_every_place_is_caught(op, library):  # noqa: F811
+    assert caught(library, OPS[op]) is None
+    places = library.sites()
+    assert any(place.startswith("barrier") for place in places)
+    missed = []
+    for place in places:
+        for fault in FAULTS[place.split()[0]]:
+            library.fault = (fault, place)
+            if caught(library, OPS[op]) is None:
+                missed.append(f"{fault}: {place}")
+    assert not missed, missed
+
+
+# Lines of the kernels, each made wrong in one way, and the op that must notice.
+MUTATIONS = {
+    "last column off by one": ("merge.cuh", "smaller(BJ, entry.K - k)", "smaller(BJ, entry.K - k - 1)", merge),
+    "columns past the edge": ("merge.cuh", "smaller(BJ, entry.K - k)", "smaller(BJ, entry.K - k + 8)", merge),
+    "one step of the sum too few": ("merge.cuh", "(P + DEPTH - 1) / DEPTH", "P / DEPTH", merge),
+    "second piece dropped": ("merge.cuh", "finite ? value - widen(piece[0]) : 0.0f", "0.0f", merge_nine_bits),
+    "rows of a neighbour": ("shrink.cuh", "smaller(BM, place.stop - place.row)", "smaller(BM, 115)", shrink),
+    "mask one row off": ("clients.cuh", "first_row + uint32_t(row),", "first_row + uint32_t(row) + 1,", shrink),
+    "rank past its end": ("expand.cuh", "s_unit, rows, rank - r)", "s_unit, rows, rank - r + 1)", expand),
+    "too little shared memory": ("backend.cu", "sizeof(ExpandMemory<T, F>)", "sizeof(ExpandMemory<T, F>) - 64", expand),
+    "scale on the wrong side": ("wgrad.cuh", "factor = side.scaled ?", "factor = !side.scaled ?", wgrad),
+    "settings of the wrong row": ("adamw.cuh", "args.owner + segment", "args.owner", adamw),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_changed_line_is_caught(name, scale, tmp_path):
+    few = scale(2, len(MUTATIONS), "changed lines, each of which is compiled")
+    if list(MUTATIONS).index(name) >= few:
+        pytest.skip("compiled at full scale")
+    file, right, wrong, op = MUTATIONS[name]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    path = tmp_path / "csrc" / "cuda" / file
+    assert path.read_text().count(right) == 1, f"{file} has changed: {right}"
+    path.write_text(path.read_text().replace(right, wrong))
+    changed = Library(build_emulated(tmp_path, tmp_path / "csrc"))
+    assert caught(changed, op) is not None
