@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from bench.protocol import ROOT, SMOKE, Result
+from bench.protocol import RESULTS, ROOT, SMOKE, Result
 from bench.strategies_case import CLIENTS, EQUAL_RANK, FRACTION, MODULES, RANKS, WIDTH
+from flora_core.history import show_bytes, show_seconds
 
 # Name -> strategy, measured modules, options.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
@@ -80,3 +81,25 @@ def test_bench_strategy(case: str, benchmark: Any, scale: Any):
     benchmark.pedantic(lambda: found.update(run_case(name, 1 if smoke else modules, options)), rounds=1, iterations=1)
     result.save(measured=found, whole_round=whole_round(found), finished=True)
     print(f"\n{case}: {json.dumps(whole_round(found))}")
+
+
+def publish() -> None:
+    """Write the table of docs/strategies.md from the results that are there."""
+    names = ("case", "measured modules", "aggregate", "certify", "peak memory", "up, a client", "down, a client")
+    rows = ["| " + " | ".join([*names, "form", "error"]) + " |", "|" + " --- |" * (len(names) + 2)]
+    found = {case: RESULTS / f"strategies_{case}.json" for case in CASES}
+    whole = {case: json.loads(path.read_text()) for case, path in found.items() if path.is_file()}
+    for case, data in sorted(whole.items(), key=lambda item: item[1]["whole_round"]["seconds_of"]["aggregate"]):
+        total, measured = data["whole_round"], data["measured"]
+        times = [show_seconds(total["seconds_of"][part]) for part in ("aggregate", "certify")]
+        sizes = [show_bytes(total[part]) for part in ("peak_bytes", "up_bytes_per_client", "down_bytes_per_client")]
+        cells = [f"`{case}`", str(measured["modules"]), *times, *sizes, ", ".join(measured["forms"]) or "adapter"]
+        rows.append("| " + " | ".join([*cells, f"{measured['aggregation_error']:.1e}"]) + " |")
+    path = ROOT / "docs" / "strategies.md"
+    before, rest = path.read_text().split("<!-- scale:start -->")
+    after = rest.split("<!-- scale:end -->")[1]
+    path.write_text("\n".join([before + "<!-- scale:start -->", *rows, "<!-- scale:end -->"]) + after)
+
+
+if __name__ == "__main__":
+    publish()

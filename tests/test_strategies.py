@@ -6,6 +6,9 @@ Letters: K in_features, N out_features, R one client's rank.
 from __future__ import annotations
 
 import math
+import re
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -541,3 +544,27 @@ def test_flexlora_equals_peft_s_own_svd():
         # PEFT decomposes in float32.
         want = layers[path].get_delta_weight("all").detach()
         assert float((change - want).norm() / want.norm()) < 1e-6
+
+
+def test_the_strategy_in_the_docs_works_as_it_says(monkeypatch, tmp_path):
+    from flora_core.aggregate import strategy
+
+    monkeypatch.setattr(strategy, "STRATEGIES", dict(STRATEGIES))
+    text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
+    (tmp_path / "mine.py").write_text(code)
+    runpy.run_path(str(tmp_path / "mine.py"))
+    result = aggregate(mixed_ranks(), "damped")
+    assert result.certificate.aggregation_error == pytest.approx(0.5, abs=1e-12)
+    with pytest.raises(ValueError, match="rate must be between 0 and 1, got 2"):
+        aggregate(mixed_ranks(), "damped", rate=2)
+
+
+def test_the_docs_table_says_what_the_table_says():
+    text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    lines = [[cell.strip(" `") for cell in line.split("|")] for line in text.splitlines()]
+    rows = {cells[1]: cells for cells in lines if len(cells) == 10}
+    for name, strategy in STRATEGIES.items():
+        flags = [strategy.exact, strategy.mixed_ranks, strategy.mixed_modules, strategy.idle_safe]
+        told = [cell in ("yes", "at `tau=1") for cell in rows[name][4:8]]
+        assert told == flags, name

@@ -53,7 +53,9 @@ def smallest_form(stack: Stack) -> tuple[Stack, Form]:
     if P == 0:
         return stack, Form("none", 0)
     best, form = stack, Form("stack", P * (N + K) * item)
-    if is_smaller_than_dense(stack) and not (full_rank(stack[0]) and full_rank(stack[1])):
+    # In float64 a rank above this does not pay, and that many independent rows among the first ones prove it.
+    enough = P * item // torch.float64.itemsize + 1
+    if is_smaller_than_dense(stack) and not all(full_rank(rows[:enough]) for rows in stack[:2]):
         found = _recompressed(stack)
         size = found[0].shape[0] * (N + K) * found[0].element_size()
         if size < form.size_bytes:
