@@ -168,6 +168,7 @@ class Cohort:
             yield
         finally:
             self.route.layout, self.route.client = before
+            self.route.waiting.clear()
 
     def load(self, client: str, adapters: Adapters) -> None:
         """Start a client from given factors (A_RK, B_RN per module)."""
@@ -345,7 +346,8 @@ def _probe(cohort: Cohort) -> None:
         counts = [*batch.tokens] + [0] * (len(cohort.names) - 1)
         return cohort.batch(counts, sequences=batch.sequences, positions=batch.positions, adapters=False)
 
-    way = find_way(cohort.model, context)
+    with cohort.route.finding_groups():
+        way = find_way(cohort.model, context)
     cohort.head, cohort.packs, cohort.packing_reason = way.head, way.packs, way.reason
 
 

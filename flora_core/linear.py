@@ -5,7 +5,8 @@ Letters: M packed tokens, K in_features, N out_features, C clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from .bank import BankModule
 from .checks import require
-from .ops import lora_linear
+from .ops import LoraWeights, lora_linears
 from .segments import Segments
 
 
@@ -40,11 +41,49 @@ class Layout:
 
 
 class Route:
-    """What the wrapped layers of one model do now: ``layout`` for a batch, ``client`` for one client's adapter."""
+    """What the wrapped layers of one model do now: ``layout`` for a batch, ``client`` for one client's adapter.
+
+    ``groups`` names for each layer those that see the same input, in the order in which they run: the first computes
+    for all of them and leaves the others' outputs in ``waiting``.
+    """
 
     def __init__(self) -> None:
         self.layout: Layout | None = None
         self.client: int | None = None
+        self.groups: dict[str, tuple[MultiLoRALinear, ...]] = {}
+        self.waiting: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
+        self._seen: list[tuple[MultiLoRALinear, torch.Tensor]] | None = None
+
+    @contextmanager
+    def finding_groups(self) -> Iterator[None]:
+        """Watch which layers are handed the same tensor, one after another, and let them share it from now on."""
+        self._seen = []
+        try:
+            yield
+        finally:
+            groups: list[list[tuple[MultiLoRALinear, torch.Tensor]]] = []
+            for layer, x in self._seen:
+                joins = groups and groups[-1][-1][1] is x and layer not in (other for other, _ in groups[-1])
+                groups[-1].append((layer, x)) if joins else groups.append([(layer, x)])
+            self._seen = None
+            for group in groups:
+                members = tuple(layer for layer, _ in group)
+                self.groups.update({layer.path: members for layer in members})
+
+    def saw(self, layer: MultiLoRALinear, x: torch.Tensor) -> None:
+        """Note what a layer was handed, while groups are being found."""
+        if self._seen is not None:
+            self._seen.append((layer, x))
+
+    def take(self, path: str, x: torch.Tensor) -> torch.Tensor | None:
+        """What the first of the group left for a layer, if it was made of this very input."""
+        source, version, y = self.waiting.pop(path, (None, 0, None))
+        return y if source is x and version == _version(x) else None
+
+
+def _version(x: torch.Tensor) -> int:
+    """Counts what was written into a tensor, where that is counted."""
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 class MultiLoRALinear(nn.Module):
@@ -94,7 +133,8 @@ class MultiLoRALinear(nn.Module):
             rows = x.numel() // x.shape[-1]
             lengths = [0] * len(self.entry()[1])
             lengths[self.route.client] = rows
-            return self._rows(x, Layout(Segments.from_lengths(lengths)))
+            (y_MN,) = _apply([self], x, Layout(Segments.from_lengths(lengths)))
+            return y_MN.view(*x.shape[:-1], -1)
         return self.original(x)  # pyright: ignore[reportCallIssue]
 
     def _batch(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -106,38 +146,42 @@ class MultiLoRALinear(nn.Module):
             "in order (routed experts, pooled or vision inputs); leave it out of target_modules",
         )
         if not layout.adapters:
+            self.route.saw(self, x)
             return self.original(x)  # pyright: ignore[reportCallIssue]
-        if layout.real_index is None:
-            return self._rows(x, layout)
-        packed = x.reshape(rows, -1).index_select(0, layout.real_index)
-        y_MN = self._rows(packed, layout)
-        out = y_MN.new_zeros(rows, y_MN.shape[1]).index_copy(0, layout.real_index, y_MN)
-        return out.view(*x.shape[:-1], -1)
+        waiting = self.route.take(self.path, x)
+        if waiting is not None:
+            return waiting
+        group = self.route.groups.get(self.path, (self,))
+        if group[0] is not self:
+            group = (self,)
+        packed = x if layout.real_index is None else x.reshape(rows, -1).index_select(0, layout.real_index)
+        outputs = _apply(group, packed, layout)
+        if layout.real_index is not None:
+            outputs = [y.new_zeros(rows, y.shape[1]).index_copy(0, layout.real_index, y) for y in outputs]
+        outputs = [y.view(*x.shape[:-1], -1) for y in outputs]
+        self.route.waiting = {layer.path: (x, _version(x), y) for layer, y in zip(group[1:], outputs[1:], strict=True)}
+        return outputs[0]
 
-    def _rows(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-        entry, dropout_C = self.entry()
-        weight, bias = self.weight_NK, self.bias
-        device = x.device.type
-        x_MK = x.reshape(-1, x.shape[-1])
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x_MK, weight, bias = x_MK.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
-            y_MN = lora_linear(
-                x_MK,
-                weight,
-                bias,
-                entry.A_PK,
-                entry.B_PN,
-                layout.tokens,
-                entry.ranks,
-                entry.scaling_C,
-                dropout_C=dropout_C if layout.seeds is not None else None,
-                dropout_seed_C=None if layout.seeds is None else layout.seeds[self.path],
-                row_C=layout.row_C,
-                backend=self.backend,
-            )
-        return y_MN.view(*x.shape[:-1], -1)
+
+def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+    """Layers that share their input, over rows that are all real tokens: y_MN of each."""
+    x_MK = x.reshape(-1, x.shape[-1])
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    x_MK = x_MK if dtype is None else x_MK.to(dtype)
+    targets = []
+    for layer in layers:
+        entry, _ = layer.entry()
+        weight, bias = layer.weight_NK, layer.bias
+        if dtype is not None:
+            weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
+        seed_C = None if layout.seeds is None else layout.seeds[layer.path]
+        targets.append(LoraWeights(weight, bias, entry.A_PK, entry.B_PN, entry.ranks, entry.scaling_C, seed_C))
+    dropout_C = None if layout.seeds is None else layers[0].entry()[1]
+    with torch.autocast(device, enabled=False):
+        return lora_linears(
+            x_MK, targets, layout.tokens, dropout_C=dropout_C, row_C=layout.row_C, backend=layers[0].backend
+        )
 
 
 def is_conv1d(module: nn.Module) -> bool:

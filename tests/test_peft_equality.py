@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.linear import MultiLoRALinear
+from flora_core import linear
 from flora_core.testing import budget_ratio
 from flora_core.update import Adapters
 from tests import models
@@ -207,9 +207,9 @@ def test_cohort_equals_peft_run_otherwise(family: str, variant: str, scale: Any,
         "checkpointed": {"gradient_checkpointing": True},
         "padded": {"packs": False},
     }[variant]
-    calls = []
-    forward = MultiLoRALinear._rows
-    monkeypatch.setattr(MultiLoRALinear, "_rows", lambda self, *args: calls.append(self.path) or forward(self, *args))
+    calls, apply = [], linear._apply
+    counted = lambda layers, *args: calls.extend(layer.path for layer in layers) or apply(layers, *args)  # noqa: E731
+    monkeypatch.setattr(linear, "_apply", counted)
     out, trainer = by_cohort(family, **config)
     check_exact(out, by_peft(family, "random"))
     assert len(trainer.plan().cohorts) == {"split": 3, "in pieces": 5}.get(variant, 1)

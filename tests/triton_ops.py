@@ -23,6 +23,7 @@ from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, LinearIn
 from flora_kernels import reference
 from flora_kernels import triton as kernels
 from flora_kernels.triton.common import draws_of
+from tests import test_ops_shared
 
 # The package's attribute of that name is the launcher.
 wgrad_file = importlib.import_module("flora_kernels.triton.wgrad")
@@ -67,6 +68,20 @@ def test_ternary_integers_are_exact(case):
     out = run(inputs)
     for name, exact in testing.oracle_linear(inputs).items():
         assert torch.equal(out[name].double(), exact), name
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@in_dtypes(MIXED, RANK_0)
+def test_targets_that_share_x_are_read_and_written_once(case, dropout, monkeypatch):
+    shared, launches = {"shrink_many": kernels.shrink_many, "expand_many_": kernels.expand_many_}, []
+    for name, launch in shared.items():
+        counted = lambda *args, n=name, f=launch: launches.append((n, len(args[1]))) or f(*args)  # noqa: E731
+        monkeypatch.setattr(kernels, name, counted)
+    inputs = test_ops_shared.three(case, dropout, DEVICE)
+    with testing.nan_filled():
+        out = test_ops_shared.run(inputs, "triton")
+    test_ops_shared.check(inputs, out)
+    assert launches == [("shrink_many", 3), ("expand_many_", 3)]
 
 
 @pytest.mark.parametrize("layout", ["padded", "transposed"])
