@@ -87,7 +87,7 @@ def _numbers(words: torch.Tensor) -> torch.Tensor:
         value.half().view(torch.int16).int() & 0xFFFF,
         low.view(torch.float16).float().view(torch.int32),
         low.int() << 16,
-        value.abs().sqrt().view(torch.int32),
+        torch.where(value < 0, -value, value).sqrt().view(torch.int32),
         (value / value.roll(-1)).view(torch.int32),
     ]
     return torch.stack(rows, dim=1).flatten()
