@@ -54,13 +54,13 @@ def main(name: str, modules: int, options: dict[str, Any], width: int = WIDTH) -
     """Run one round; what it took."""
     torch.set_num_threads(int(os.environ.get("FLORA_BENCH_THREADS", "2")))
     updates = make_updates(name, modules, width)
-    before = peak_memory_bytes(torch.device("cpu"))
+    before = peak_memory_bytes(torch.device("cpu")) or 0
     began = time.perf_counter()
     result = aggregate(updates, name, **options)
     seconds = time.perf_counter() - began
     factors = [factor for update in updates for pair in update.adapters.values() for factor in pair]
     made = [part for stacks in (result.base_delta, result.adapter) for stack in stacks.values() for part in stack]
-    peak, sent = peak_memory_bytes(torch.device("cpu")), storage(factors)
+    peak, sent = peak_memory_bytes(torch.device("cpu")) or 0, storage(factors)
     return {
         "strategy": name,
         "options": options,

@@ -413,6 +413,7 @@ def test_the_report_and_the_progress_take_the_events_of_a_run(tmp_path):
     assert "round 2/2: done" in stream.getvalue()
     assert [title for title, *_ in summary_tables(History.of(result.events))] == [
         "Clients",
+        "Traffic",
         "Held-out data",
         "The whole run",
     ]
