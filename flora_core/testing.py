@@ -10,10 +10,10 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -95,6 +95,23 @@ def nan_filled() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def saved_bytes(run: Callable[[], Any], fixed: torch.nn.Module | Iterable[torch.Tensor], context: Any = None) -> int:
+    """Bytes that autograd keeps of a run: every storage once, without those of the fixed tensors or the model's own."""
+    tensors = fixed.parameters() if isinstance(fixed, torch.nn.Module) else fixed
+    known, kept = {tensor.untyped_storage().data_ptr() for tensor in tensors}, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # The tensor is held as well, so that no address is used twice.
+        kept[storage.data_ptr()] = 0 if storage.data_ptr() in known else storage.nbytes(), tensor
+        return tensor
+
+    with context or nullcontext(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(size for size, _ in kept.values())
 
 
 def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> tuple[int, int, int, int]:
