@@ -79,6 +79,19 @@ def test_certificate_sees_a_coefficient_off_by_one_bit():
     assert certify([update], result).aggregation_error == 1.0
 
 
+def test_rows_beyond_the_exact_ones_are_seen():
+    """Applied = exact + more: what both begin with cancels, the rest must count, a pair that cancels must not."""
+    update = ClientUpdate("c", {"x": (torch.eye(2, 6), torch.eye(2, 7))}, {"x": 1.0})
+    result = aggregate([update])
+    A, B, coef = result.base_delta["x"]
+    result.base_delta["x"] = torch.cat([A, A[:1]]), torch.cat([B, B[1:]]), torch.cat([coef, coef[:1]])
+    assert certify([update], result).aggregation_error == pytest.approx(2**-0.5)
+    result.adapter = {"x": (A[:1], B[1:], -coef[:1])}
+    assert certify([update], result).aggregation_error == 0
+    result.adapter = {"x": (A[:1], B[1:], coef[:1])}
+    assert certify([update], result).aggregation_error == pytest.approx(2 * 2**-0.5)
+
+
 @pytest.mark.parametrize("n", [30, 1500])  # 1500 rows need a second chunk
 def test_write_deviation_measures_what_a_write_lost(n):
     parts = stack(4, 10, n)

@@ -123,6 +123,16 @@ def test_the_log_never_outgrows_a_snapshot_by_more_than_a_round():
     ]
 
 
+def test_a_log_that_begins_too_late_is_never_offered():
+    """Three rounds weigh exactly a snapshot, and are all that is kept: not enough for who misses a fourth."""
+    log = DeltaLog(snapshot_bytes=90)
+    for number in range(1, 10):
+        log.record(number, 30, [])
+    log.have |= {"late": 6, "later": 5}
+    assert log.missed("late") == ("log", 90, [7, 8, 9])
+    assert log.missed("later") == ("snapshot", 90, [])
+
+
 def test_the_log_survives_being_saved():
     log = DeltaLog(snapshot_bytes=50)
     for number in (1, 2, 5):

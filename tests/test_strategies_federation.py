@@ -210,6 +210,24 @@ def test_clients_that_were_away_catch_up_by_what_is_smaller():
     assert len(sizes) == 6
 
 
+def test_who_is_away_is_known_after_a_resume(tmp_path):
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    def stop(event):
+        if event["event"] == "round_end" and event["round"] == 3:
+            raise Stop
+
+    told = []
+    run("flora", rounds=6, fraction=0.34, callbacks=[told.append]).run()
+    with pytest.raises(Stop):
+        run("flora", rounds=6, fraction=0.34, out=tmp_path, callbacks=[stop]).run()
+    events = run("flora", rounds=6, fraction=0.34, out=tmp_path).run().events
+    late = [[one["catch_up"] for one in some if one["event"] == "aggregated"] for some in (told, events)]
+    assert late[0] == late[1]
+    assert any(late[0][3:])
+
+
 def test_population_options_reach_aggregate_and_own_options_win():
     federation = run("flora_warm", strategy_options={"floor": 1})
     federation._check_clients()
