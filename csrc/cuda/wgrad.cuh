@@ -18,17 +18,17 @@ constexpr int kSumThreads = 128;
 template <class T>
 struct WgradShape {
     using Tile = TensorTile<T, 64, 128, 2, 2, true, true>;
-    static constexpr int kDepth = 32, kStages = 3;
+    static constexpr int kDepth = 32, kStages = 3, kBlocks = 3;
 };
 template <>
 struct WgradShape<float> {
     using Tile = PlainTile<float, 64, 128, 8, 16, true, true>;
-    static constexpr int kDepth = 16, kStages = 3;
+    static constexpr int kDepth = 16, kStages = 3, kBlocks = 2;
 };
 template <>
 struct WgradShape<double> {
     using Tile = PlainTile<double, 64, 64, 16, 16, true, true>;
-    static constexpr int kDepth = 16, kStages = 2;
+    static constexpr int kDepth = 16, kStages = 2, kBlocks = 1;
 };
 
 template <class T>
@@ -56,7 +56,8 @@ struct WgradArgs {
 };
 
 template <class T, class O>
-__global__ void __launch_bounds__(WgradShape<T>::Tile::kThreads) wgrad_kernel(FLORA_TABLE(WgradArgs) args) {
+__global__ void __launch_bounds__(WgradShape<T>::Tile::kThreads, WgradShape<T>::kBlocks)
+    wgrad_kernel(FLORA_TABLE(WgradArgs) args) {
     using Shape = WgradShape<T>;
     using Tile = typename Shape::Tile;
     using Sum = typename Tile::Sum;
