@@ -122,6 +122,7 @@ static void multiply(const T *left, const T *right, int64_t inner, T *sum, bool 
     typedef Vec<T, LANES<T>> V;
     constexpr int VECTORS = TILE_VECTORS<T>;
     V acc[ROWS][VECTORS] = {};
+#pragma GCC unroll 2
     for (int64_t p = 0; p < inner; ++p, left += ROWS, right += TILE_COLUMNS<T>) {
         V b[VECTORS];
 #pragma GCC unroll 8

@@ -50,7 +50,7 @@ static Blocks cut(const Product &job, int threads) {
     int64_t blocks = larger(1, ceil_div(job.columns, most));
     Blocks cut;
     cut.columns = ceil_div(ceil_div(job.columns, blocks), WIDTH) * WIDTH;
-    // Panels of even height: 128 rows are eleven of 12 or 11, not ten of 12 and one of 8.
+    // Panels of even height: 128 rows are fifteen of 9 or 8, not fourteen of 9 and one of 2.
     int64_t panels = larger(1, ceil_div(job.rows, TILE_ROWS));
     cut.panel_rows = larger(1, ceil_div(job.rows, panels));
     int64_t groups = larger(1, ceil_div(panels, smaller(GROUP, larger(1, LEFT_BYTES / (column_bytes * TILE_ROWS)))));
