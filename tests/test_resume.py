@@ -212,8 +212,8 @@ def test_data_that_changed_are_another_run(stopped):
         make_federation(stopped, rounds=3, clients=clients).run()
 
 
-def test_only_json_and_safetensors_are_left(tmp_path):
+def test_only_json_safetensors_and_a_card_are_left(tmp_path):
     make_federation(tmp_path, rounds=1).run()
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".jsonl", ".safetensors", ""}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".md", ""}
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and not path.suffix] == [".lock"]
