@@ -189,8 +189,8 @@ def first_loss_error(run: Trained, exact: Trained) -> float:
 def first_gradient_error(run: Trained, exact: Trained) -> float:
     """The largest error in each tensor, by the tensor's own size, as a root mean square over the tensors.
 
-    What must be zero (dA while B is zero) is zero. The largest of all tensors would be chance: it was seen at 1.04 of the
-    budget with kernels that round less than the reference.
+    What must be zero (dA while B is zero) is zero. The largest of all tensors would be chance: it was seen at 1.04 of
+    the budget with kernels that round less than the reference.
     """
     got, want = tensors(run, ["grads"]), tensors(exact, ["grads"])
     assert got.keys() == want.keys()
