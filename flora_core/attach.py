@@ -17,6 +17,7 @@ from torch import nn
 from . import attention, seeds
 from .backends import resolve
 from .bank import AdapterBank, AdapterConfig, BankModule, matches_target
+from .calls import check_fuse
 from .checks import require
 from .forward import Batch, find_way
 from .linear import Layout, MultiLoRALinear, Route, is_conv1d, weight_view
@@ -56,9 +57,11 @@ class ClientSpec:
 class Cohort:
     """Clients attached to one model: the bank of their adapters and the wrapped layers. Made by ``attach``."""
 
-    def __init__(self, model: nn.Module, clients: Sequence[ClientSpec], bank: AdapterBank, backend: str):
+    def __init__(
+        self, model: nn.Module, clients: Sequence[ClientSpec], bank: AdapterBank, backend: str, fuse: str = "auto"
+    ):
         self.model: Any = model
-        self.clients, self.bank, self.backend = tuple(clients), bank, backend
+        self.clients, self.bank, self.backend, self.fuse = tuple(clients), bank, backend, fuse
         self.active = bank
         self.route = Route()
         self.layers: dict[str, MultiLoRALinear] = {}
@@ -188,6 +191,7 @@ def attach(
     *,
     seed: int = 0,
     backend: str = "auto",
+    fuse: str = "auto",
 ) -> Cohort:
     """Attach a cohort to a transformers causal LM: freeze the base, wrap the targets, start fresh adapters.
 
@@ -198,6 +202,7 @@ def attach(
             attention projections of the model's family. A client's own ``adapter.target_modules`` goes first.
         seed: Seed of the initial adapters: A as PEFT starts it, B zero.
         backend: auto, reference, triton or native.
+        fuse: How base products and branches are put together: auto, separate, prewrite, kernel or augmented.
     Returns:
         The cohort. ``detach(model)`` undoes it.
     Raises:
@@ -209,12 +214,12 @@ def attach(
     names = [client.name for client in clients]
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"client names must be unique, got twice: {', '.join(twice)}")
-    resolve(backend, "shrink")
+    check_fuse(fuse, resolve(backend, "shrink")[0])
     targets = _targets(model, clients, target_modules)
     bank = _bank(model, clients, targets)
     for name in names:
         bank.reset(name, seed, new=True)
-    cohort = Cohort(model, clients, bank, backend)
+    cohort = Cohort(model, clients, bank, backend, fuse)
     _wrap(cohort, targets)
     try:
         _probe(cohort)
@@ -328,7 +333,7 @@ def _wrap(cohort: Cohort, targets: Mapping[str, Any]) -> None:
         def entry(path: str = path) -> tuple[BankModule, tuple[float, ...]]:
             return cohort._entry(path)
 
-        layer = MultiLoRALinear(model.get_submodule(path), path, cohort.route, entry, cohort.backend)
+        layer = MultiLoRALinear(model.get_submodule(path), path, cohort.route, entry, cohort.backend, cohort.fuse)
         cohort.layers[path] = layer
         _replace(model, path, layer)
     _COHORTS[model] = cohort

@@ -6,15 +6,17 @@ Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clien
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from .arguments import LoraWeights, MergeItem, check_adamw, check_merges, check_rows, check_target, dropout_of
 from .backends import resolve
-from .checks import check_tensor, require
+from .checks import check_choice, check_tensor, require
 from .fused import Plan, without_autocast
 from .segments import Segments
+from .ways import WAYS, possible
 
 
 def plan_linears(
@@ -25,10 +27,12 @@ def plan_linears(
     dropout_seed_C: Any = None,
     row_C: Any = None,
     backend: str = "auto",
+    fuse: str = "auto",
 ) -> Plan:
     """Check what ``lora_linears`` was given; what its forward and gradients need."""
     check_rows(x_MK, tokens.total, len(tokens))
     kernels, _ = resolve(backend, "shrink", x_MK)
+    check_fuse(fuse, kernels)
     require(len(targets) > 0, "targets must hold at least one LoraWeights, got none")
     keys = [None] * len(targets) if dropout_seed_C is None else dropout_seed_C
     require(
@@ -49,7 +53,18 @@ def plan_linears(
         tuple(target.scaling_C for target in targets),
         tuple(dropouts),
         tuple((target.weight, target.bias) for target in targets),
+        fuse,
     )
+
+
+def check_fuse(fuse: str, kernels: ModuleType) -> None:
+    """Check that a way to fuse is known and that the kernels have what it needs."""
+    if fuse == "auto":
+        return
+    check_choice("fuse", fuse, ("auto", *WAYS))
+    ways = possible(kernels)
+    name = kernels.__name__.rsplit(".", 1)[-1]
+    require(fuse in ways, f"fuse={fuse!r} is not among the ways of backend {name!r}; it has: auto, {', '.join(ways)}")
 
 
 def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulate: str, backend: str) -> None:
@@ -79,4 +94,4 @@ def adamw(
         kernels.cohort_adamw_(*buffers, segments, hyper_CH, owner)
 
 
-__all__ = ["adamw", "merge", "plan_linears"]
+__all__ = ["adamw", "check_fuse", "merge", "plan_linears"]

@@ -8,6 +8,7 @@ Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clien
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,9 +16,12 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .segments import Segments
+from .tuning import Shape, choices_for, time_on_gpu
+from .ways import WAYS, possible
+
+Tensors = Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,19 +34,29 @@ class Plan:
     scaling: tuple[Sequence[float] | torch.Tensor, ...]
     dropout: tuple[Any, ...]
     bases: tuple[tuple[torch.Tensor, torch.Tensor | None], ...]
+    fuse: str = "separate"
 
 
 def forward(
     plan: Plan, x_MK: torch.Tensor, factors: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Y and S of every target; ``factors`` are A and B by turns."""
-    k, outputs = plan.kernels, []
-    s_flats = _shrink(plan, x_MK, factors[::2])
+    outputs, s_flats = [], _shrink(plan, x_MK, factors[::2])
     for i, (weight, bias) in enumerate(plan.bases):
-        y_MN = F.linear(x_MK, weight, bias)
-        k.expand_(y_MN, s_flats[i], factors[2 * i + 1], plan.tokens, plan.ranks[i], plan.scaling[i])
-        outputs.append(y_MN)
+        arguments = x_MK, weight, bias, s_flats[i], factors[2 * i + 1], plan.tokens, plan.ranks[i], plan.scaling[i]
+        outputs.append(WAYS[_way_forward(plan, arguments)](plan.kernels, *arguments))
     return outputs, s_flats
+
+
+def _way_forward(plan: Plan, arguments: tuple[Any, ...]) -> str:
+    """The way of one target's product: the caller's, or the one that is fastest for its shape on a GPU."""
+    x_MK, weight = arguments[:2]
+    if plan.fuse != "auto" or x_MK.device.type != "cuda":
+        return "separate" if plan.fuse == "auto" else plan.fuse
+    N, K = weight.shape
+    shape = Shape("forward", x_MK.shape[0], N, K, arguments[6].total, x_MK.dtype)
+    calls = {way: functools.partial(WAYS[way], plan.kernels, *arguments) for way in possible(plan.kernels)}
+    return choices_for(x_MK.device).pick(shape, calls, time_on_gpu, not torch.cuda.is_current_stream_capturing())
 
 
 def _shrink(plan: Plan, x_MK: torch.Tensor, A: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -66,6 +80,48 @@ def _expand_into_dx(
         k.expand_(dx_MK, ds_flat, A_PK, plan.tokens, ranks, None, dropout)
 
 
+def _dx_separate(plan: Plan, dys: Tensors, ds_flats: Tensors, A: Tensors) -> torch.Tensor:
+    """The library's products, then the branches added to their sum."""
+    dx_MK = torch.mm(dys[0], plan.bases[0][0])
+    for dy_MN, (weight, _) in zip(dys[1:], plan.bases[1:], strict=True):
+        dx_MK.addmm_(dy_MN, weight)
+    _expand_into_dx(plan, dx_MK, ds_flats, A)
+    return dx_MK
+
+
+def _dx_prewrite(plan: Plan, dys: Tensors, ds_flats: Tensors, A: Tensors) -> torch.Tensor:
+    """The branches first, then the library's products added to them."""
+    dx_MK = dys[0].new_zeros(dys[0].shape[0], A[0].shape[1])
+    _expand_into_dx(plan, dx_MK, ds_flats, A)
+    for dy_MN, (weight, _) in zip(dys, plan.bases, strict=True):
+        dx_MK.addmm_(dy_MN, weight)
+    return dx_MK
+
+
+def _dx_kernel(plan: Plan, dys: Tensors, ds_flats: Tensors, A: Tensors) -> torch.Tensor:
+    """One kernel, for one target without dropout: dropout's mask must not touch the base's product."""
+    ones_C = (1.0,) * len(plan.tokens)
+    weight = plan.bases[0][0]
+    return plan.kernels.linear_lora(dys[0], weight.T, None, ds_flats[0], A[0], plan.tokens, plan.ranks[0], ones_C)
+
+
+_WAYS_BACK = {"separate": _dx_separate, "prewrite": _dx_prewrite, "kernel": _dx_kernel}
+
+
+def _way_back(plan: Plan, dys: Tensors, ds_flats: Tensors, A: Tensors) -> str:
+    """The way of dX: as forward where it can be, else the branches first; on a GPU the fastest unless it is fixed."""
+    dropping = any(dropout is not None for dropout in plan.dropout)
+    has_kernel = len(dys) == 1 and not dropping and hasattr(plan.kernels, "linear_lora")
+    if plan.fuse != "auto" or dys[0].device.type != "cuda":
+        named = {"auto": "separate", "separate": "separate", "kernel": "kernel" if has_kernel else "prewrite"}
+        return named.get(plan.fuse, "prewrite")
+    ways = [way for way in _WAYS_BACK if way != "kernel" or has_kernel]
+    N, P = sum(dy.shape[1] for dy in dys), sum(ranks.total for ranks in plan.ranks)
+    shape = Shape("backward", dys[0].shape[0], N, A[0].shape[1], P, dys[0].dtype, dropping)
+    calls = {way: functools.partial(_WAYS_BACK[way], plan, dys, ds_flats, A) for way in ways}
+    return choices_for(dys[0].device).pick(shape, calls, time_on_gpu, not torch.cuda.is_current_stream_capturing())
+
+
 def gradients(
     plan: Plan,
     dys: Sequence[torch.Tensor],
@@ -82,10 +138,7 @@ def gradients(
         k.shrink(dy, B_PN, tokens, *own) for dy, B_PN, *own in zip(dys, B, plan.ranks, plan.scaling, strict=True)
     ]
     if wants_x:
-        for dy_MN, (weight, _) in zip(dys, plan.bases, strict=True):
-            dx_MK = torch.mm(dy_MN, weight) if dx_MK is None else dx_MK.addmm_(dy_MN, weight)
-        assert dx_MK is not None
-        _expand_into_dx(plan, dx_MK, ds_flats, A)
+        dx_MK = _WAYS_BACK[_way_back(plan, dys, ds_flats, A)](plan, dys, ds_flats, A)
     for i, wanted in enumerate(wants):
         rest = tokens, plan.ranks[i], plan.scaling[i], A[i].dtype, plan.dropout[i]
         factor_grads += k.wgrad(ds_flats[i], x_MK, s_flats[i], dys[i], *rest) if wanted else (None, None)

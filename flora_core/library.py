@@ -36,14 +36,14 @@ def _rows(host: Sequence[Any], tables: Tensors, count: int, size: int) -> list[A
 
 def _plan(x: torch.Tensor, weights: Tensors, biases: Sequence[torch.Tensor | None], A: Tensors, B: Tensors, *rest: Any):
     """The plan of a call of the registered op, checked like an eager one."""
-    tokens, ranks, scaling, scalings, dropout, dropouts, seed, seeds, row, rows, backend = rest
+    tokens, ranks, scaling, scalings, dropout, dropouts, seed, seeds, row, rows, backend, fuse = rest
     clients = len(tokens)
     parts = [Segments(part) for part in _rows(ranks, (), len(weights), clients)]
     scales = _rows(scaling, scalings, len(weights), clients)
     targets = [LoraWeights(*parts) for parts in zip(weights, biases, A, B, parts, scales, strict=True)]
     probabilities = _pick(dropout, dropouts)
     keys = _rows(seed, seeds, len(weights), clients) if len(seed) or len(seeds) else None
-    return calls.plan_linears(x, targets, Segments(tokens), probabilities, keys, _pick(row, rows), backend)
+    return calls.plan_linears(x, targets, Segments(tokens), probabilities, keys, _pick(row, rows), backend, fuse)
 
 
 @torch.library.custom_op("flora::lora_linears", mutates_args=())
@@ -64,10 +64,11 @@ def _lora_linears(
     row: Sequence[int],
     rows: torch.Tensor | None,
     backend: str,
+    fuse: str,
 ) -> list[torch.Tensor]:
     plan = _plan(
         *(x, weights, biases, A, B, tokens, ranks, scaling, scalings, dropout, dropouts, seed, seeds, row, rows),
-        backend,
+        *(backend, fuse),
     )
     with without_autocast(x):
         outputs, s_flats = forward(plan, x, _by_turns(A, B))
@@ -113,10 +114,11 @@ def _lora_linears_backward(
     row: Sequence[int],
     rows: torch.Tensor | None,
     backend: str,
+    fuse: str,
 ) -> list[torch.Tensor]:
     plan: Plan = _plan(
         *(x, weights, biases, A, B, tokens, ranks, scaling, scalings, dropout, dropouts, seed, seeds, row, rows),
-        backend,
+        *(backend, fuse),
     )
     with without_autocast(x):
         dx_MK, factor_grads = gradients(plan, dys, x, s_flats, _by_turns(A, B), wants_x, wants)
@@ -235,6 +237,7 @@ def lora_linears(
     dropout_seed_C: Any,
     row_C: Any,
     backend: str,
+    fuse: str,
 ) -> list[torch.Tensor]:
     """``ops.lora_linears`` as one traced op."""
     require(len(targets) > 0, "targets must hold at least one LoraWeights, got none")
@@ -253,6 +256,7 @@ def lora_linears(
         *(([], []) if dropout_C is None or keys[0] is None else _flat(keys, x_MK.device)),
         *_one(row_C),
         backend,
+        fuse,
     )
     return found[: len(targets)]
 

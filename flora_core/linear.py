@@ -100,13 +100,14 @@ class MultiLoRALinear(nn.Module):
         route: Route,
         entry: Callable[[], tuple[BankModule, Sequence[float]]],
         backend: str = "auto",
+        fuse: str = "auto",
     ):
         super().__init__()
         self.weight: torch.Tensor = original.weight  # pyright: ignore[reportAttributeAccessIssue]
         self.bias: torch.Tensor | None = original.bias  # pyright: ignore[reportAttributeAccessIssue]
         # Not a submodule: it would double every name in the state dict.
         object.__setattr__(self, "original", original)
-        self.path, self.route, self.entry, self.backend = path, route, entry, backend
+        self.path, self.route, self.entry, self.backend, self.fuse = path, route, entry, backend, fuse
         self.training = original.training
 
     @property
@@ -178,10 +179,9 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
         seed_C = None if layout.seeds is None else layout.seeds[layer.path]
         targets.append(LoraWeights(weight, bias, entry.A_PK, entry.B_PN, entry.ranks, entry.scaling_C, seed_C))
     dropout_C = None if layout.seeds is None else layers[0].entry()[1]
+    options: dict[str, Any] = dict(backend=layers[0].backend, fuse=layers[0].fuse)
     with torch.autocast(device, enabled=False):
-        return lora_linears(
-            x_MK, targets, layout.tokens, dropout_C=dropout_C, row_C=layout.row_C, backend=layers[0].backend
-        )
+        return lora_linears(x_MK, targets, layout.tokens, dropout_C=dropout_C, row_C=layout.row_C, **options)
 
 
 def is_conv1d(module: nn.Module) -> bool:

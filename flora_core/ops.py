@@ -33,6 +33,7 @@ def lora_linear(
     dropout_seed_C: Sequence[int] | torch.Tensor | None = None,
     row_C: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
+    fuse: str = "auto",
 ) -> torch.Tensor:
     """Apply a frozen linear layer and each token's own LoRA adapter.
 
@@ -50,6 +51,8 @@ def lora_linear(
         dropout_seed_C: Philox key of each client, int64. See ``flora_kernels.reference.dropout_keep``.
         row_C: Index of each client's first token within its optimizer step; 0 unless given.
         backend: auto, reference, triton or native.
+        fuse: How the base product and the branch are put together: separate, prewrite, kernel or augmented (see
+            ``flora_core.ways``); auto takes the fastest, measured once per shape on a GPU, and separate on a CPU.
     Returns:
         y_MN in the dtype of x_MK; differentiable in x_MK, A_PK and B_PN, gradients of the factors in their dtype.
     Raises:
@@ -57,7 +60,7 @@ def lora_linear(
     Deterministic: yes. Source: arXiv 2106.09685, eq. 3; mixed ranks by arXiv 2409.05976.
     """
     target = LoraWeights(weight_NK, bias_N, A_PK, B_PN, ranks, scaling_C, dropout_seed_C)
-    return lora_linears(x_MK, [target], tokens, dropout_C=dropout_C, row_C=row_C, backend=backend)[0]
+    return lora_linears(x_MK, [target], tokens, dropout_C=dropout_C, row_C=row_C, backend=backend, fuse=fuse)[0]
 
 
 def lora_linears(
@@ -69,6 +72,7 @@ def lora_linears(
     dropout_seed_C: Sequence[Sequence[int]] | torch.Tensor | None = None,
     row_C: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
+    fuse: str = "auto",
 ) -> list[torch.Tensor]:
     """Apply several LoRA targets that share their input (q, k, v; gate, up).
 
@@ -80,6 +84,8 @@ def lora_linears(
         dropout_seed_C: Keys, one row of C per target; a target's own ``dropout_seed_C`` goes first.
         row_C: Index of each client's first token within its optimizer step; 0 unless given.
         backend: auto, reference, triton or native.
+        fuse: How the base product and the branch are put together: separate, prewrite, kernel or augmented (see
+            ``flora_core.ways``); auto takes the fastest, measured once per shape on a GPU, and separate on a CPU.
     Returns:
         One y_MN per target, as ``lora_linear`` gives it.
     Raises:
@@ -87,8 +93,8 @@ def lora_linears(
     Deterministic: yes.
     """
     if torch.compiler.is_compiling():
-        return library.lora_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend)
-    plan = calls.plan_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend)
+        return library.lora_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
+    plan = calls.plan_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
     factors = [factor for target in targets for factor in (target.A, target.B)]
     with without_autocast(x_MK):
         return list(LoraLinears.apply(plan, x_MK, *factors))  # pyright: ignore[reportGeneralTypeIssues]

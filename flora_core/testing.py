@@ -321,7 +321,7 @@ def _zero_one(result: torch.Tensor) -> None:
     result.view(-1)[order[len(order) // 2]] = 0
 
 
-def run_linear(inputs: LinearInputs, backend: str = "auto") -> dict[str, torch.Tensor]:
+def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "auto") -> dict[str, torch.Tensor]:
     """y, dx, dA and dB of ``lora_linear``."""
     x, A, B = (tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
     y = ops.lora_linear(
@@ -337,6 +337,7 @@ def run_linear(inputs: LinearInputs, backend: str = "auto") -> dict[str, torch.T
         dropout_seed_C=inputs.dropout_seed_C,
         row_C=inputs.row_C,
         backend=backend,
+        fuse=fuse,
     )
     dx, dA, dB = torch.autograd.grad(y, (x, A, B), inputs.dy)
     return {"y": y.detach(), "dx": dx, "dA": dA, "dB": dB}

@@ -54,7 +54,7 @@ def linears(dropout: bool, tables: bool = False) -> tuple[Any, ...]:
         numbers = [], as_tables[0], [], torch.tensor(inputs.dropout_C), [], as_tables[1], [], torch.tensor(inputs.row_C)
     weights, biases = [inputs.weight, other], [inputs.bias, None]
     ranks = list(inputs.ranks.lengths) * 2
-    return x, weights, biases, [A, A], [B, B2], list(inputs.tokens.lengths), ranks, *numbers, "reference"
+    return x, weights, biases, [A, A], [B, B2], list(inputs.tokens.lengths), ranks, *numbers, "reference", "auto"
 
 
 @pytest.mark.parametrize("options", [(False, False), (True, False), (True, True)], ids=["", "dropout", "tables"])

@@ -107,7 +107,8 @@ def test_auto_never_takes_the_interpreter_and_names_what_does_not_fit():
         "try: backends.resolve('triton', 'shrink', torch.zeros(1).double())\n"
         "except ValueError as error: print(error)",
     ).splitlines()
-    assert told[:2] == ["flora_kernels.reference", "flora_kernels.triton"]
+    assert told[0] != "flora_kernels.triton"
+    assert told[1] == "flora_kernels.triton"
     assert told[2].endswith("takes float32, bfloat16, float16 in shrink, got float64; use backend='reference'")
 
 
@@ -141,7 +142,8 @@ def test_every_op_has_the_reference_s_name_and_arguments():
 
     from flora_kernels import reference, triton
 
-    for name in ("shrink", "expand_", "wgrad", "linear", "merge_", "merge_many_", "cohort_adamw_"):
+    lora = ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad", "linear", "linear_lora", "place_")
+    for name in (*lora, "merge_", "merge_many_", "cohort_adamw_"):
         assert inspect.signature(getattr(triton, name)) == inspect.signature(getattr(reference, name)), name
     assert triton.Dropout is reference.Dropout
     assert set(triton.DTYPES) <= set(triton.__all__)

@@ -69,3 +69,8 @@ def install() -> None:
 
 
 install()
+
+
+def pytest_configure(config: Any) -> None:
+    """Triton 3.6's interpreter itself uses what NumPy 2 has deprecated."""
+    config.addinivalue_line("filterwarnings", "ignore:Conversion of an array with ndim > 0:DeprecationWarning")

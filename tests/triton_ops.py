@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing
+from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing, ways
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, LinearInputs, make_linear, make_merge
 from flora_kernels import reference
 from flora_kernels import triton as kernels
@@ -138,6 +138,43 @@ def test_linear_and_linear_lora(case):
 
     for out, oracle in ((plain, base), (fused, both)):
         testing.check_budget({"y": out}, {"y": oracle(torch.float64)}, {"y": oracle(case.dtype)}, {"y": inputs.tokens})
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("fuse", ways.WAYS)
+@in_each_dtype
+def test_every_way_to_fuse(dtype, fuse, dropout):
+    inputs = make_linear(replace(MIXED, dtype=dtype), dropout=dropout, masters=True, device=DEVICE)
+    with testing.nan_filled():
+        testing.check_linear(inputs, testing.run_linear(inputs, "triton", fuse))
+
+
+@pytest.mark.parametrize("fuse", ways.WAYS)
+def test_a_fault_stays_with_its_client_in_every_way(fuse):
+    inputs, spoilt = make_linear(replace(RANK_0, dtype=torch.bfloat16), device=DEVICE), 2
+    clean = testing.run_linear(inputs, "triton", fuse)
+    for where in ("x", "A", "B", "dy"):
+        tensor = getattr(inputs, where).clone()
+        tensor[(inputs.tokens if where in ("x", "dy") else inputs.ranks)[spoilt]] = float("nan")
+        out = testing.run_linear(replace(inputs, **{where: tensor}), "triton", fuse)
+        for name, result in out.items():
+            for client in (0, 1):
+                rows = inputs.parts[name][client]
+                assert torch.equal(result[rows], clean[name][rows]), f"{name} of client {client}, {where}"
+        assert not all(result[inputs.parts[name][spoilt]].isfinite().all() for name, result in out.items())
+
+
+@in_dtypes(MIXED, RANK_0)
+def test_place(case):
+    inputs = make_linear(case, device=DEVICE)
+    s_flat = reference.shrink(inputs.x, inputs.A, inputs.tokens, inputs.ranks)
+    scaling_C = torch.tensor(inputs.scaling_C, device=DEVICE)
+    scaling_C[0] = float("nan")
+    wide = torch.full((len(inputs.x), 9 + 64), 7.0, dtype=case.dtype, device=DEVICE)
+    right = wide.clone()
+    kernels.place_(wide[:, 9:], s_flat, inputs.tokens, inputs.ranks, scaling_C)
+    reference.place_(right[:, 9:], s_flat, inputs.tokens, inputs.ranks, scaling_C)
+    assert torch.equal(wide.nan_to_num(5.0), right.nan_to_num(5.0))
 
 
 @in_each_dtype

@@ -219,6 +219,36 @@ def wgrad(
     return dA_PK, dB_PN
 
 
+def linear_lora(
+    x_MK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    s_flat: torch.Tensor,
+    B_PN: torch.Tensor,
+    tokens: Ranges,
+    ranks: Ranges,
+    scaling_C: Sequence[float] | torch.Tensor,
+) -> torch.Tensor:
+    """Y = X W^T + b + scaling_c S_c B_c; S as ``shrink`` gives it."""
+    return expand_(linear(x_MK, weight_NK, bias_N), s_flat, B_PN, tokens, ranks, scaling_C)
+
+
+def place_(
+    out_MP: torch.Tensor,
+    s_flat: torch.Tensor,
+    tokens: Ranges,
+    ranks: Ranges,
+    scaling_C: Sequence[float] | torch.Tensor,
+) -> torch.Tensor:
+    """scaling_c S_c into the columns ranks[c] of rows tokens[c], zero everywhere else; columns past P too."""
+    out_MP.zero_()
+    for c, rows, bank, flat in _clients(tokens, ranks):
+        out_MP[rows, bank] = (
+            (_wide(s_flat[flat]) * float(scaling_C[c])).view(rows.stop - rows.start, -1).to(out_MP.dtype)
+        )
+    return out_MP
+
+
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """An fp32 master as (bf16, int16 low bits): bits(master) = (bits(bf16) << 16) + low.
 
@@ -341,9 +371,11 @@ __all__ = [
     "expand_many_",
     "join_master",
     "linear",
+    "linear_lora",
     "merge_",
     "merge_many_",
     "philox4x32",
+    "place_",
     "shrink",
     "shrink_many",
     "split_master",

@@ -13,6 +13,7 @@ from .common import FLOAT_DTYPES
 from .expand import expand_, expand_many_
 from .linear import linear, linear_lora
 from .merge import merge_, merge_many_
+from .place import place_
 from .shrink import shrink, shrink_many
 from .wgrad import wgrad
 
@@ -26,6 +27,7 @@ DTYPES = {
     "wgrad": FLOAT_DTYPES,
     "linear": FLOAT_DTYPES,
     "linear_lora": FLOAT_DTYPES,
+    "place_": FLOAT_DTYPES,
     "merge_": _MERGED,
     "merge_many_": _MERGED,
     "cohort_adamw_": (torch.float32, torch.float64),
@@ -42,6 +44,7 @@ __all__ = [
     "linear_lora",
     "merge_",
     "merge_many_",
+    "place_",
     "shrink",
     "shrink_many",
     "wgrad",

@@ -1,0 +1,182 @@
+"""The ways to fuse: each gives the same linear and keeps faults with their client; which one runs is chosen once.
+
+Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flora_core import testing, tuning, ways
+from flora_core.testing import DTYPES, LINEAR_SHAPES, make_linear, run_linear
+from flora_core.tuning import Choices, Shape
+
+MIXED, LONE, EMPTY, RANK_0, NOBODY, ODD = (LINEAR_SHAPES[i] for i in (0, 1, 2, 4, 5, 6))
+in_each_way = pytest.mark.parametrize("fuse", ways.WAYS)
+
+
+@in_each_way
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", [MIXED, LONE, EMPTY, RANK_0, NOBODY, ODD], ids=lambda case: case.id)
+def test_every_way_gives_the_linear(case, dtype, dropout, fuse):
+    for base in (True, False):
+        inputs = make_linear(replace(case, dtype=dtype), base=base, dropout=dropout, masters=True)
+        with testing.nan_filled():
+            testing.check_linear(inputs, run_linear(inputs, "reference", fuse))
+
+
+@in_each_way
+def test_ternary_integers_are_exact(fuse):
+    inputs = make_linear(RANK_0, exact=True, dropout=True)
+    out = run_linear(inputs, "reference", fuse)
+    for name, exact in testing.oracle_linear(inputs).items():
+        assert torch.equal(out[name].double(), exact), name
+
+
+@in_each_way
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["x", "A", "B", "dy"])
+def test_a_fault_stays_with_its_client(where, value, fuse):
+    inputs = make_linear(MIXED, dropout=where == "x")
+    clean = run_linear(inputs, "reference", fuse)
+    for spoilt in range(3):
+        tensor = getattr(inputs, where).clone()
+        tensor[(inputs.tokens if where in ("x", "dy") else inputs.ranks)[spoilt]] = value
+        out = run_linear(replace(inputs, **{where: tensor}), "reference", fuse)
+        for name, result in out.items():
+            for client, rows in enumerate(inputs.parts[name]):
+                assert client == spoilt or torch.equal(result[rows], clean[name][rows]), f"{name} of client {client}"
+        assert not all(result[inputs.parts[name][spoilt]].isfinite().all() for name, result in out.items())
+
+
+def test_what_overflows_in_16_bits_stays_with_its_client():
+    """A finite master may be infinite as the compute dtype sees it, and 0 * inf is NaN."""
+    inputs = make_linear(replace(MIXED, dtype=torch.float16), masters=True)
+    B = inputs.B.clone()
+    B[inputs.ranks[1]] = 1e6
+    out = run_linear(replace(inputs, B=B), "reference", "augmented")["y"]
+    assert out[inputs.tokens[0]].isfinite().all()
+    assert out[inputs.tokens[2]].isfinite().all()
+
+
+def test_the_ways_are_other_computations(monkeypatch):
+    """Each way runs what it says; else the tests above would try one and the same four times."""
+    inputs, called = make_linear(MIXED), []
+    for name, function in ways.WAYS.items():
+        monkeypatch.setitem(ways.WAYS, name, lambda *args, n=name, f=function: called.append(n) or f(*args))
+    for fuse in (*ways.WAYS, "auto"):
+        run_linear(inputs, "reference", fuse)
+    assert called == [*ways.WAYS, "separate"]
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ValueError, match="fuse must be one of auto, separate, prewrite, kernel, augmented, got 'fast'"):
+        run_linear(make_linear(MIXED), "reference", "fast")
+
+
+def test_a_way_that_the_backend_lacks_is_refused(monkeypatch):
+    from flora_kernels import reference
+
+    monkeypatch.delattr(reference, "linear_lora")
+    with pytest.raises(
+        ValueError, match="fuse='kernel' is not among the ways of backend 'reference'; it has: auto, sep"
+    ):
+        run_linear(make_linear(MIXED), "reference", "kernel")
+
+
+SHAPE = Shape("forward", 8192, 4096, 4096, 160, torch.bfloat16)
+PLATFORM = {"device": "a GPU", "torch": "2"}
+
+
+def timer(*times: float) -> Callable[[Sequence[Any]], list[float]]:
+    """Says how long the ways took without running them; counts how often it is asked."""
+
+    def told(calls: Sequence[Any]) -> list[float]:
+        asked.append(len(calls))
+        return list(times)
+
+    asked: list[int] = []
+    told.asked = asked  # pyright: ignore[reportFunctionMemberAccess]
+    return told
+
+
+def nothing() -> None:
+    pass
+
+
+TWO = {"separate": nothing, "prewrite": nothing}
+
+
+def test_a_way_is_measured_once_per_shape_and_kept(tmp_path: Path):
+    choices, slow = Choices(PLATFORM, tmp_path), timer(5.0, 4.0)
+    assert [choices.pick(SHAPE, TWO, slow) for _ in range(3)] == ["prewrite"] * 3
+    assert len(slow.asked) == 1  # pyright: ignore[reportFunctionMemberAccess]
+    assert choices.pick(replace(SHAPE, K=11008), TWO, timer(1.0, 2.0)) == "separate"
+    again, never = Choices(PLATFORM, tmp_path), timer()
+    assert again.pick(SHAPE, TWO, never) == "prewrite"
+    assert again.pick(replace(SHAPE, M=8000), TWO, never) == "prewrite", "M counts in powers of two"
+    assert again.used == {SHAPE.key: {"way": "prewrite", "us": {"separate": 5.0, "prewrite": 4.0}}}
+    assert again.why(SHAPE) == "prewrite (measured on a GPU: prewrite 4 us, separate 5 us)"
+
+
+def test_another_device_or_version_has_a_table_of_its_own(tmp_path: Path):
+    Choices(PLATFORM, tmp_path).pick(SHAPE, TWO, timer(5.0, 4.0))
+    for other in ({"device": "another GPU"}, {"torch": "3"}):
+        assert Choices({**PLATFORM, **other}, tmp_path).pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_resumed_run_keeps_its_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tuning, "_OF_DEVICE", {})
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
+    mine = tuning.choices_for(torch.device("cpu"))
+    mine.pick(SHAPE, TWO, timer(5.0, 4.0))
+    recorded = json.loads(json.dumps(tuning.used()))
+    mine.path.write_text(mine.path.read_text().replace('"prewrite",', '"separate",'))
+    monkeypatch.setattr(tuning, "_OF_DEVICE", {})
+    tuning.use(recorded)
+    assert tuning.choices_for(torch.device("cpu")).pick(SHAPE, TWO, timer()) == "prewrite"
+    assert tuning.used() == recorded
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 9, "platform": {}, "choices": {}}'])
+def test_a_damaged_table_is_told_and_written_anew(text: str, tmp_path: Path):
+    Choices(PLATFORM, tmp_path).pick(SHAPE, TWO, timer(5.0, 4.0))
+    (path,) = tmp_path.iterdir()
+    path.write_text(text)
+    with pytest.warns(
+        RuntimeWarning, match=r"fuse-\w+\.json is damaged .*measured again, and the file is written anew"
+    ):
+        choices = Choices(PLATFORM, tmp_path)
+    assert choices.pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
+    assert Choices(PLATFORM, tmp_path).pick(SHAPE, TWO, timer()) == "separate"
+
+
+def test_two_processes_keep_each_other_s_choices(tmp_path: Path):
+    one, two = Choices(PLATFORM, tmp_path), Choices(PLATFORM, tmp_path)
+    other = replace(SHAPE, direction="backward")
+    one.pick(SHAPE, TWO, timer(5.0, 4.0))
+    two.pick(other, TWO, timer(5.0, 4.0))
+    assert set(Choices(PLATFORM, tmp_path).known) == {SHAPE.key, other.key}
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(tmp_path: Path):
+    choices, never = Choices(PLATFORM, tmp_path), timer()
+    assert choices.pick(SHAPE, TWO, never, may_measure=False) == "separate"
+    assert not never.asked  # pyright: ignore[reportFunctionMemberAccess]
+    assert not choices.used
+    assert choices.why(SHAPE) == "measured at its first batch"
+
+
+def test_a_choice_that_is_not_to_be_had_is_measured_anew(tmp_path: Path):
+    choices = Choices(PLATFORM, tmp_path)
+    choices.use({SHAPE.key: {"way": "kernel", "us": {"kernel": 1.0}}})
+    assert choices.pick(SHAPE, TWO, timer(5.0, 4.0)) == "prewrite"
