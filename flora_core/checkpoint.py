@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from . import tuning
 from .checks import require
 from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
 from .history import Event, show_bytes
@@ -107,6 +108,7 @@ class RunFolder:
             self._write_facts(identity=identity, environments=[environment], start=start, finished=False)
             return []
         self.facts = self._read_facts()
+        tuning.use(self.facts["fuse"])
         fields = differences(self.facts["identity"], identity)
         some = "; ".join(fields[:8]) + (f"; and {len(fields) - 8} more" if len(fields) > 8 else "")
         require(
@@ -140,11 +142,18 @@ class RunFolder:
     def _read_facts(self) -> dict[str, Any]:
         try:
             facts = json.loads((self.path / RUN).read_text("utf-8"))
-            return {name: facts[name] for name in ("identity", "environments", "start", "finished")}
+            kept = {name: facts[name] for name in ("identity", "environments", "start", "finished")}
+            return {**kept, "fuse": dict(facts.get("fuse", {}))}
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{self.path / RUN} is damaged, or of another program: choose another out, or put it back"
             ) from None
+
+    def keep_choices(self) -> None:
+        """Write down which ways to fuse were measured to be fastest; a resumed run goes on with them."""
+        used = tuning.used()
+        if used != self.facts.get("fuse", {}):
+            self._write_facts(fuse=used)
 
     def append(self, event: Event) -> None:
         """Add an event to metrics.jsonl.

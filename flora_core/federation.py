@@ -53,6 +53,7 @@ class Federation:
         eval_data: Held-out records, or the path of a JSONL file.
         callbacks: Called with every event (``flora_core.progress`` lists them).
         backend: auto, reference, triton or native.
+        fuse: As in ``attach``.
     Raises:
         ValueError, TypeError: If the settings do not fit the clients or the strategy.
     Deterministic: yes, on one machine with one number of threads, also over kills and resumes.
@@ -70,11 +71,17 @@ class Federation:
         eval_data: Any = None,
         callbacks: Sequence[Callable[[Event], None]] = (),
         backend: str = "auto",
+        fuse: str = "auto",
     ):
         if not isinstance(config, FederationConfig):
             raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
         self.model, self.tokenizer, self.config, self.train = model, tokenizer, config, train or TrainConfig()
-        self.strategy, self.target_modules, self.backend = get_strategy(strategy), target_modules, backend
+        self.strategy, self.target_modules, self.backend, self.fuse = (
+            get_strategy(strategy),
+            target_modules,
+            backend,
+            fuse,
+        )
         self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
         self.callbacks = tuple(callbacks)
         clients = list(clients)
@@ -139,7 +146,7 @@ class Federation:
 
     @contextmanager
     def _attached(self, specs: Sequence[ClientSpec], seed: int = 0) -> Iterator[Cohort]:
-        cohort = attach(self.model, specs, self.target_modules, seed=seed, backend=self.backend)
+        cohort = attach(self.model, specs, self.target_modules, seed=seed, backend=self.backend, fuse=self.fuse)
         try:
             yield cohort
         finally:
@@ -171,6 +178,7 @@ class Federation:
             "strategy": self.strategy.name,
             "target_modules": self.target_modules,
             "backend": self.backend,
+            "fuse": self.fuse,
             "eval_data": None if self.eval_data is None else json_digest(self.eval_data),
             "model.class": type(self.model).__name__,
             "model.dtype": str(self.model.dtype),
@@ -254,6 +262,7 @@ class Federation:
         self._emit("round_end", **end)
 
     def _save_round(self, folder: RunFolder, number: int, updates: Sequence[ClientUpdate], end: Event) -> None:
+        folder.keep_choices()
         state = {"server": self.server.saved(), "optimizer": self.optimizer}
         events = [event for event in self.events if event.get("round") == number]
         folder.save_round(number, updates, state, [*events, end], **self.server.peft_options())

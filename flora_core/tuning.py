@@ -130,6 +130,8 @@ class Choices:
 
 
 _OF_DEVICE: dict[str, Choices] = {}
+# What a resumed run brought with it, also for a device that is not here.
+_RECORDED: dict[str, dict[str, dict[str, Any]]] = {}
 
 
 def choices_for(device: torch.device) -> Choices:
@@ -137,18 +139,21 @@ def choices_for(device: torch.device) -> Choices:
     name = str(device)
     if name not in _OF_DEVICE:
         _OF_DEVICE[name] = Choices(platform_of(device))
+        _OF_DEVICE[name].use(_RECORDED.get(name, {}))
     return _OF_DEVICE[name]
 
 
 def used() -> dict[str, dict[str, dict[str, Any]]]:
     """Every choice that this process has used, by device; to be written into the run."""
-    return {name: dict(choices.used) for name, choices in _OF_DEVICE.items() if choices.used}
+    return {**_RECORDED, **{name: dict(choices.used) for name, choices in _OF_DEVICE.items() if choices.used}}
 
 
 def use(recorded: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
     """Go on with the choices of a run that is resumed."""
     for name, choices in recorded.items():
-        choices_for(torch.device(name)).use(choices)
+        _RECORDED[name] = dict(choices)
+        if name in _OF_DEVICE:
+            _OF_DEVICE[name].use(choices)
 
 
 def time_on_gpu(calls: Sequence[Callable[[], Any]]) -> list[float]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from flora_core import testing, tuning, ways
+from flora_core.checkpoint import RunFolder
 from flora_core.testing import DTYPES, LINEAR_SHAPES, make_linear, run_linear
 from flora_core.tuning import Choices, Shape
 
@@ -134,16 +135,42 @@ def test_another_device_or_version_has_a_table_of_its_own(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_resumed_run_keeps_its_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tuning, "_OF_DEVICE", {})
-    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path)
-    mine = tuning.choices_for(torch.device("cpu"))
-    mine.pick(SHAPE, TWO, timer(5.0, 4.0))
-    recorded = json.loads(json.dumps(tuning.used()))
-    mine.path.write_text(mine.path.read_text().replace('"prewrite",', '"separate",'))
-    monkeypatch.setattr(tuning, "_OF_DEVICE", {})
+@pytest.fixture
+def new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Forgets what this process knows, as a new one would."""
+
+    def forget() -> None:
+        monkeypatch.setattr(tuning, "_OF_DEVICE", {})
+        monkeypatch.setattr(tuning, "_RECORDED", {})
+
+    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path / "cache")
+    forget()
+    return forget
+
+
+def test_a_resumed_run_keeps_its_choices(tmp_path: Path, new_process: Callable[[], None]):
+    cpu = torch.device("cpu")
+    run = RunFolder(tmp_path / "run")
+    run.begin({"a": 1}, {})
+    run.keep_choices()
+    assert "fuse" not in json.loads((tmp_path / "run" / "run.json").read_text())
+    assert tuning.choices_for(cpu).pick(SHAPE, TWO, timer(5.0, 4.0)) == "prewrite"
+    run.keep_choices()
+    recorded = tuning.used()
+    new_process()
+    # In the meantime another run has measured the other way to be faster.
+    (cache,) = (tmp_path / "cache").iterdir()
+    cache.unlink()
+    assert tuning.choices_for(cpu).pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
+    new_process()
+    RunFolder(tmp_path / "run").begin({"a": 1}, {})
+    assert tuning.choices_for(cpu).pick(SHAPE, TWO, timer()) == "prewrite"
+    assert tuning.used() == recorded
+
+
+def test_choices_for_a_device_that_is_not_here_are_kept(new_process: Callable[[], None]):
+    recorded = {"cuda:7": {SHAPE.key: {"way": "kernel", "us": {}}}}
     tuning.use(recorded)
-    assert tuning.choices_for(torch.device("cpu")).pick(SHAPE, TWO, timer()) == "prewrite"
     assert tuning.used() == recorded
 
 
