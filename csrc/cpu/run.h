@@ -19,7 +19,7 @@ namespace FLORA_ISA {
 constexpr int64_t PANEL_BYTES = 4 << 20;
 // A task's packed left side lies in L2.
 constexpr int64_t LEFT_BYTES = 128 << 10;
-constexpr int64_t TASKS_PER_THREAD = 6;
+constexpr int64_t TASKS_PER_THREAD = 16;
 
 FLORA_INLINE int team_size(int32_t wanted) {
 #ifdef _OPENMP
