@@ -126,6 +126,9 @@ class Library:
 
     def __init__(self, path: Path, device: str = "cpu"):
         self.device, self.order, self.fault = torch.device(device), 0, ("", "")
+        # Whether results and workspaces are NaN before a call; off where calls are timed.
+        self.fill = True
+        self._tables: dict[tuple[Any, ...], torch.Tensor] = {}
         self._c = ctypes.CDLL(str(path))
         self._emulated = device == "cpu"
         self._c.flora_check_error.restype = c_char_p
@@ -156,7 +159,16 @@ class Library:
     def _table(self, name: str, values: Any, dtype: torch.dtype) -> int | None:
         if values is None:
             return None
-        return _address(self._keep(name, torch.as_tensor(values, dtype=dtype, device=self.device).contiguous()))
+        if not isinstance(values, torch.Tensor):
+            key = (*values, dtype)
+            if key not in self._tables:
+                self._tables[key] = torch.tensor(values, dtype=dtype, device=self.device)
+            values = self._tables[key]
+        return _address(self._keep(name, values.to(self.device, dtype).contiguous()))
+
+    def _fresh(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        fresh = torch.empty(shape, dtype=dtype, device=self.device)
+        return fresh.fill_(float("nan")) if self.fill else fresh
 
     def _clients(
         self, tokens: Ranges, ranks: Ranges, scaling_C: Sequence[float] | torch.Tensor | None, dropout: Dropout | None
@@ -181,8 +193,7 @@ class Library:
         setup, size = Exec(sizeof(Exec), 0 if self._emulated else 1, 0, stream), c_size_t(0)
         try:
             self._require(op, function(byref(setup), *arguments, byref(size)))
-            # NaN: results must not depend on what was there.
-            workspace = torch.full((size.value // 4 + 64,), float("nan"), device=self.device)[: size.value // 4]
+            workspace = self._fresh(size.value // 4)
             setup.workspace, setup.workspace_bytes = _address(workspace), size.value
             if self._emulated:
                 self._register([*self._kept, ("workspace", workspace)])
@@ -230,7 +241,7 @@ class Library:
         dropout: Dropout | None = None,
     ) -> torch.Tensor:
         size = sum((m.stop - m.start) * (p.stop - p.start) for m, p in zip(tokens, ranks, strict=True))
-        s_flat = torch.full((size,), float("nan"), dtype=x_MK.dtype, device=x_MK.device)
+        s_flat = self._fresh(size, dtype=x_MK.dtype)
         arguments = ShrinkArgs(
             sizeof(ShrinkArgs),
             self._matrix("x", x_MK),
@@ -274,9 +285,7 @@ class Library:
         dropout: Dropout | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = ranks[len(ranks) - 1].stop if len(ranks) else 0
-        dA, dB = (
-            torch.full((total, data.shape[1]), float("nan"), dtype=dtype, device=data.device) for data in (x_MK, dy_MN)
-        )
+        dA, dB = (self._fresh(total, data.shape[1], dtype=dtype) for data in (x_MK, dy_MN))
         arguments = WgradArgs(
             sizeof(WgradArgs),
             self._vector("ds", ds_flat),

@@ -90,23 +90,29 @@ def check_adamw(library: Library, device: str) -> float:
     )
     low = [torch.rand(2248, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     ref64, mine = [tensor.double() for tensor in low], [tensor.to(device, copy=True) for tensor in low]
-    for buffers in (low, ref64):
-        reference.cohort_adamw_(*buffers, parts, hyper.double(), owner)
-    library.cohort_adamw_(*mine, parts, hyper.double(), owner)
+    for p, g, m, v in (low, ref64):
+        reference.cohort_adamw_(p, g, m, v, parts, hyper.double(), owner)
+    p, g, m, v = mine
+    library.cohort_adamw_(p, g, m, v, parts, hyper.double(), owner)
     return max(testing.budget_ratio(a.cpu(), b, c) for a, b, c in zip(mine, ref64, low, strict=True))
 
 
-def milliseconds(run: Callable[[], Any], repeats: int = 15) -> dict[str, float]:
-    """Median, p20 and p80 of a run between events, after two that do not count."""
-    times = []
+def milliseconds(run: Callable[[], Any], repeats: int = 15, inner: int = 1) -> dict[str, float]:
+    """Median, p20 and p80 of a run, replayed from a graph of ``inner`` runs: Python is slower than a small kernel."""
+    run()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        for _ in range(inner):
+            run()
     for i in range(repeats + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        run()
+        graph.replay()
         stop.record()
         torch.cuda.synchronize()
         if i > 1:
-            times.append(start.elapsed_time(stop))
+            times.append(start.elapsed_time(stop) / inner)
     times.sort()
     return {"ms": statistics.median(times), "p20": times[len(times) // 5], "p80": times[len(times) * 4 // 5]}
 
@@ -146,18 +152,18 @@ def time_merges(library: Library, bandwidth: float) -> dict[str, Any]:
     q_v = [(4096, 4096)] * 64
     everything = ([(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]) * 32
     rows = {}
-    for name, shapes, factor, options in (
-        ("q,v bf16 factors", q_v, BF16, {}),
-        ("q,v fp32 factors", q_v, torch.float32, {}),
-        ("q,v stochastic", q_v, BF16, {"rounding": "stochastic"}),
-        ("q,v low bits", q_v, BF16, {"low_bits": True}),
-        ("all linears bf16 factors", everything, BF16, {}),
+    for name, shapes, factor, rounding, low_bits in (
+        ("q,v bf16 factors", q_v, BF16, "nearest", False),
+        ("q,v fp32 factors", q_v, torch.float32, "nearest", False),
+        ("q,v stochastic", q_v, BF16, "stochastic", False),
+        ("q,v low bits", q_v, BF16, "nearest", True),
+        ("all linears bf16 factors", everything, BF16, "nearest", False),
     ):
-        items = merge_layers(shapes, factor, options.pop("low_bits", False))
-        timed: dict[str, Any] = milliseconds(lambda items=items, o=options: library.merge_many_(items, **o), 7)
+        items = merge_layers(shapes, factor, low_bits)
+        timed: dict[str, Any] = milliseconds(lambda i=items, r=rounding: library.merge_many_(i, rounding=r), 7)
         timed["bytes"] = moved_bytes(items)
         timed["share of copy bandwidth"] = timed["bytes"] / (timed["ms"] / 1e3) / bandwidth
-        if factor == BF16 and not options:
+        if factor == BF16 and rounding == "nearest" and not low_bits:
 
             def loop(items: list[MergeItem] = items) -> None:
                 for item in items:
@@ -192,10 +198,10 @@ def time_linears(library: Library, bandwidth: float) -> dict[str, Any]:
             2 * (2 * M * K + 2 * pairs) + 2 * factors,
         ),
     ):
-        rows[name] = {**milliseconds(run), "bytes": size, "limit ms": 1e3 * size / bandwidth}
-    buffers = [torch.rand(84_000_000, device="cuda") for _ in range(4)]
+        rows[name] = {**milliseconds(run, inner=20), "bytes": size, "limit ms": 1e3 * size / bandwidth}
+    p, g, m, v = [torch.rand(84_000_000, device="cuda") for _ in range(4)]
     hyper, parts = torch.tensor([[1e-4, 0.9, 0.999, 1e-8, 0.0, 3, 1.0]] * 10, device="cuda"), Segments([8_400_000] * 10)
-    timed = milliseconds(lambda: library.cohort_adamw_(*buffers, parts, hyper, range(10)))
+    timed = milliseconds(lambda: library.cohort_adamw_(p, g, m, v, parts, hyper, range(10)))
     rows["adamw"] = {**timed, "bytes": 28 * 84_000_000, "limit ms": 1e3 * 28 * 84_000_000 / bandwidth}
     return rows
 
@@ -236,6 +242,7 @@ def main() -> int:
     sound = all(probes.values()) and isinstance(adam, float) and adam <= 1
     sound = sound and all(isinstance(r, float) and r <= 1 for r in (*linears.values(), *merges.values()))
     if gpu and sound:
+        library.fill = False
         bandwidth = step("copy bytes/s", copy_bandwidth)
         step("merge times", lambda: time_merges(library, bandwidth))
         step("linear times", lambda: time_linears(library, bandwidth))
