@@ -19,6 +19,7 @@ from .backends import resolve
 from .bank import AdapterBank, AdapterConfig, BankModule, matches_target
 from .calls import check_fuse
 from .checks import require
+from .explaining import describe
 from .forward import Batch, find_way
 from .linear import Layout, MultiLoRALinear, Route, is_conv1d, weight_view
 from .loss import Head
@@ -372,19 +373,17 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Tell for every target which op, backend and kernel runs, and the reason for every slower path."""
+    """Tell for every target which op, backend, kernel, way to fuse and tiles run and why, and which path is slower."""
     cohort = _COHORTS.get(model)
     require(cohort is not None, "the model has no cohort attached; call flora_core.attach first")
     assert cohort is not None
-    kernels, reason = resolve(cohort.backend, "shrink")
+    _, reason = resolve(cohort.backend, "shrink", next(iter(cohort.layers.values())).weight)
     rows = tuple(
         {
             "module": path,
-            "op": "lora_linear",
             "shape": f"{layer.out_features}x{layer.in_features} {str(layer.weight.dtype).removeprefix('torch.')}",
             "ranks": ",".join(str(rank) for rank in cohort.bank.modules[path].ranks.lengths),
-            "backend": kernels.__name__.rsplit(".", 1)[-1],
-            "kernel": "library product, then shrink and expand client by client",
+            **describe(layer, cohort.route.groups.get(path, (layer,))),
         }
         for path, layer in cohort.layers.items()
     )

@@ -252,10 +252,22 @@ def test_explain():
         "2,0,5",
     )
     kernels, reason = resolve("auto", "shrink")
+    assert told.rows[0]["fuse"] == "separate (nothing is measured on a CPU)"
     assert told.rows[0]["backend"] == kernels.__name__.rsplit(".", 1)[-1]
     assert f"backend: {reason}" in told.notes
     assert "padded (the model does not go through transformers' attention interface)" in str(told)
     assert "triton: no GPU here" in str(told) or told.rows[0]["backend"] != "reference"
+
+
+def test_explain_names_who_shares_an_input_and_what_is_fixed():
+    model = llama()
+    flora.attach(model, [client("a")], ["q_proj", "v_proj", "o_proj"], backend="reference", fuse="prewrite")
+    rows = {row["module"].removeprefix("model.layers.0.self_attn."): row for row in flora.explain(model).rows}
+    assert rows["q_proj"]["op"] == "lora_linears with v_proj"
+    assert rows["o_proj"]["op"] == "lora_linear"
+    assert {rows[name]["fuse"] for name in ("q_proj", "o_proj")} == {"prewrite (fixed)"}
+    assert rows["q_proj"]["kernel"] == "torch, client by client"
+    assert rows["q_proj"]["tiles"] == "none"
 
 
 def test_candidates_leave_the_head_out():

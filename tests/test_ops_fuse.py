@@ -125,7 +125,9 @@ def test_a_way_is_measured_once_per_shape_and_kept(tmp_path: Path):
     assert again.pick(SHAPE, TWO, never) == "prewrite"
     assert again.pick(replace(SHAPE, M=8000), TWO, never) == "prewrite", "M counts in powers of two"
     assert again.used == {SHAPE.key: {"way": "prewrite", "us": {"separate": 5.0, "prewrite": 4.0}}}
-    assert again.why(SHAPE) == "prewrite (measured on a GPU: prewrite 4 us, separate 5 us)"
+    told = again.told(4096, 4096, torch.bfloat16)
+    assert told == "measured on a GPU: prewrite at M8192 (prewrite 4 us, separate 5 us)"
+    assert again.told(4096, 2048, torch.bfloat16) == "measured at its first batch"
 
 
 def test_another_device_or_version_has_a_table_of_its_own(tmp_path: Path):
@@ -200,7 +202,6 @@ def test_nothing_is_measured_while_a_graph_is_captured(tmp_path: Path):
     assert choices.pick(SHAPE, TWO, never, may_measure=False) == "separate"
     assert not never.asked  # pyright: ignore[reportFunctionMemberAccess]
     assert not choices.used
-    assert choices.why(SHAPE) == "measured at its first batch"
 
 
 def test_a_choice_that_is_not_to_be_had_is_measured_anew(tmp_path: Path):

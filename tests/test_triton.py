@@ -148,3 +148,21 @@ def test_every_op_has_the_reference_s_name_and_arguments():
     assert triton.Dropout is reference.Dropout
     assert set(triton.DTYPES) <= set(triton.__all__)
     assert ops.HYPER_COLUMNS.index("clip_scale") + 1 == triton.adamw._COLUMNS
+
+
+def test_a_tile_measured_here_goes_first_and_the_reason_is_told(monkeypatch):
+    from flora_kernels.triton import common, tiles
+
+    both = (torch.bfloat16, torch.float16)
+    table = [
+        common.Tile(both, {"BLOCK_M": 16}, measured_on="another GPU"),
+        common.Tile(both, {"BLOCK_M": 64}),
+        common.Tile((torch.bfloat16,), {"BLOCK_M": 32}, measured_on="this GPU"),
+    ]
+    monkeypatch.setattr(common, "device_name", lambda: "this GPU")
+    assert str(common.pick(table, torch.bfloat16)) == "32, 4 warps (measured on this GPU)"
+    assert str(common.pick(table, torch.float16)) == "64, 4 warps (chosen by counts)"
+    monkeypatch.setattr(common, "device_name", lambda: None)
+    assert common.pick(table, torch.bfloat16).sizes == {"BLOCK_M": 64}
+    assert common.pick(table[:1], torch.bfloat16).sizes == {"BLOCK_M": 16}
+    assert all("chosen by counts" in told for told in tiles(torch.bfloat16, targets=3).values())

@@ -9,12 +9,18 @@ import torch
 
 from ..reference import Dropout, MergeItem
 from .adamw import cohort_adamw_
-from .common import FLOAT_DTYPES
+from .common import FLOAT_DTYPES, pick
+from .expand import SHARED_TILES as _EXPAND_SHARED
+from .expand import TILES as _EXPAND
 from .expand import expand_, expand_many_
+from .linear import TAIL_TILES as _LINEAR_LORA
 from .linear import linear, linear_lora
 from .merge import merge_, merge_many_
 from .place import place_
+from .shrink import SHARED_TILES as _SHRINK_SHARED
+from .shrink import TILES as _SHRINK
 from .shrink import shrink, shrink_many
+from .wgrad import TILES as _WGRAD
 from .wgrad import wgrad
 
 _MERGED = (*FLOAT_DTYPES, torch.float64)
@@ -33,6 +39,19 @@ DTYPES = {
     "cohort_adamw_": (torch.float32, torch.float64),
 }
 
+
+def tiles(dtype: torch.dtype, targets: int = 1) -> dict[str, str]:
+    """Which tile configuration each kernel of a LoRA linear takes, and why, for so many targets that share their x."""
+    found = {
+        "shrink": _SHRINK_SHARED if targets > 1 else _SHRINK,
+        "expand_": _EXPAND,
+        "expand_ into dX": _EXPAND_SHARED if targets > 1 else _EXPAND,
+        "wgrad": _WGRAD,
+        "linear_lora": _LINEAR_LORA,
+    }
+    return {op: str(pick(table, dtype)) for op, table in found.items()}
+
+
 __all__ = [
     "DTYPES",
     "Dropout",
@@ -47,5 +66,6 @@ __all__ = [
     "place_",
     "shrink",
     "shrink_many",
+    "tiles",
     "wgrad",
 ]

@@ -39,10 +39,26 @@ class Tile:
         stages = self.num_stages if torch.version.hip is None else min(self.num_stages, 2)
         return {**self.sizes, "num_warps": self.num_warps, "num_stages": stages}
 
+    def __str__(self) -> str:
+        sizes = " x ".join(str(size) for size in self.sizes.values())
+        why = self.measured_on if self.measured_on == BY_COUNTS else f"measured on {self.measured_on}"
+        return f"{sizes}, {self.num_warps} warps ({why})"
+
+
+@functools.cache
+def device_name() -> str | None:
+    """The GPU that kernels run on; None without one."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
 
 def pick(tiles: Sequence[Tile], dtype: torch.dtype) -> Tile:
-    """The first configuration for a dtype. Never chosen by M or C: a client's bits must not depend on its cohort."""
-    return next(tile for tile in tiles if dtype in tile.dtypes)
+    """The configuration for a dtype: one that was measured on this device, else one by the counts, else the first.
+
+    Never chosen by M or C: a client's bits must not depend on its cohort.
+    """
+    fit, here = [tile for tile in tiles if dtype in tile.dtypes], device_name()
+    by_device = [tile for wanted in (here, BY_COUNTS) for tile in fit if tile.measured_on == wanted]
+    return (by_device or fit)[0]
 
 
 def rank_block(ranks: Ranges) -> int:
@@ -231,6 +247,7 @@ __all__ = [
     "Tile",
     "clients",
     "clients_of_targets",
+    "device_name",
     "draws_of",
     "find_tile",
     "find_tile_of_targets",
