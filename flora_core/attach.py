@@ -387,7 +387,8 @@ def explain(model: nn.Module) -> Explanation:
         }
         for path, layer in cohort.layers.items()
     )
-    packing = "packed without padding, attention per sequence" if cohort.packs else "padded"
+    way, why = attention.way_of(model)
+    packing = f"packed without padding, attention: {way} ({why})" if cohort.packs else "padded"
     head = {
         "linear": "hidden @ W^T in chunks, gradient written out",
         "model": "the model's own head in chunks: it transforms logits after the product",

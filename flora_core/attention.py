@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .attention_ways import WAYS, Way, choose
 from .checks import require
 
 NAME = "flora_packed"
@@ -45,11 +46,15 @@ def packed_attention(
     """Causal attention within each packed sequence; (1, H, M, D) in, (1, M, H, D) out.
 
     ``attention_mask`` is what ``_window_mask`` made: the layer's sliding window, or None. Anything beyond plain
-    attention (softcap, sinks) goes through the model's own eager function, per sequence. The frozen base's
+    attention (softcap, sinks) goes through the model's own eager function, per sequence; plain attention on a GPU
+    through what ``attention_ways`` chooses. The frozen base's
     attention dropout is off: its random numbers would depend on the cohort.
     """
     lengths, window = _LENGTHS[module], _window(attention_mask)
     special = {name: extra[name] for name in extra if name not in _PLAIN and extra[name] is not None}
+    way, _ = choose(query.device.type, query.dtype, query.shape[3], tuple(special))
+    if way != "per sequence":
+        return WAYS[way](query, key, value, lengths, window, scaling)[None], None
     parts, start = [], 0
     for length, group in groupby(lengths):
         rows = slice(start, start + length * len(list(group)))
@@ -124,6 +129,14 @@ def unsupported(model: torch.nn.Module) -> str | None:
         if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
             return "attention is not causal"
     return None
+
+
+def way_of(model: torch.nn.Module) -> Way:
+    """The way that plain attention of a model takes; special layers are told apart when they run."""
+    parameter, config = next(model.parameters()), getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None) or 1
+    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
+    return choose(parameter.device.type, parameter.dtype, size)
 
 
 def _configs(model: torch.nn.Module) -> list[Any]:
