@@ -1,0 +1,100 @@
+"""The one command for a GPU: ``python -m bench.gpu_check``. First whether everything is right, then how fast it is.
+
+1. Every Triton op against float64 on ragged cases, on the device (tests/triton_ops.py).
+2. A training step of a small Llama on the Triton backend against PEFT, client by client, and its bits a second time.
+3. The CUDA C++ kernels (tests/gpu_check.py), where nvcc is.
+4. Only if these are green: LoRA linears against the frozen linear, PEFT and grouped_mm; AdamW against torch's.
+
+Without a GPU the first two run under Triton's interpreter (--few for a selection) and nothing is timed. Results go to
+gpu_check_triton.json in $OUT, or the folder named with --out, after every step; needs no network.
+Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = torch.cuda.is_available()
+if not GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import tests.triton_interpreter  # noqa: F401 (before the first kernel is defined)
+
+
+def run_tests(few: bool) -> dict[str, Any]:
+    """Run the tests of the Triton ops where their kernels run."""
+    words = ["-q", "-p", "no:cacheprovider", "tests/triton_ops.py"]
+    words += [] if GPU else ["-p", "tests.triton_interpreter"]
+    words += ["-k", "M37 or integers or way"] if few else []
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"green": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:], "failed": failed}
+
+
+def run_cuda(out: Path) -> dict[str, Any]:
+    """Run the check of the CUDA C++ kernels; its own file has the details."""
+    done = subprocess.run([sys.executable, "-m", "tests.gpu_check", "--out", str(out)], cwd=ROOT, text=True)
+    return {"green": done.returncode == 0, "details": "gpu_check.json"}
+
+
+def main() -> int:
+    """Check, then time."""
+    from bench import gpu_step, gpu_times
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
+    parser.add_argument("--few", action="store_true", help="a selection of the tests")
+    parser.add_argument("--skip-cuda", action="store_true", help="leave the CUDA C++ kernels out")
+    parser.add_argument("--models", default="7b,tinyllama", help="whose shapes are timed")
+    parser.add_argument("--tokens", default="8192,1280,32768", help="M over ten clients, the most important first")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {"setting": gpu_times.setting()}
+
+    def save() -> None:
+        text = json.dumps(results, indent=1, default=str) + "\n"
+        (options.out / "gpu_check_triton.json").write_text(text)
+
+    def step(name: str, run: Callable[[], Any]) -> Any:
+        try:
+            results[name] = run()
+        except Exception:  # the next step may still tell something
+            results[name] = {"green": False, "error": traceback.format_exc(limit=4)}
+        save()
+        print(f"{name}: {json.dumps(results[name], default=str)[:1500]}", flush=True)
+        return results[name]
+
+    device = "cuda" if GPU else "cpu"
+    checks = [step("ops", lambda: run_tests(options.few)), step("training step", lambda: gpu_step.check(device))]
+    if not options.skip_cuda:
+        checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
+    # What is timed is Triton's; a red check of C++ does not keep its times back.
+    green = all(check["green"] for check in checks[:2])
+    if GPU and green:
+        bandwidth = step("copy bytes/s", gpu_times.copy_bandwidth)
+        step("adamw", lambda: gpu_times.time_adamw(bandwidth))
+        for tokens in map(int, options.tokens.split(",")):
+            for model in options.models.split(","):
+                for shape in gpu_times.SHAPES[model]:
+                    for dropout in (0.0, 0.1):
+                        name = f"{model} {shape[1]}->{shape[0]} M{tokens} dropout {dropout:g}"
+                        step(name, lambda s=shape, t=tokens, d=dropout: gpu_times.time_linear(*s, t, d))
+    elif GPU:
+        print("a check is red, so nothing is timed")
+    print("sound" if all(check["green"] for check in checks) else "NOT SOUND")
+    return 0 if all(check["green"] for check in checks) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

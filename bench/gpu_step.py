@@ -1,0 +1,106 @@
+"""A training step on the Triton backend against PEFT: gradients of every client, and its bits a second time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+import flora_core as flora
+from flora_core.forward import lay_out
+from tests import models
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANKS, LENGTHS = (5, 2, 16), ((9, 4), (1,), (17,))
+
+
+def small_llama() -> Any:
+    """Two layers, wide enough for a tile and no multiple of one."""
+    config = transformers.LlamaConfig(
+        vocab_size=models.VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return models.randomised(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def start(model: Any) -> flora.Cohort:
+    """A cohort whose B is not zero, for else a wrong dA would pass."""
+    clients = [flora.ClientSpec(f"c{i}", adapter=flora.AdapterConfig(rank, 2 * rank)) for i, rank in enumerate(RANKS)]
+    cohort = flora.attach(model, clients, LINEARS, backend="triton")
+    random = torch.Generator().manual_seed(0)
+    for entry in cohort.bank.modules.values():
+        entry.B_PN.copy_(torch.randn(entry.B_PN.shape, generator=random) * 0.1)
+    return cohort
+
+
+def cohort_gradients(cohort: flora.Cohort, rows: Any) -> dict[str, torch.Tensor]:
+    """The gradient of every factor, named by client and module, of the sum of the hidden states' squares."""
+    batch = lay_out(rows, packs=True, device=cohort.bank.param.device)
+    factors = cohort.parameters()
+    with cohort.batch(batch.tokens, sequences=batch.sequences):
+        hidden = cohort.model.model(**batch.inputs, use_cache=False).last_hidden_state
+        grads = torch.autograd.grad(hidden.pow(2).sum(), factors)
+    found = {}
+    for (path, entry), dA, dB in zip(cohort.bank.modules.items(), grads[::2], grads[1::2], strict=True):
+        for name, bank in zip(cohort.names, entry.ranks, strict=True):
+            found |= {f"{name} {path} A": dA[bank], f"{name} {path} B": dB[bank].T}
+    return found
+
+
+def peft_gradients(model: Any, cohort: flora.Cohort, rows: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The same by PEFT, one client after another on a model of its own."""
+    found = {}
+    for name, rank, examples in zip(cohort.names, RANKS, rows, strict=True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM")
+            peft = get_peft_model(copy.deepcopy(model).to(dtype), config).to(dtype)
+        inner: Any = peft.base_model.model
+        adapters = cohort.bank.adapters(name)
+        layers = {path: layer for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
+        weights = []
+        for path, (A_RK, B_RN) in adapters.items():
+            pair = layers[path].lora_A["default"].weight, layers[path].lora_B["default"].weight
+            for weight, value in zip(pair, (A_RK, B_RN.T), strict=True):
+                weight.data.copy_(value)
+                weights.append((f"{name} {path} {'AB'[weight is pair[1]]}", weight))
+        total = torch.zeros((), dtype=dtype, device=weights[0][1].device)
+        for example in examples:
+            ids = torch.tensor([example.input_ids], device=total.device)
+            total = total + inner.model(input_ids=ids, use_cache=False).last_hidden_state.pow(2).sum()
+        grads = torch.autograd.grad(total, [weight for _, weight in weights])
+        found |= {key: grad for (key, _), grad in zip(weights, grads, strict=True)}
+    return found
+
+
+def error(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The largest error in each tensor by its own size, as a root mean square: any one of them is a draw of chance."""
+    sizes = {key: exact[key].abs().max().item() for key in exact}
+    return math.sqrt(sum(((found[k] - exact[k]).abs().max().item() / sizes[k]) ** 2 for k in exact) / len(exact))
+
+
+def check(device: str) -> dict[str, Any]:
+    """Share of the error budget of the gradients, in float32, and whether a second step has the same bits."""
+    model = small_llama().to(device)
+    rows = [models.examples(3 + i, lengths) for i, lengths in enumerate(LENGTHS)]
+    cohort = start(copy.deepcopy(model))
+    one, two = (cohort_gradients(cohort, rows) for _ in range(2))
+    exact, low = (peft_gradients(model, cohort, rows, dtype) for dtype in (torch.float64, torch.float32))
+    if one.keys() != exact.keys():
+        raise AssertionError(f"gradients of other tensors than PEFT's: {sorted(one.keys() ^ exact.keys())}")
+    ratio = error(one, exact) / (2 * (error(low, exact) + torch.finfo(torch.float32).eps))
+    repeats = all(torch.equal(one[key], two[key]) for key in one)
+    return {"green": ratio <= 1 and repeats, "error / budget": ratio, "repeats bit for bit": repeats}
+
+
+__all__ = ["check"]
