@@ -14,7 +14,7 @@ import flora_core as flora
 from bench import cohorts, publish
 from bench.cohorts import Packed, SequentialPeft, check_losses, exact_losses
 from bench.protocol import Check, Result, Timing, interleave, quantile
-from flora_core import ops
+from flora_core.backends import resolve
 from flora_core.data.template import IGNORE, Example
 from tests import models
 
@@ -68,7 +68,7 @@ def _half_gradient(*args: Any) -> Any:
     return dA_PK * 0, dB_PN
 
 
-_KERNELS = ops.resolve("reference", "shrink")[0]
+_KERNELS = resolve("auto", "shrink", torch.zeros(1))[0]
 _EXPAND, _WGRAD = _KERNELS.expand_, _KERNELS.wgrad
 
 

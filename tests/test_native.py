@@ -7,6 +7,7 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from flora_kernels.arguments import Dropout, MergeItem
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 ISAS = [name for name, code in native._ISAS.items() if 0 < code <= native._native.cpu_isa()]
 DTYPES = list(testing.DTYPES.values())
-ids = dict(ids=lambda value: testing._NAME_OF.get(value, str(value)))
+ids: dict[str, Any] = dict(ids=lambda value: testing._NAME_OF.get(value, str(value)))
 
 
 def whole(length: int) -> dict[str, Segments]:
@@ -204,11 +205,12 @@ def test_lora_bits_do_not_depend_on_threads_or_on_the_other_clients(isa):
 def test_dropout_masks_are_the_reference_s(isa):
     """x = 1 and A = the identity show every element of the mask."""
     tokens, ranks = Segments.from_lengths([5, 20]), Segments.from_lengths([77, 77])
-    dropout = Dropout([20000, 65535], [2**62 + 99, -7], [2**32 - 5, 1000])
+    drawn = [20000, 65535], [2**62 + 99, -7], [2**32 - 5, 1000]
+    dropout = Dropout(*drawn)
     x, A = torch.ones(25, 77), torch.eye(77).repeat(2, 1)
     s = native.shrink(x, A, tokens, ranks, None, dropout, isa=isa).view(25, 77)
     y = native.expand_(torch.zeros(25, 77), torch.ones(25 * 77), A, tokens, ranks, None, dropout, isa=isa)
-    for rows, q, seed, first in zip(tokens, *dropout, strict=True):
+    for rows, q, seed, first in zip(tokens, *drawn, strict=True):
         keep = reference.dropout_keep(rows.stop - rows.start, 77, q, seed, first, torch.device("cpu"))
         wanted = keep * torch.tensor(65536 / (65536 - q))
         assert torch.equal(s[rows], wanted)
@@ -246,9 +248,9 @@ def test_adamw_on_every_instruction_set(isa, dtype):
     buffers[0] *= -1
     wide = [buffer.clone() for buffer in buffers]
     segments, owner = Segments.from_lengths(sizes), [0, 2, 1, 2]
-    reference.cohort_adamw_(*wide, segments, hyper.double(), owner)
+    reference.cohort_adamw_(*wide, segments, hyper.double(), owner)  # pyright: ignore[reportCallIssue]
     low = [buffer.to(dtype, copy=True) for buffer in buffers]
-    reference.cohort_adamw_(*low, segments, hyper.to(dtype), owner)
+    reference.cohort_adamw_(*low, segments, hyper.to(dtype), owner)  # pyright: ignore[reportCallIssue]
     for threads in (1, 2):
         ours = [buffer.to(dtype, copy=True) for buffer in buffers]
         native.cohort_adamw_(*ours, segments, hyper.to(dtype), owner, isa=isa, threads=threads)

@@ -172,7 +172,7 @@ def shrink_many(
 ) -> list[torch.Tensor]:
     """``shrink`` for targets that share x: each with its A, ranks, scales and dropout."""
     targets = zip(factors, ranks, scaling, dropout, strict=True)
-    return [shrink(x_MK, A_PK, tokens, *rest) for A_PK, *rest in targets]
+    return [shrink(x_MK, A_PK, tokens, rows, scale, drop) for A_PK, rows, scale, drop in targets]
 
 
 def expand_many_(
@@ -187,9 +187,9 @@ def expand_many_(
     """``expand_`` of several targets into one Y; 16 bits are summed in float32 and rounded once."""
     narrow = len(factors) > 1 and y_MN.dtype in (torch.bfloat16, torch.float16)
     sum_MN = y_MN.float() if narrow else y_MN
-    for s_flat, B_PN, *rest in zip(s_flats, factors, ranks, scaling, dropout, strict=True):
+    for s_flat, B_PN, rows, scale, drop in zip(s_flats, factors, ranks, scaling, dropout, strict=True):
         B_PN = B_PN.to(y_MN.dtype).to(sum_MN.dtype) if narrow else B_PN
-        expand_(sum_MN, s_flat.to(sum_MN.dtype), B_PN, tokens, *rest)
+        expand_(sum_MN, s_flat.to(sum_MN.dtype), B_PN, tokens, rows, scale, drop)
     return y_MN.copy_(sum_MN) if narrow else y_MN
 
 
