@@ -64,8 +64,8 @@ def peft_gradients(model: Any, cohort: flora.Cohort, rows: Any, dtype: torch.dty
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM")
-            peft = get_peft_model(copy.deepcopy(model).to(dtype), config).to(dtype)
-        inner: Any = peft.base_model.model
+            peft: Any = get_peft_model(copy.deepcopy(model).to(dtype), config)
+        inner: Any = peft.to(dtype).base_model.model
         adapters = cohort.bank.adapters(name)
         layers = {path: layer for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
         weights = []

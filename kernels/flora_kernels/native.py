@@ -82,7 +82,7 @@ def _call(dtype: str | None, threads: int | None, isa: str) -> Any:
     """Where and how the next call runs; torch's number of threads unless one is given."""
     torch = _torch()
     if threads is None:
-        threads = 0 if torch is None else torch.get_num_threads()
+        threads = 0 if torch is None else int(torch.get_num_threads())
     if threads < 0:
         raise ValueError(f"threads must be at least 0 (0: OpenMP's default), got {threads}")
     bits = (
