@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -64,8 +64,8 @@ def peft_gradients(model: Any, cohort: flora.Cohort, rows: Any, dtype: torch.dty
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a deprecated name
             config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM")
-            peft: Any = get_peft_model(copy.deepcopy(model).to(dtype), config)
-        inner: Any = peft.to(dtype).base_model.model
+            peft = cast(Any, get_peft_model(copy.deepcopy(model).to(dtype), config))
+        inner = peft.to(dtype).base_model.model
         adapters = cohort.bank.adapters(name)
         layers = {path: layer for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
         weights = []
