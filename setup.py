@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # -fno-math-errno lets sqrt be an instruction; nothing that changes a sum is allowed.
 BASE_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -195,7 +196,8 @@ class BuildNative(build_ext):
 
     def install_files(self) -> None:
         (self.package / "include").mkdir(exist_ok=True)
-        shutil.copy(CSRC / "include/flora_kernels.h", self.package / "include")
+        for source in ("include/flora_kernels.h", "jax/flora_ffi.cpp"):
+            shutil.copy(CSRC / source, self.package / "include")
         for folder, name, text in (
             ("lib/cmake/flora_kernels", "flora_kernels-config.cmake", CMAKE_CONFIG),
             ("lib/pkgconfig", "flora_kernels.pc", PKG_CONFIG),

@@ -222,7 +222,8 @@ struct Clients {
         size_t offsets = this->tokens.size(), count = offsets - 1;
         bool fits = offsets > 0 && this->ranks.size() == offsets;
         for (size_t size : {this->scaling.size(), this->q.size()}) fits = fits && (size == 0 || size == count);
-        if (!fits || this->seed.size() != this->q.size() || this->first_row.size() != this->q.size()) throw py::value_error("ranks, scaling_C and dropout must have one entry for each client of tokens");
+        fits = fits && this->seed.size() == this->q.size() && this->first_row.size() == this->q.size();
+        if (!fits) throw py::value_error("ranks, scaling_C and dropout must have one entry for each client of tokens");
     }
 
     flora_clients table() const {

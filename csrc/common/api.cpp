@@ -14,30 +14,39 @@ static const Backend *backend_of(int32_t device) {
     return device == FLORA_CPU ? &cpu_backend : nullptr;
 }
 
-// Check an operation's arguments and tell its workspace; `exec` and `args` are as the caller gave them.
-template <class Args>
-static flora_status prepare(const flora_exec *exec, const Args *args, size_t *bytes,
-                            flora_status (*check)(const flora_exec &, const Args &),
-                            flora_status (*Backend::*ask)(const flora_exec &, const Args &, size_t *)) {
-    FLORA_TRY(check_exec(exec));
-    FLORA_TRY(check_struct("args", args, sizeof(Args)));
-    FLORA_TRY(check(*exec, *args));
-    if (!bytes) return fail(FLORA_BAD_ARGUMENT, "bytes must not be NULL");
-    return (backend_of(exec->device)->*ask)(*exec, *args, bytes);
+// The fields of a sound exec that this version knows; for a query without the workspace, which is not looked at.
+static flora_exec known_part(const flora_exec &exec, bool query) {
+    flora_exec known = exec;
+    known.struct_size = sizeof(flora_exec);
+    if (query) known.workspace = nullptr, known.workspace_bytes = 0;
+    return known;
 }
 
-#define FLORA_OPERATION(NAME)                                                                                        \
-    flora_status flora_##NAME##_workspace(const flora_exec *exec, const flora_##NAME##_args *args, size_t *bytes) {  \
-        if (!exec) return check_exec(exec);                                                                          \
-        flora_exec without = *exec;                                                                                  \
-        without.workspace_bytes = 0;                                                                                 \
-        return prepare(&without, args, bytes, check_##NAME, &Backend::NAME##_workspace);                             \
-    }                                                                                                                \
-    flora_status flora_##NAME(const flora_exec *exec, const flora_##NAME##_args *args) {                             \
-        size_t bytes = 0;                                                                                            \
-        FLORA_TRY(prepare(exec, args, &bytes, check_##NAME, &Backend::NAME##_workspace));                            \
-        FLORA_TRY(check_workspace(*exec, bytes));                                                                    \
-        return backend_of(exec->device)->NAME(*exec, *args);                                                         \
+// An operation on structs as the caller gave them: the workspace that it needs into *bytes, or itself.
+template <class Args>
+static flora_status operate(const flora_exec *given, const Args *args, bool query, size_t *bytes,
+                            flora_status (*check)(const flora_exec &, const Args &),
+                            flora_status (*Backend::*ask)(const flora_exec &, const Args &, size_t *),
+                            flora_status (*Backend::*run)(const flora_exec &, const Args &)) {
+    FLORA_TRY(check_exec(given));
+    FLORA_TRY(check_struct("args", args, sizeof(Args)));
+    flora_exec exec = known_part(*given, query);
+    const Backend *backend = backend_of(exec.device);
+    FLORA_TRY(check(exec, *args));
+    size_t need = 0;
+    if (query && !bytes) return fail(FLORA_BAD_ARGUMENT, "bytes must not be NULL");
+    FLORA_TRY((backend->*ask)(exec, *args, query ? bytes : &need));
+    if (query) return FLORA_OK;
+    FLORA_TRY(check_workspace(exec, need));
+    return (backend->*run)(exec, *args);
+}
+
+#define FLORA_OPERATION(NAME)                                                                                       \
+    flora_status flora_##NAME##_workspace(const flora_exec *exec, const flora_##NAME##_args *args, size_t *bytes) { \
+        return operate(exec, args, true, bytes, check_##NAME, &Backend::NAME##_workspace, &Backend::NAME);          \
+    }                                                                                                               \
+    flora_status flora_##NAME(const flora_exec *exec, const flora_##NAME##_args *args) {                            \
+        return operate(exec, args, false, nullptr, check_##NAME, &Backend::NAME##_workspace, &Backend::NAME);       \
     }
 
 extern "C" {
@@ -67,23 +76,27 @@ int32_t flora_cpu_isa(void) { return best_isa(); }
 
 int32_t flora_cpu_threads(void) { return default_threads(); }
 
-flora_status flora_merge_many_workspace(const flora_exec *exec, const flora_merge_item *items, int64_t num_items,
+flora_status flora_merge_many_workspace(const flora_exec *given, const flora_merge_item *items, int64_t num_items,
                                         const flora_merge_options *options, size_t *bytes) {
-    FLORA_TRY(check_exec(exec));
+    FLORA_TRY(check_exec(given));
     FLORA_TRY(check_merge(items, num_items, options));
     if (!bytes) return fail(FLORA_BAD_ARGUMENT, "bytes must not be NULL");
     *bytes = 0;
-    return num_items ? backend_of(exec->device)->merge_workspace(*exec, {items, num_items}, *options, bytes) : FLORA_OK;
+    if (!num_items) return FLORA_OK;
+    flora_exec exec = known_part(*given, true);
+    FLORA_TRY(check_merge_overlaps({items, num_items}, *options));
+    return backend_of(exec.device)->merge_workspace(exec, {items, num_items}, *options, bytes);
 }
 
-flora_status flora_merge_many(const flora_exec *exec, const flora_merge_item *items, int64_t num_items,
+flora_status flora_merge_many(const flora_exec *given, const flora_merge_item *items, int64_t num_items,
                               const flora_merge_options *options) {
     size_t bytes;
-    FLORA_TRY(flora_merge_many_workspace(exec, items, num_items, options, &bytes));
+    FLORA_TRY(flora_merge_many_workspace(given, items, num_items, options, &bytes));
     if (!num_items) return FLORA_OK;
-    FLORA_TRY(check_workspace(*exec, bytes));
-    FLORA_TRY(check_merge_overlaps(*exec, {items, num_items}, *options));
-    return backend_of(exec->device)->merge(*exec, {items, num_items}, *options);
+    flora_exec exec = known_part(*given, false);
+    FLORA_TRY(check_workspace(exec, bytes));
+    FLORA_TRY(check_merge_workspace(exec, {items, num_items}, *options));
+    return backend_of(exec.device)->merge(exec, {items, num_items}, *options);
 }
 
 flora_status flora_merge(const flora_exec *exec, const flora_merge_item *item, const flora_merge_options *options) {

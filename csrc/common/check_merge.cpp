@@ -14,6 +14,9 @@ struct Spans {
     Span of[FIELDS];
 };
 
+// What an item is called in messages: one alone needs no number.
+int64_t label(int64_t i, int64_t count) { return count > 1 ? i : -1; }
+
 flora_status check_item(const flora_merge_item &item, int64_t i, const flora_merge_options &options, Spans *spans) {
     const flora_matrix &W = item.weight;
     *spans = {};
@@ -52,13 +55,14 @@ public:
         for (int i = 0; i < count_; ++i) entries_[i].reach = reach = std::max(reach, entries_[i].span.high);
     }
 
-    flora_status check(Name name, const Span &span, int64_t item, int field) const {
+    flora_status check(const Span &span, int64_t item, int field, int64_t items) const {
         if (span.low >= span.high) return FLORA_OK;
         const Entry *at = std::lower_bound(entries_, entries_ + count_, span.high,
                                            [](const Entry &entry, uintptr_t high) { return entry.span.low < high; });
         while (at-- != entries_ && at->reach > span.low) {
             if (at->item == item && at->field == field) continue;
-            FLORA_TRY(check_apart({FIELD_NAMES[at->field], at->item}, at->span, name, span));
+            Name output = {FIELD_NAMES[at->field], label(at->item, items)};
+            FLORA_TRY(check_apart(output, at->span, {FIELD_NAMES[field], label(item, items)}, span));
         }
         return FLORA_OK;
     }
@@ -99,29 +103,39 @@ flora_status check_merge(const flora_merge_item *items, int64_t count, const flo
             return fail(FLORA_BAD_ARGUMENT, "items[%lld].struct_size must be that of items[0], %zu, got %zu",
                         wide(i), items->struct_size, all[i].struct_size);
         Spans spans;
-        FLORA_TRY(check_item(all[i], i, *options, &spans));
+        FLORA_TRY(check_item(all[i], label(i, count), *options, &spans));
     }
     return FLORA_OK;
 }
 
-flora_status check_merge_overlaps(const flora_exec &exec, const MergeItems &items, const flora_merge_options &options) {
-    const Span workspace = workspace_span(exec);
+flora_status check_merge_overlaps(const MergeItems &items, const flora_merge_options &options) {
     for (int64_t start = 0; start < items.count; start += Outputs::ITEMS) {
         Outputs outputs;
         Spans spans;
         for (int64_t i = start; i < std::min(items.count, start + Outputs::ITEMS); ++i) {
-            FLORA_TRY(check_item(items[i], i, options, &spans));
+            FLORA_TRY(check_item(items[i], label(i, items.count), options, &spans));
             outputs.add(i, WEIGHT, spans.of[WEIGHT]);
             outputs.add(i, LOW_BITS, spans.of[LOW_BITS]);
-            for (int field = 0; field < FIELDS; ++field)
-                FLORA_TRY(check_apart({"exec.workspace"}, workspace, {FIELD_NAMES[field], i}, spans.of[field]));
         }
         outputs.sort();
         for (int64_t i = 0; i < items.count; ++i) {
-            FLORA_TRY(check_item(items[i], i, options, &spans));
+            FLORA_TRY(check_item(items[i], label(i, items.count), options, &spans));
             for (int field = 0; field < FIELDS; ++field)
-                FLORA_TRY(outputs.check({FIELD_NAMES[field], i}, spans.of[field], i, field));
+                FLORA_TRY(outputs.check(spans.of[field], i, field, items.count));
         }
+    }
+    return FLORA_OK;
+}
+
+flora_status check_merge_workspace(const flora_exec &exec, const MergeItems &items,
+                                   const flora_merge_options &options) {
+    const Span workspace = workspace_span(exec);
+    for (int64_t i = 0; i < items.count; ++i) {
+        Spans spans;
+        FLORA_TRY(check_item(items[i], label(i, items.count), options, &spans));
+        for (int field = 0; field < FIELDS; ++field)
+            FLORA_TRY(check_apart({"exec.workspace"}, workspace, {FIELD_NAMES[field], label(i, items.count)},
+                                  spans.of[field]));
     }
     return FLORA_OK;
 }

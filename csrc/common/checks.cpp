@@ -112,15 +112,16 @@ static flora_status make_span(Name name, const void *data, int64_t rows, int64_t
         return fail(FLORA_BAD_ARGUMENT, "%s reaches beyond memory: %lld x %lld elements with strides %lld and %lld",
                     name.c_str(), wide(rows), wide(columns), wide(row_stride), wide(column_stride));
     *span = {base + static_cast<uintptr_t>(low), base + static_cast<uintptr_t>(high), 0, 0};
-    if (column_stride == 1 && row_stride > 0)
+    if (column_stride == 1 && row_stride > 0 && rows > 1)
         span->row_bytes = row_stride * element, span->width_bytes = columns * element;
     return FLORA_OK;
 }
 
 static bool shares_places(int64_t rows, int64_t row_stride, int64_t columns, int64_t column_stride) {
+    // The stride of an axis of one element means nothing, and may be anything.
+    if (rows <= 1) return columns > 1 && column_stride == 0;
+    if (columns <= 1) return row_stride == 0;
     int64_t a = row_stride < 0 ? -row_stride : row_stride, b = column_stride < 0 ? -column_stride : column_stride;
-    if (rows <= 1) return columns > 1 && b == 0;
-    if (columns <= 1) return a == 0;
     // The axis of smaller steps must fit into one step of the other.
     return a < b ? (a == 0 || (rows - 1) * a >= b) : (b == 0 || (columns - 1) * b >= a);
 }

@@ -74,7 +74,9 @@ inline Span workspace_span(const flora_exec &exec) {
 
 // All of an operation's arguments; the struct itself is known to be sound.
 flora_status check_merge(const flora_merge_item *items, int64_t count, const flora_merge_options *options);
-flora_status check_merge_overlaps(const flora_exec &exec, const MergeItems &items, const flora_merge_options &options);
+flora_status check_merge_overlaps(const MergeItems &items, const flora_merge_options &options);
+flora_status check_merge_workspace(const flora_exec &exec, const MergeItems &items,
+                                   const flora_merge_options &options);
 flora_status check_shrink(const flora_exec &exec, const flora_shrink_args &args);
 flora_status check_expand(const flora_exec &exec, const flora_expand_args &args);
 flora_status check_wgrad(const flora_exec &exec, const flora_wgrad_args &args);

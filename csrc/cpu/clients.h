@@ -42,19 +42,23 @@ struct Clients {
 
 FLORA_INLINE bool is_half(int32_t dtype) { return dtype == FLORA_BF16 || dtype == FLORA_FP16; }
 
-FLORA_INLINE const char *element_at(const void *data, int32_t dtype, int64_t index) {
-    return static_cast<const char *>(data) + index * (is_half(dtype) ? 2 : dtype == FLORA_FP64 ? 8 : 4);
+// Where an element lies; unsigned, as a client without rows may start beyond a matrix of any stride.
+FLORA_INLINE void *element_at(const void *data, int32_t dtype, int64_t row, int64_t stride) {
+    uint64_t bytes = is_half(dtype) ? 2 : dtype == FLORA_FP64 ? 8 : 4;
+    uint64_t ahead = static_cast<uint64_t>(row) * static_cast<uint64_t>(stride) * bytes;
+    return reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(data) + ahead);
 }
 
 // Rows of a matrix from `row` on, as an operand whose inner axis they are.
 FLORA_INLINE Operand rows_of(const flora_matrix &m, int64_t row, int32_t via) {
-    return {element_at(m.data, m.dtype, row * m.row_stride), m.row_stride, m.column_stride, m.dtype,
-            is_half(via) && m.dtype == FLORA_FP32 ? via : 0};
+    return {element_at(m.data, m.dtype, row, m.row_stride), step(m.rows, m.row_stride),
+            step(m.columns, m.column_stride), m.dtype, is_half(via) && m.dtype == FLORA_FP32 ? via : 0};
 }
 
 FLORA_INLINE void set_out(Product &job, const flora_matrix &m, int64_t row) {
-    job.out = const_cast<char *>(element_at(m.data, m.dtype, row * m.row_stride));
-    job.row_stride = m.row_stride, job.column_stride = m.column_stride, job.out_dtype = m.dtype;
+    job.out = element_at(m.data, m.dtype, row, m.row_stride);
+    job.row_stride = step(m.rows, m.row_stride), job.column_stride = step(m.columns, m.column_stride);
+    job.out_dtype = m.dtype;
 }
 
 // Y_c += s_c mask(S_c B_c).
@@ -67,7 +71,7 @@ struct ExpandProducts {
         if (!clients.next(c)) return false;
         job = {};
         job.rows = c.tokens, job.columns = args->y.columns, job.inner = c.ranks, job.scale = c.scale;
-        job.left = {element_at(args->s.data, args->s.dtype, c.flat), 1, c.ranks, args->s.dtype, 0};
+        job.left = {element_at(args->s.data, args->s.dtype, c.flat, 1), 1, c.ranks, args->s.dtype, 0};
         job.right = rows_of(args->B, c.rank, args->y.dtype);
         set_out(job, args->y, c.token);
         job.mode = c.drops ? ADD_MASKED : ADD;
@@ -90,7 +94,7 @@ struct WgradProducts {
         job = {};
         job.rows = client.ranks, job.columns = out.columns, job.inner = client.tokens;
         job.scale = second ? client.scale : 1.0;
-        job.left = {element_at(flat.data, flat.dtype, client.flat), client.ranks, 1, flat.dtype, 0};
+        job.left = {element_at(flat.data, flat.dtype, client.flat, 1), client.ranks, 1, flat.dtype, 0};
         job.right = rows_of(right, client.token, 0);
         set_out(job, out, client.rank);
         job.mode = STORE;

@@ -8,7 +8,8 @@ namespace flora {
 namespace FLORA_ISA {
 
 FLORA_INLINE Operand stacked(const flora_matrix &matrix) {
-    return {matrix.data, matrix.row_stride, matrix.column_stride, matrix.dtype, 0};
+    return {matrix.data, step(matrix.rows, matrix.row_stride), step(matrix.columns, matrix.column_stride),
+            matrix.dtype, 0};
 }
 
 static Product merge_product(const flora_merge_item &item, const flora_merge_options &options) {
@@ -16,10 +17,13 @@ static Product merge_product(const flora_merge_item &item, const flora_merge_opt
     const flora_matrix &W = item.weight;
     job.rows = W.rows, job.columns = W.columns, job.inner = item.A.rows;
     job.left = stacked(item.B), job.right = stacked(item.A);
-    job.coef = item.coef.data, job.coef_stride = item.coef.stride, job.coef_dtype = item.coef.dtype, job.scale = 1;
-    job.out = W.data, job.row_stride = W.row_stride, job.column_stride = W.column_stride, job.out_dtype = W.dtype;
+    job.coef = item.coef.data, job.coef_stride = step(item.coef.size, item.coef.stride);
+    job.coef_dtype = item.coef.dtype, job.scale = 1;
+    job.out = W.data, job.out_dtype = W.dtype;
+    job.row_stride = step(W.rows, W.row_stride), job.column_stride = step(W.columns, W.column_stride);
     job.low = static_cast<int16_t *>(item.low_bits.data);
-    job.low_row_stride = item.low_bits.row_stride, job.low_column_stride = item.low_bits.column_stride;
+    job.low_row_stride = step(W.rows, item.low_bits.row_stride);
+    job.low_column_stride = step(W.columns, item.low_bits.column_stride);
     job.mode = job.low ? ADD_LOW_BITS : options.rounding == FLORA_STOCHASTIC ? ADD_STOCHASTIC : ADD;
     job.draws = {item.seed, 0, 0, 1, 1};
     // A transposed weight (Conv1D) is merged as its contiguous transpose; but draws are counted by row and column.

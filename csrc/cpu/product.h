@@ -23,6 +23,9 @@ struct Operand {
     int32_t via; // rounded to this dtype first; 0 for none
 };
 
+// The stride of an axis; of one element it means nothing and may be anything.
+FLORA_INLINE int64_t step(int64_t size, int64_t stride) { return size > 1 ? stride : 1; }
+
 struct Product {
     int64_t rows, columns, inner;
     Operand left, right;

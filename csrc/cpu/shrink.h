@@ -73,10 +73,11 @@ template <class T, class E>
 static void widen_rows_as(const flora_matrix &m, int64_t row, int64_t end, int32_t via, const Client *drop, T *to,
                           int64_t width) {
     uint16_t draws[128];
+    const int64_t stride = step(m.columns, m.column_stride);
     for (; row < end; ++row, to += width) {
-        const auto *from = static_cast<const typename E::raw *>(m.data) + row * m.row_stride;
+        const auto *from = static_cast<const typename E::raw *>(m.data) + row * step(m.rows, m.row_stride);
         for (int64_t k = 0; k < width; k += LANES<T>) {
-            auto value = load_some<T, E>(from + k * m.column_stride, m.column_stride, m.columns - k);
+            auto value = load_some<T, E>(from + k * stride, stride, m.columns - k);
             if (via) value = through<T>(value, via);
             if (drop) {
                 if (k % 128 == 0) draw(drop->draws, row - drop->token, 1, k / 8, 16, draws);

@@ -276,6 +276,11 @@ def describe() -> str:
     return f"{_native.version()}, {isa}, {_native.cpu_threads()} threads, CUDA: {cuda}"
 
 
+def prefix() -> Path:
+    """The folder that holds include/flora_kernels.h, lib/libflora_kernels.so and the CMake and pkg-config files."""
+    return Path(_native.__file__).parent
+
+
 def __getattr__(name: str) -> Any:
     """``DTYPES``: what each op takes, as torch's dtypes."""
     if name != "DTYPES":
@@ -296,6 +301,7 @@ __all__ = [
     "expand_",
     "merge_",
     "merge_many_",
+    "prefix",
     "shrink",
     "wgrad",
 ]

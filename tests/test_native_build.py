@@ -1,0 +1,151 @@
+"""Building, installing and embedding: each example in examples/embed runs against what an installation puts there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EMBED = ROOT / "examples/embed"
+native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
+PYTHON = {**os.environ, "PYTHONPATH": str(native.prefix().parent), "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**PYTHON, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def need(*programs: str) -> None:
+    missing = [program for program in programs if not shutil.which(program)]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
+
+
+def merged_by_hand() -> list[list[float]]:
+    """W of merge.c."""
+    return [[0.5 * (n + 1) * k + 2.0 * (n + 5) * (k + 6) for k in range(6)] for n in range(4)]
+
+
+def as_numbers(text: str) -> list[list[float]]:
+    return [[float(word) for word in line.split()] for line in text.splitlines()]
+
+
+def test_c_and_cpp_with_cmake(tmp_path):
+    need("cmake", "gcc", "g++")
+    run("cmake", "-S", EMBED, "-B", ".", f"-DCMAKE_PREFIX_PATH={native.prefix()}", cwd=tmp_path)
+    run("cmake", "--build", ".", cwd=tmp_path)
+    assert as_numbers(run("./merge_c", cwd=tmp_path)) == merged_by_hand()
+    # The master went from 1 to 1 + 8 * 0.25 * 1e-4, which bfloat16 alone cannot say.
+    assert run("./merge_cpp", cwd=tmp_path) == "1.0002000\n"
+
+
+def test_c_with_pkg_config(tmp_path):
+    need("pkg-config", "gcc")
+    folder = str(native.prefix() / "lib/pkgconfig")
+    flags = run("pkg-config", "--cflags", "--libs", "flora_kernels", cwd=tmp_path, PKG_CONFIG_PATH=folder).split()
+    run("gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers", *flags[:1],
+        EMBED / "merge.c", *flags[1:], "-o", "merge", cwd=tmp_path)  # fmt: skip
+    assert as_numbers(run("./merge", cwd=tmp_path)) == merged_by_hand()
+
+
+def test_numpy_without_torch(tmp_path):
+    out = run(sys.executable, EMBED / "merge_numpy.py", cwd=tmp_path)
+    assert out == "bfloat16: True  float32: True\ntorch imported: False\n"
+
+
+def test_torch_without_the_engine(tmp_path):
+    assert run(sys.executable, EMBED / "merge_torch.py", cwd=tmp_path).count("merged: True") == 2
+
+
+@pytest.mark.slow
+def test_jax_under_jit_and_grad(tmp_path):
+    pytest.importorskip("jax")
+    need("g++")
+    out = run(sys.executable, EMBED / "lora_jax.py", tmp_path, cwd=tmp_path, JAX_PLATFORMS="cpu")
+    assert out == "gradients: True\nmerged: True\n"
+
+
+def test_cupy(tmp_path):
+    pytest.importorskip("cupy")
+    assert "merged: True" in run(sys.executable, EMBED / "merge_cupy.py", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted(EMBED.glob("merge*")) + sorted(EMBED.glob("lora*")), ids=lambda path: path.name)
+def test_examples_are_short(path):
+    code = [line for line in path.read_text().splitlines() if line.strip() and not line.strip().startswith(("//", "#"))]
+    assert len(code) <= 36
+
+
+def checkout(folder: Path) -> Path:
+    """What a build needs of this checkout, copied."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    left_out = shutil.ignore_patterns("__pycache__", "*.so", "lib", "include", "not_built.txt")
+    for name in ("flora_core", "recipes"):
+        shutil.copytree(ROOT / name, folder / name, ignore=left_out)
+    shutil.copytree(ROOT / "kernels", folder / "kernels", ignore=left_out)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_wheel_has_the_library_and_all_that_finds_it(tmp_path):
+    pytest.importorskip("pybind11")
+    need("g++")
+    source = checkout(tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "made", "."]
+    run(*command, cwd=source, FLORA_CUDA="0")
+    (wheel,) = (source / "made").glob("*.whl")
+    assert "-none-any" not in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    there = tmp_path / "installed"
+    show = "from flora_kernels import native; print(native.prefix(), native.describe(), sep='\\n')"
+    prefix, told = run(sys.executable, "-c", show, cwd=tmp_path, PYTHONPATH=str(there)).splitlines()
+    assert Path(prefix) == there / "flora_kernels"
+    assert "CUDA: this library was built without CUDA" in told
+    for file in ("include/flora_kernels.h", "include/flora_ffi.cpp", "lib/libflora_kernels.so"):
+        assert (there / "flora_kernels" / file).is_file()
+    run(sys.executable, EMBED / "merge_numpy.py", cwd=tmp_path, PYTHONPATH=str(there))
+    linked = run("ldd", there / "flora_kernels/lib/libflora_kernels.so", cwd=tmp_path) if shutil.which("ldd") else ""
+    assert "torch" not in linked
+    assert "python" not in linked.replace(str(tmp_path), "")
+
+
+def test_without_a_compiler_the_reason_is_kept(tmp_path):
+    source = checkout(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    run(*command, cwd=source, CXX="no-such-compiler")
+    # Without site, whose editable finder would lend this checkout's compiled module.
+    show, environment = "import flora_kernels.native", {**PYTHON, "PYTHONPATH": str(source / "kernels")}
+    done = subprocess.run([sys.executable, "-S", "-c", show], env=environment, capture_output=True, text=True)
+    assert "no C++ compiler was found at installation; install g++ (or set CXX) and reinstall" in done.stderr
+    environment = {**PYTHON, "CXX": "no-such-compiler", "FLORA_NATIVE": "1"}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "FLORA_NATIVE=1, but no C++ compiler was found" in done.stderr
+
+
+def test_a_compiler_that_fails_is_an_error_that_says_what_to_do(tmp_path):
+    source = checkout(tmp_path)
+    for path in (source / "csrc").rglob("*.cpp"):
+        path.write_text("this is no C++")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=source, env={**PYTHON, "FLORA_CUDA": "0"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "FLORA_NATIVE=0 installs without it" in done.stderr
+
+
+def test_a_choice_that_is_none_is_refused(tmp_path):
+    source = checkout(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=source, env={**PYTHON, "FLORA_CUDA": "yes"}, capture_output=True, text=True)
+    assert "FLORA_CUDA must be auto, 0 or 1, got 'yes'" in done.stderr
