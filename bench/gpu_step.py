@@ -70,7 +70,7 @@ def peft_gradients(model: Any, cohort: flora.Cohort, rows: Any, dtype: torch.dty
         layers = {path: layer for path, layer in inner.named_modules() if isinstance(layer, LoraLayer)}
         weights = []
         for path, (A_RK, B_RN) in adapters.items():
-            pair = layers[path].lora_A["default"].weight, layers[path].lora_B["default"].weight
+            pair: Any = [getattr(layers[path], factor)["default"].weight for factor in ("lora_A", "lora_B")]
             for weight, value in zip(pair, (A_RK, B_RN.T), strict=True):
                 weight.data.copy_(value)
                 weights.append((f"{name} {path} {'AB'[weight is pair[1]]}", weight))
