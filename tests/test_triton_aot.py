@@ -73,13 +73,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def lora(op: str, dtype: torch.dtype, ranks: tuple[int, ...] = RANKS, dropout: bool = False) -> None:
+def lora(
+    op: str,
+    dtype: torch.dtype,
+    ranks: tuple[int, ...] = RANKS,
+    dropout: bool = False,
+    factor: torch.dtype = torch.float32,
+    K: int = K,
+    N: int = N,
+) -> None:
     """Call one of the LoRA launchers."""
     rows = ROWS[: len(ranks)]
     tokens, bank, scaling = Segments(rows), Segments(ranks), [2.0] * len(ranks)
     draws = kernels.Dropout([6554] * len(ranks), [1] * len(ranks), [0] * len(ranks)) if dropout else None
     x, dy, s = empty(sum(rows), K, dtype=dtype), empty(sum(rows), N, dtype=dtype), empty(1, dtype=dtype)
-    A, B, weight, bias = empty(sum(ranks), K), empty(sum(ranks), N), empty(N, K, dtype=dtype), empty(N, dtype=dtype)
+    A, B = (empty(sum(ranks), size, dtype=factor) for size in (K, N))
+    weight, bias = empty(N, K, dtype=dtype), empty(N, dtype=dtype)
     if op == "shrink":
         kernels.shrink(x, A, tokens, bank, None if dropout else scaling, draws)
     elif op == "shrink_many":
@@ -89,15 +98,19 @@ def lora(op: str, dtype: torch.dtype, ranks: tuple[int, ...] = RANKS, dropout: b
     elif op == "expand_many_":
         kernels.expand_many_(dy, [s] * 3, [B] * 3, tokens, [bank] * 3, [None] * 3, [draws] * 3)
     elif op == "wgrad":
-        kernels.wgrad(s, x, s, dy, tokens, bank, scaling, torch.float32, draws)
+        kernels.wgrad(s, x, s, dy, tokens, bank, scaling, factor, draws)
+    elif op == "place_":
+        kernels.place_(empty(sum(rows), 192, dtype=dtype), s, tokens, bank, scaling)
+    elif op == "dx":
+        kernels.linear_lora(dy, weight.T, None, s, A, tokens, bank, scaling)
     elif op == "linear":
         kernels.linear(x, weight, bias)
     else:
         kernels.linear_lora(x, weight, bias, s, B, tokens, bank, scaling)
 
 
-def merge(dtype: torch.dtype, **options: Any) -> None:
-    factors = empty(sum(RANKS), K), empty(sum(RANKS), N), empty(sum(RANKS))
+def merge(dtype: torch.dtype, factor: torch.dtype = torch.float32, K: int = K, N: int = N, **options: Any) -> None:
+    factors = *(empty(sum(RANKS), size, dtype=factor) for size in (K, N)), empty(sum(RANKS))
     low_bits = empty(N, K, dtype=torch.int16) if options.pop("low_bits", False) else None
     kernels.merge_(empty(N, K, dtype=dtype), *factors, low_bits_NK=low_bits, **options)
 
@@ -128,6 +141,17 @@ for _name, _dtype in DTYPES.items():
         CONFIGURATIONS[f"{_op}-{_name}"] = lambda op=_op, d=_dtype: lora(op, d)
     CONFIGURATIONS[f"merge-{_name}"] = lambda d=_dtype: merge(d)
     CONFIGURATIONS[f"merge-{_name}-fp64-sum"] = lambda d=_dtype: merge(d, accumulate=torch.float64)
+    CONFIGURATIONS[f"linear_lora-{_name}-dx"] = lambda d=_dtype: lora("dx", d)
+    CONFIGURATIONS[f"place_-{_name}"] = lambda d=_dtype: lora("place_", d)
+    # Sizes and addresses that no vector width divides; and factors that are no fp32 masters.
+    _odd: dict[str, Any] = dict(K=4093, N=4091)
+    for _op in ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad", "linear", "linear_lora"):
+        CONFIGURATIONS[f"{_op}-{_name}-unaligned"] = lambda op=_op, d=_dtype, odd=_odd: lora(op, d, **odd)
+        if _dtype.itemsize == 2 and _op != "linear":
+            CONFIGURATIONS[f"{_op}-{_name}-narrow-factors"] = lambda op=_op, d=_dtype: lora(op, d, factor=d)
+    CONFIGURATIONS[f"merge-{_name}-unaligned"] = lambda d=_dtype, odd=_odd: merge(d, **odd)
+    if _dtype.itemsize == 2:
+        CONFIGURATIONS[f"merge-{_name}-narrow-factors"] = lambda d=_dtype: merge(d, factor=d)
 CONFIGURATIONS |= {
     "merge-bf16-stochastic": lambda: merge(torch.bfloat16, rounding="stochastic"),
     "merge-bf16-stochastic-fp64-sum": lambda: merge(torch.bfloat16, rounding="stochastic", accumulate=torch.float64),
@@ -140,7 +164,7 @@ CONFIGURATIONS |= {
 }
 # What make test compiles: one of each kernel; make test-all compiles all of them for all targets.
 FEW = ("shrink-bf16-dropout", "expand_-bf16", "wgrad-bf16-dropout", "linear_lora-bf16", "merge-bf16", "adamw-fp32")
-FEW += ("shrink_many-bf16-dropout", "expand_many_-bf16-dropout")
+FEW += ("shrink_many-bf16-dropout", "expand_many_-bf16-dropout", "wgrad-bf16-unaligned", "expand_-bf16-narrow-factors")
 
 
 @contextmanager
@@ -174,6 +198,10 @@ class Built:
         return len(re.findall(pattern, self.code))
 
 
+# Whether tensors begin at multiples of 16 bytes; what ``built`` compiles for.
+ALIGNED = True
+
+
 def specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
     """The type of an argument as a launch would specialise it; tuples element by element."""
     if isinstance(value, tuple):
@@ -181,7 +209,7 @@ def specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], at
     if value is None or (isinstance(value, int) and value == 1):
         constants[path] = value
         return "constexpr"
-    if isinstance(value, torch.Tensor) or value % 16 == 0:
+    if ALIGNED if isinstance(value, torch.Tensor) else value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
     if isinstance(value, torch.Tensor):
         return f"*{POINTER[value.dtype]}"
@@ -224,7 +252,8 @@ def built(configuration: str, target: Target) -> list[Built]:
     with recorded() as launches, mock.patch.object(torch.version, "hip", hip):
         CONFIGURATIONS[configuration]()
     assert launches, f"{configuration} launches nothing"
-    return [build(kernel, launch, target) for kernel, launch in launches]
+    with mock.patch.dict(globals(), ALIGNED="unaligned" not in configuration):
+        return [build(kernel, launch, target) for kernel, launch in launches]
 
 
 FLOAT_ATOMIC = r"\b(RED|ATOM\w*)\.\S*(F16|BF16|F32|F64)|(global|flat|buffer|ds)_(atomic_)?(pk_)?add_(rtn_)?(f|bf)\d+"

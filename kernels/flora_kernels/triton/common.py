@@ -61,6 +61,14 @@ def pick(tiles: Sequence[Tile], dtype: torch.dtype) -> Tile:
     return (by_device or fit)[0]
 
 
+def are_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes: compiled code then makes wide accesses."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and all(step == 1 or step % 16 == 0 for step in tensor.stride())
+        for tensor in tensors
+    )
+
+
 def rank_block(ranks: Ranges) -> int:
     """Columns of rank that a tile holds; it cuts the output alone, so no sum depends on it."""
     return 16 if max((bank.stop - bank.start for bank in ranks), default=0) <= 16 else 64
@@ -245,6 +253,7 @@ __all__ = [
     "FLOAT_DTYPES",
     "Clients",
     "Tile",
+    "are_aligned",
     "clients",
     "clients_of_targets",
     "device_name",

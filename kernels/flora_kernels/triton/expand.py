@@ -15,15 +15,28 @@ import triton
 import triton.language as tl
 
 from ..reference import Dropout, Ranges
-from .common import Tile, clients_of_targets, draws_of, find_tile_of_targets, on_device, pick, scale_up, total
+from .common import (
+    Tile,
+    are_aligned,
+    clients_of_targets,
+    draws_of,
+    find_tile_of_targets,
+    on_device,
+    pick,
+    scale_up,
+    total,
+)
 
 # BLOCK_R is part of the order of the sum: one size for all cohorts.
 TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_N=128, BLOCK_R=16), num_warps=4, num_stages=2),
     Tile((torch.float32,), dict(BLOCK_M=64, BLOCK_N=64, BLOCK_R=16), num_warps=4, num_stages=2),
 )
-
-
+# Where rows are not aligned every access has an address of its own: they spill in four warps.
+ODD_TILES = (
+    Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_N=128, BLOCK_R=16), num_warps=8, num_stages=2),
+    Tile((torch.float32,), dict(BLOCK_M=64, BLOCK_N=64, BLOCK_R=16), num_warps=8, num_stages=2),
+)
 # A second sum of the tile beside each target's own: twice the warps hold them.
 SHARED_TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_N=128, BLOCK_R=16), num_warps=8, num_stages=2),
@@ -121,7 +134,8 @@ def expand_many_(
     dropout: Sequence[Dropout | None],
 ) -> torch.Tensor:
     """Y_c += the scaled and masked S_c B_c of every target, in one launch and with one rounding."""
-    tile = pick(TILES if len(factors) == 1 else SHARED_TILES, y_MN.dtype)
+    alone = TILES if are_aligned(y_MN, *factors) else ODD_TILES
+    tile = pick(alone if len(factors) == 1 else SHARED_TILES, y_MN.dtype)
     rows = clients_of_targets(tokens, ranks, scaling, dropout, y_MN.device)
     tall = triton.cdiv(total(tokens), tile.sizes["BLOCK_M"]) + len(tokens)
     grid = (tall * triton.cdiv(y_MN.shape[1], tile.sizes["BLOCK_N"]),)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..reference import Ranges
-from .common import Tile, clients, on_device, pick
+from .common import Tile, are_aligned, clients, on_device, pick
 
 TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, BLOCK_R=32, GROUP_M=8), 8, 3),
@@ -27,6 +27,11 @@ TILES = (
 TAIL_TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, BLOCK_R=32, GROUP_M=8), 8, 3),
     Tile((torch.float32,), dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, BLOCK_R=16, GROUP_M=8), 8, 2),
+)
+# Where rows are not aligned every access has an address of its own, and a tile of such addresses spills.
+ODD_TILES = (
+    Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, BLOCK_R=16, GROUP_M=8), 8, 2),
+    Tile((torch.float32,), dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=16, BLOCK_R=16, GROUP_M=8), 8, 2),
 )
 
 
@@ -152,9 +157,11 @@ def _linear_kernel(
 
 def _launch(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, *tail: Any, **options: Any):
     (M, K), N = x_MK.shape, weight_NK.shape[0]
-    tile = pick(TAIL_TILES if options["TAIL"] else TILES, x_MK.dtype)
-    y_MN = x_MK.new_empty(M, N)
     s_flat, B_PN, tables = tail
+    tiles = TAIL_TILES if options["TAIL"] else TILES
+    y_MN = x_MK.new_empty(M, N)
+    rows = x_MK, weight_NK, y_MN, *(() if B_PN is None else (B_PN,))
+    tile = pick(tiles if are_aligned(*rows) else ODD_TILES, x_MK.dtype)
     strides = (*x_MK.stride(), *weight_NK.stride(), *((0, 0) if B_PN is None else B_PN.stride()))
     grid = (triton.cdiv(M, tile.sizes["BLOCK_M"]) * triton.cdiv(N, tile.sizes["BLOCK_N"]),)
     with on_device(x_MK):

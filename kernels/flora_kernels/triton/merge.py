@@ -24,8 +24,10 @@ from .common import Tile, draws_of, last_at_or_before, on_device
 _ROUNDED = Tile((torch.bfloat16, torch.float16), dict(BLOCK_N=64, BLOCK_K=128, BLOCK_P=16), 8, 3)
 # IEEE products run on the CUDA cores, their operands in registers.
 _MASTER = Tile((torch.float32,), dict(BLOCK_N=64, BLOCK_K=64, BLOCK_P=16), 4, 2)
+# Rows that are not aligned need an address for every access.
+_ODD_MASTER = Tile((torch.float32,), dict(BLOCK_N=64, BLOCK_K=64, BLOCK_P=16), 8, 2)
 _WIDE = Tile((torch.float64,), dict(BLOCK_N=32, BLOCK_K=64, BLOCK_P=1), 4, 1)
-TILES = (_ROUNDED, _MASTER, _WIDE)
+TILES = (_ROUNDED, _MASTER, _ODD_MASTER, _WIDE)
 _TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -204,6 +206,8 @@ def merge_many_(
         tile = _WIDE if wide == torch.float64 else _MASTER
         if tile is _MASTER and half and not options["LOW_BITS"] and torch.version.hip is None:
             tile = _ROUNDED
+        if tile is _MASTER and not options["ALIGNED"]:
+            tile = _ODD_MASTER
         rows, tiles = _rows(members, tile.sizes)
         with on_device(weight):
             _merge_kernel[(tiles,)](
@@ -212,7 +216,7 @@ def merge_many_(
                 **dict(COLUMNS=_COLUMNS, STRIDES=_STRIDES, FIRST=_FIRST, SEED=_SEED),
                 **options,
                 SUM=_TRITON_DTYPE[wide],
-                PRECISION="ieee" if tile is _MASTER else "tf32x3",
+                PRECISION="tf32x3" if tile is _ROUNDED else "ieee",
                 HALF=half,
                 STOCHASTIC=rounding == "stochastic",
                 **tile.options,

@@ -17,6 +17,7 @@ import triton.language as tl
 from ..reference import Dropout, Ranges
 from .common import (
     Tile,
+    are_aligned,
     clients_of_targets,
     draws_of,
     find_tile_of_targets,
@@ -31,6 +32,11 @@ from .common import (
 TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_K=64), num_warps=4, num_stages=4),
     Tile((torch.float32,), dict(BLOCK_M=64, BLOCK_K=32), num_warps=8, num_stages=2),
+)
+# Where rows are not aligned every access has an address of its own: they spill in four warps.
+ODD_TILES = (
+    Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_K=64), num_warps=8, num_stages=2),
+    Tile((torch.float32,), dict(BLOCK_M=32, BLOCK_K=32), num_warps=8, num_stages=2),
 )
 # One accumulator per target: twice the warps hold them, and no more than 32 of a rank at a time.
 _SHARED_BLOCK_R = 32
@@ -122,7 +128,8 @@ def shrink_many(
 ) -> list[torch.Tensor]:
     """Flat S of every target that shares x, in one launch; each with its A, ranks, scales and dropout."""
     s_flats = [x_MK.new_empty(s_numel(tokens, part)) for part in ranks]
-    tile = pick(TILES if len(factors) == 1 else SHARED_TILES, x_MK.dtype)
+    alone = TILES if are_aligned(x_MK, *factors) else ODD_TILES
+    tile = pick(alone if len(factors) == 1 else SHARED_TILES, x_MK.dtype)
     block_r = max(rank_block(part) for part in ranks)
     block_r = block_r if len(factors) == 1 else min(block_r, _SHARED_BLOCK_R)
     widest = max((bank.stop - bank.start for part in ranks for bank in part), default=0)
