@@ -31,7 +31,18 @@ DEFAULT = [
     name for name in STRATEGIES if name not in ("flora_svd", "raflora")
 ]  # flora_svd is flora at tau = 1, and raflora flexlora at equal ranks.
 # What a run's numbers depend on; they go into the results and must not change under one label.
-SETTINGS = ("rounds", "per_client", "test_items", "max_length", "max_steps", "batch_size", "lr", "targets", "fraction")
+SETTINGS = (
+    "rounds",
+    "per_client",
+    "test_items",
+    "max_length",
+    "max_steps",
+    "batch_size",
+    "lr",
+    "targets",
+    "fraction",
+    "eval_every",
+)
 _START, _END = "<!-- quality:start -->", "<!-- quality:end -->"
 
 Run = dict[str, Any]
@@ -57,6 +68,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--seeds", default="0,1,2")
     run.add_argument("--rounds", type=int, default=8)
     run.add_argument("--fraction", type=float, default=1.0)
+    run.add_argument("--eval-every", type=int, default=1, help="rounds from one evaluation to the next")
     run.add_argument("--per-client", type=int, default=32)
     run.add_argument("--test-items", type=int, default=80)
     run.add_argument("--max-length", type=int, default=192)
@@ -99,6 +111,7 @@ def recipe_of(args: argparse.Namespace, one: Run, out: Path) -> Any:
         "train.lr": args.lr,
         "federation.rounds": args.rounds,
         "federation.fraction": args.fraction,
+        "federation.eval_every": args.eval_every,
         "federation.keep_snapshots": 1,
         "federation.save_model": "false",
         "strategy": one["name"],
