@@ -55,18 +55,13 @@ def atomic_dir(path: str | os.PathLike[str], *, replaceable: Collection[str] = (
         SaveError: If writing fails; ``path`` is then as it was.
     """
     target = Path(os.path.abspath(path))
-    with _explained(target):
+    with explained(target):
         _check_replaceable(target, replaceable)
         target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(target) as temporary:
         temporary.mkdir()
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                _fsync(Path(folder, name))
-            _fsync(Path(folder))
-        _swap_in(temporary, target)
-        _fsync(target.parent)
+        publish_dir(temporary, target)
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -76,7 +71,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
         SaveError: If writing fails; an existing file is then as it was.
     """
     target = Path(os.path.abspath(path))
-    with _explained(target):
+    with explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(target) as temporary:
         temporary.write_bytes(data)
@@ -124,7 +119,7 @@ def _temporary(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{next(_counter)}-{target.name}")
     _in_flight.add(temporary)
     try:
-        with _explained(target):
+        with explained(target):
             yield temporary
     finally:
         _remove(temporary)
@@ -132,15 +127,26 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
+def explained(target: Path, kept: str = "what was saved before is unchanged") -> Iterator[None]:
+    """Raise a ``SaveError`` with a remedy for whatever the system refuses while ``target`` is saved."""
     try:
         yield
     except (SaveError, FileExistsError):
         raise
     except OSError as error:
         remedy = _REMEDIES.get(error.errno or 0, "check the path and the disk, then try again")
-        text = f"could not save {target}: {error.strerror or error}; {remedy}; what was saved before is unchanged"
+        text = f"could not save {target}: {error.strerror or error}; {remedy}; {kept}"
         raise SaveError(error.errno, text) from error
+
+
+def publish_dir(made: Path, target: Path) -> None:
+    """Wait until a folder and all that is in it are on the disk, then let it appear at its place on the same disk."""
+    for folder, _, names in os.walk(made):
+        for name in names:
+            _fsync(Path(folder, name))
+        _fsync(Path(folder))
+    _swap_in(made, target)
+    _fsync(target.parent)
 
 
 def _check_replaceable(target: Path, replaceable: Collection[str]) -> None:
@@ -215,4 +221,12 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["SaveError", "atomic_dir", "atomic_write_bytes", "atomic_write_json", "write_safetensors"]
+__all__ = [
+    "SaveError",
+    "atomic_dir",
+    "atomic_write_bytes",
+    "atomic_write_json",
+    "explained",
+    "publish_dir",
+    "write_safetensors",
+]
