@@ -19,6 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch.nn import functional as F
 
 import flora_core as flora
+from bench.grid import LINEARS, MODELS
+from bench.grid import TEN as RANKS
 from bench.protocol import Check
 from flora_core.data.pack import pad
 from flora_core.data.template import IGNORE, Example
@@ -28,38 +30,40 @@ from flora_core.testing import budget_ratio
 from flora_core.update import Adapters
 from tests.models import exact64
 
-RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LR = 3e-4
 Batches = Sequence[Sequence[Example]]
 
 
-def smollm2_config(layers: int) -> Any:
-    """SmolLM2-135M's configuration with so many of its 30 layers."""
+def llama_config(name: str, layers: int) -> Any:
+    """The configuration of a model in ``MODELS`` with so many layers."""
     from transformers import LlamaConfig
 
+    shapes = MODELS[name]
     return LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
+        vocab_size=shapes.vocab,
+        hidden_size=shapes.hidden,
+        intermediate_size=shapes.intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        num_attention_heads=shapes.heads,
+        num_key_value_heads=shapes.kv_heads,
         max_position_embeddings=8192,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 100000.0, "rope_type": "default"},
-        tie_word_embeddings=True,
+        rope_parameters={"rope_theta": 100000.0 if shapes.tied else 10000.0, "rope_type": "default"},
+        tie_word_embeddings=shapes.tied,
         pad_token_id=2,
         use_cache=False,
     )
 
 
-def random_model(layers: int) -> Any:
-    """SmolLM2-135M's shapes with random weights."""
+def random_model(
+    layers: int, name: str = "SmolLM2-135M", where: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Any:
+    """A model's shapes with random weights, made where and as it will be used."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(smollm2_config(layers)).float().eval()
+    with torch.device(where):
+        return AutoModelForCausalLM.from_config(llama_config(name, layers), dtype=dtype).eval()
 
 
 def real_model(layers: int) -> Any:
@@ -104,7 +108,7 @@ def start_adapters(cohort: Any) -> dict[str, Adapters]:
     random, found = torch.Generator().manual_seed(2), {}
     for name in cohort.names:
         for A_RK, B_RN in cohort.bank.adapters(name).values():
-            B_RN.copy_(torch.randn(B_RN.shape, generator=random) * 0.005)
+            B_RN.copy_((torch.randn(B_RN.shape, generator=random) * 0.005).to(B_RN.device))
             assert A_RK.any()
         found[name] = cohort.update(name).adapters
     return found
@@ -113,9 +117,17 @@ def start_adapters(cohort: Any) -> dict[str, Adapters]:
 class Packed:
     """One optimizer step of all clients at a time, by ``CohortTrainer`` as users run it."""
 
-    def __init__(self, model: Any, batches: Batches, ranks: Sequence[int] = RANKS, **config: Any):
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        ranks: Sequence[int] = RANKS,
+        targets: Sequence[str] = LINEARS,
+        dropout: float = 0.0,
+        **config: Any,
+    ):
         self.model = shared_copy(model)
-        self.cohort = flora.attach(self.model, specs(batches, ranks), LINEARS)
+        self.cohort = flora.attach(self.model, specs(batches, ranks, dropout), targets)
         self.adapters = start_adapters(self.cohort)
         self.trainer = flora.CohortTrainer(self.cohort, flora.TrainConfig(**config))
         self.budget, self._step = self.trainer.plan().token_budget, 0
@@ -144,13 +156,20 @@ class SequentialPeft:
     Every client has a PEFT model of its own on the same shared weights, so that none pays for switching adapters.
     """
 
-    def __init__(self, model: Any, batches: Batches, adapters: dict[str, Adapters], only: Sequence[int] | None = None):
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        adapters: dict[str, Adapters],
+        only: Sequence[int] | None = None,
+        **options: Any,
+    ):
         self.chosen = list(range(len(batches))) if only is None else list(only)
         names = list(adapters)
-        self.models = [peft_model(shared_copy(model), adapters[names[c]]) for c in self.chosen]
+        self.models = [peft_model(shared_copy(model), adapters[names[c]], **options) for c in self.chosen]
         self.weights = [[p for p in one.parameters() if p.requires_grad] for one in self.models]
         self.optimizers = [torch.optim.AdamW(weights, lr=LR, weight_decay=0.0) for weights in self.weights]
-        self.inputs = [padded_inputs(batches[c]) for c in self.chosen]
+        self.inputs = [padded_inputs(batches[c], model.device) for c in self.chosen]
 
     def step(self) -> list[float]:
         """One step of every client, one after another; their losses."""
@@ -165,15 +184,16 @@ class SequentialPeft:
         return loss.item()
 
 
-def peft_model(model: Any, adapters: Adapters, dropout: float = 0.0) -> Any:
-    """A model with one client's adapter, by ``get_peft_model``."""
+def peft_model(model: Any, adapters: Adapters, dropout: float = 0.0, autocast: bool = True) -> Any:
+    """A model with one client's adapter, by ``get_peft_model``; ``autocast`` keeps adapters of 16 bits in float32."""
     rank = next(iter(adapters.values()))[0].shape[0]
+    targets = sorted({path.rsplit(".", 1)[-1] for path in adapters})
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # peft's own call
-        peft: Any = get_peft_model(model, config)
+        peft: Any = get_peft_model(model, config, autocast_adapter_dtype=autocast)
     load_peft(peft, "default", adapters)
     return peft.train()
 
@@ -188,13 +208,14 @@ def load_peft(peft: Any, adapter: str, adapters: Adapters) -> None:
         B.copy_(B_RN.T)
 
 
-def padded_inputs(batch: Sequence[Example]) -> dict[str, torch.Tensor]:
+def padded_inputs(batch: Sequence[Example], where: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, padded on the right to the batch's longest."""
     layout = pad([batch], 2)
     labels = torch.full_like(layout.input_ids, IGNORE)
     for row, example in zip(labels, batch, strict=True):
         row[: len(example.labels)] = torch.tensor(example.labels)
-    return {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "labels": labels}
+    inputs = {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "labels": labels}
+    return {name: tensor.to(where) for name, tensor in inputs.items()}
 
 
 def exact_losses(
@@ -219,8 +240,8 @@ def _exact_client(peft: Any, batch: Sequence[Example], steps: int) -> list[float
         last, total = step == steps - 1, 0.0
         with torch.no_grad() if last else nullcontext():
             for example in batch:
-                z_MV = peft(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
-                target = torch.tensor(example.labels[1:])
+                z_MV = peft(input_ids=torch.tensor([example.input_ids], device=peft.device)).logits[0, :-1]
+                target = torch.tensor(example.labels[1:], device=peft.device)
                 loss = F.cross_entropy(z_MV, target, ignore_index=IGNORE, reduction="sum") / count
                 total += loss.item()
                 if not last:

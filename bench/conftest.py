@@ -1,8 +1,10 @@
-"""Options of the benchmarks: how many threads, and how far they are shrunk for a smoke test."""
+"""Options of the benchmarks: threads, which cases, how far they are shrunk for a smoke test, and for how long."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.grid import SELECTIONS, cases
+from bench.outcomes import Outcomes
 from bench.protocol import RESULTS, SMOKE
 
 torch.set_num_threads(int(os.environ.get("FLORA_BENCH_THREADS", "2")))
@@ -26,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-tokens", type=int, default=128, help="tokens of a sequence where they are not real data")
     group.addoption("--bench-seconds", type=float, default=1.0, help="factor on how long each comparison goes on")
+    group.addoption("--bench-select", choices=SELECTIONS, default=None, help="which cases of the grid (bench/grid.py)")
+    group.addoption("--bench-minutes", type=float, default=None, help="begin no comparison after so many minutes")
 
 
 @dataclass(frozen=True)
@@ -35,10 +41,12 @@ class Scale:
     layers: int
     tokens: int
     seconds: float
+    selection: str = "cpu"
 
     @property
     def full(self) -> bool:
-        return (self.layers, self.tokens) == (LAYERS, 128) and self.seconds >= 1
+        whole = (self.layers, self.tokens) == (LAYERS, 128) and self.seconds >= 1
+        return whole and self.selection != "quick"
 
     @property
     def folder(self) -> Path:
@@ -48,9 +56,49 @@ class Scale:
     def settings(self) -> dict[str, int]:
         return {"layers": self.layers, "tokens": self.tokens}
 
+    def depth(self, layers: int) -> int:
+        """So many layers, or the fewer that a smoke test has."""
+        return layers if self.full else min(layers, self.layers, 2 if self.selection == "quick" else layers)
+
+
+def _scale(config: pytest.Config) -> Scale:
+    option: Any = config.getoption
+    selection = option("--bench-select") or ("gpu" if torch.cuda.is_available() else "cpu")
+    return Scale(option("--bench-layers"), option("--bench-tokens"), option("--bench-seconds"), selection)
+
 
 @pytest.fixture
 def scale(request: pytest.FixtureRequest) -> Scale:
     """What the options say."""
-    option: Any = request.config.getoption
-    return Scale(option("--bench-layers"), option("--bench-tokens"), option("--bench-seconds"))
+    return _scale(request.config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give every test that asks for a case those that the selection takes of its question."""
+    if "case" in metafunc.fixturenames and hasattr(metafunc.module, "QUESTION"):
+        chosen = cases(metafunc.module.QUESTION, _scale(metafunc.config).selection)
+        metafunc.parametrize("case", chosen, ids=[case.id for case in chosen])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STARTED] = time.monotonic()
+    scale = _scale(config)
+    config.stash[_OUTCOMES] = Outcomes(scale.folder / "outcomes" / f"{scale.selection}.json")
+
+
+_STARTED, _OUTCOMES = pytest.StashKey[float](), pytest.StashKey[Outcomes]()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    minutes: Any = item.config.getoption("--bench-minutes")
+    if minutes is not None and time.monotonic() - item.config.stash[_STARTED] > 60 * minutes:
+        pytest.skip(f"out of time: {minutes:g} minutes were over before its turn")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Write down how every benchmark ended, so that the page can tell what is missing and why."""
+    report: Any = yield
+    if "benchmark" in getattr(item, "fixturenames", ()):
+        item.config.stash[_OUTCOMES].add(item.nodeid, report)
+    return report

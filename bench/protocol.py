@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -14,7 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,11 @@ import torch
 from flora_core.files import atomic_write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).resolve().parent / "results"
-SMOKE = Path(__file__).resolve().parent / "smoke"
-PACKAGES = ("torch", "transformers", "peft", "numpy", "pytest-benchmark")
+# A folder of one's own, so that a trial does not write over results that are committed.
+_ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")
+RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else Path(__file__).resolve().parent / "results"
+SMOKE = RESULTS / "smoke" if _ELSEWHERE else RESULTS.parent / "smoke"
+PACKAGES = ("torch", "transformers", "peft", "numpy", "pytest-benchmark", "triton", "unsloth", "liger_kernel")
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -46,10 +50,14 @@ class Timing:
     cpu_s: list[float] = field(default_factory=list)
 
     def run(self, work: Callable[[], Any]) -> Any:
-        """Time one call."""
+        """Time one call: by the clock, or by events on a GPU, which is idle before and after it."""
+        start, stop = _events()
         cpu, wall = time.process_time(), time.perf_counter()
         value = work()
-        self.wall_s.append(time.perf_counter() - wall)
+        if stop is not None:
+            stop.record()
+            stop.synchronize()
+        self.wall_s.append(time.perf_counter() - wall if stop is None else start.elapsed_time(stop) / 1000)
         self.cpu_s.append(time.process_time() - cpu)
         return value
 
@@ -66,6 +74,30 @@ class Timing:
             "wall_s": list(self.wall_s),
             "cpu_s": list(self.cpu_s),
         }
+
+
+def _events() -> tuple[Any, Any]:
+    """A recorded event and one to be recorded on a GPU, or nothing."""
+    if not torch.cuda.is_available():
+        return None, None
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    return start, stop
+
+
+class Missing(Exception):  # noqa: N818
+    """A contender that cannot take part here; the message is the reason."""
+
+
+def reason(error: BaseException) -> str:
+    """Why a contender does not take part, in a line."""
+    text = (" ".join(str(error).split()) or type(error).__name__)[:300]
+    if isinstance(error, Missing):
+        return text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory: {text}"
+    return f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +117,25 @@ class Check:
         """Raise AssertionError if the check is red."""
         if not self.green:
             raise AssertionError(f"check is red, no speed-up: error / budget = {self.ratio:.3g} ({self.how})")
+
+
+def tensors_ratio(
+    found: Mapping[str, torch.Tensor], exact: Mapping[str, torch.Tensor], low: Mapping[str, torch.Tensor]
+) -> float:
+    """How much of the error budget many tensors use together: any one's largest error is a draw of chance.
+
+    The largest error of each tensor by its own size, as a root mean square over all of them.
+    """
+    if not found.keys() == exact.keys() == low.keys():
+        raise AssertionError(f"other tensors than the oracle's: {sorted(found.keys() ^ exact.keys())[:4]}")
+    sizes = {key: exact[key].abs().max().item() for key in exact}
+
+    def error(results: Mapping[str, torch.Tensor]) -> float:
+        each = [((results[k].double() - exact[k]).abs().max().item() / sizes[k]) ** 2 for k in exact if sizes[k]]
+        return math.sqrt(sum(each) / len(each))
+
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in low.values())
+    return error(found) / (2 * (error(low) + eps))
 
 
 class Result:
@@ -108,6 +159,7 @@ class Result:
             "finished": False,
             "environment": environment(),
             "settings": dict(settings),
+            "missing": {},
         }
         self.save()
 
@@ -115,11 +167,28 @@ class Result:
         """Add fields and write the file whole or not at all."""
         self.data |= fields
         self.data["environment"]["load"] = self._load.since()
-        atomic_write_bytes(self.path, (json.dumps(self.data, indent=1, allow_nan=True) + "\n").encode())
+        atomic_write_bytes(self.path, (json.dumps(_finite(self.data), indent=1, allow_nan=False) + "\n").encode())
 
     def timings(self, times: Mapping[str, Timing]) -> None:
         """Write what was timed so far."""
         self.save(times={name: timing.summary() for name, timing in times.items()})
+
+    def leave_out(self, name: str, error: BaseException) -> None:
+        """Note a contender that does not take part any more, and why; the others go on."""
+        self.data["missing"][name] = reason(error)
+        self.data.get("times", {}).pop(name, None)
+        self.save()
+        print(f"\n{self.data['name']}: without {name}: {reason(error)}", end="")
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Write why a case failed or was stopped into its file, then let the error go on."""
+        try:
+            yield
+        except BaseException as error:
+            if "check" not in self.data or self.data["check"]["green"]:
+                self.save(finished=False, failed=reason(error))
+            raise
 
     def conclude(self, check: Check, ours: str, rivals: Mapping[str, float | None]) -> str:
         """Write the check and, if it is green, each rival's speed-up against its target; give back a line to print.
@@ -131,16 +200,32 @@ class Result:
         check.require()
         times = self.data["times"]
         speedups = {
-            rival: {
-                "times": times[rival]["median_s"] / times[ours]["median_s"],
-                "rounds": [b / a for a, b in zip(times[ours]["wall_s"], times[rival]["wall_s"], strict=True)],
-                "target": target,
-            }
-            for rival, target in rivals.items()
+            rival: speedup(times[ours], times[rival], target) for rival, target in rivals.items() if rival in times
         }
-        self.save(speedups=speedups)
+        self.save(ours=ours, speedups=speedups)
         lines = [f"{ours} is {s['times']:.2f} times as fast as {rival}" for rival, s in speedups.items()]
         return f"{self.data['name']}: " + "; ".join(lines) + f" (check at {check.ratio:.2f} of its budget)"
+
+
+def _finite(value: Any) -> Any:
+    """The same with NaN and infinities as words, which JSON has no numbers for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def speedup(ours: Mapping[str, Any], rival: Mapping[str, Any], target: float | None = None) -> dict[str, Any]:
+    """How many times as fast ours is: of the medians, of every round, and what part of the rounds says so."""
+    rounds = [b / a for a, b in zip(ours["wall_s"], rival["wall_s"], strict=True)]
+    return {
+        "times": rival["median_s"] / ours["median_s"],
+        "rounds": rounds,
+        "p20": quantile(rounds, 0.2),
+        "p80": quantile(rounds, 0.8),
+        "target": target,
+    }
 
 
 def interleave(
@@ -163,7 +248,7 @@ def interleave(
         seconds: Rounds go on for about so long, at least ``least`` and at most ``most`` of them.
         before: Called with the contender's name before each run, untimed.
     Returns:
-        What every call gave, the warm-up first.
+        What every call gave, the warm-up first. A rival that fails is left out from then on, with its reason.
     """
     name, work = ours
     times, values = {key: Timing() for key in (name, *rivals)}, {key: [] for key in (name, *rivals)}
@@ -173,9 +258,13 @@ def interleave(
         result.timings(times)
 
     def others() -> None:
-        for key, do in rivals.items():
-            before(key)
-            turn(key, do)
+        for key, do in [(key, do) for key, do in rivals.items() if key in times]:
+            try:
+                before(key)
+                turn(key, do)
+            except Exception as error:  # whatever a rival raises is the reason to go on without it
+                times.pop(key), values.pop(key)
+                result.leave_out(key, error)
         before(name)
 
     others()
@@ -234,8 +323,23 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        **_gpu(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU, its driver, clocks, power and what else keeps it busy; nothing where there is none."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "utilization.gpu")
+    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    try:
+        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return {**found, "nvidia-smi": reason(error)}
+    return found | dict(zip(fields, (part.strip() for part in answer.splitlines()[0].split(",")), strict=False))
 
 
 def _git(*arguments: str) -> str:
