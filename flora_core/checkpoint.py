@@ -32,6 +32,7 @@ import torch
 from . import tuning
 from .checks import require
 from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
+from .headers import parse_json, read_header
 from .history import Event, show_bytes
 from .identity import differences
 from .peft_io import save_peft_adapter
@@ -141,8 +142,10 @@ class RunFolder:
 
     def _read_facts(self) -> dict[str, Any]:
         try:
-            facts = json.loads((self.path / RUN).read_text("utf-8"))
+            facts = parse_json(self.path / RUN, (self.path / RUN).read_bytes())
             kept = {name: facts[name] for name in ("identity", "environments", "start", "finished")}
+            lists = [kept["identity"], *kept["environments"]]
+            require(len(lists) > 1 and all(isinstance(one, dict) for one in lists), "these are mappings")
             return {**kept, "fuse": dict(facts.get("fuse", {}))}
         except (ValueError, KeyError, TypeError):
             raise ValueError(
@@ -225,11 +228,13 @@ class RunFolder:
         Returns:
             The snapshot, or None to start from the beginning; and a warning for each newer round that is damaged.
         """
+        from safetensors import SafetensorError
+
         damaged: list[str] = []
         for number in self._rounds():
             try:
                 return self._read_round(number, device), [f"{text}; going on after round {number}" for text in damaged]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 damaged.append(f"{self.folder(number)} cannot be used ({error})")
         return None, [f"{text}; starting from the beginning" for text in damaged]
 
@@ -237,11 +242,12 @@ class RunFolder:
         from safetensors.torch import load_file
 
         folder = self.folder(number)
-        body = json.loads((folder / ROUND).read_text("utf-8"))
+        body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
         require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
         for name, digest in body["files"].items():
             require((folder / name).is_file(), f"{name} is not there")
             require(_sha256(folder / name) == digest, f"{name} is not what was saved")
+        read_header(folder / STATE)
         # Copies: the mapped file's addresses are aligned otherwise, which products may round differently for.
         tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(folder / STATE).items()}
         return Snapshot(number, _put_in(body["state"], tensors), body["events"])
@@ -266,9 +272,9 @@ class RunFolder:
         for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            events += [event] if isinstance(event, dict) and "event" in event else []
+            events += [event] if _is_event(event) else []
         return events
 
     def save_adapter(self, adapter: ClientUpdate, **options: Any) -> None:
@@ -301,6 +307,10 @@ class RunFolder:
                 f"{self.path} has {show_bytes(free)} free, and a checkpoint and the final model need "
                 f"{show_bytes(needed_bytes)}: free some space, or choose another out",
             )
+
+
+def _is_event(event: Any) -> bool:
+    return isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(_round_of(event), int)
 
 
 def _round_of(event: Event) -> int:

@@ -8,10 +8,10 @@ Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +22,12 @@ import torch
 from .bank import match_pattern, matches_target
 from .checks import FLOAT_DTYPES, require
 from .files import atomic_dir, atomic_write_json, write_safetensors
+from .headers import open_plain, parse_json, read_header
 from .update import Adapters, ClientUpdate, RoundResult
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_MAX_CONFIG_BYTES, _LARGEST = 4_000_000, sys.float_info.max
+_PLAIN_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.|\\-)+\$?")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 # Fields that say how an adapter was made or who made it, and leave the meaning of A and B as it is.
@@ -53,7 +56,14 @@ _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
-def load_peft_adapter(path: str | os.PathLike[str], *, client: str | None = None, weight: float = 1.0) -> ClientUpdate:
+def load_peft_adapter(
+    path: str | os.PathLike[str],
+    *,
+    client: str | None = None,
+    weight: float = 1.0,
+    trusted: bool = True,
+    max_bytes: int | None = None,
+) -> ClientUpdate:
     """Load a PEFT LoRA adapter as a client's update.
 
     ``s = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``; r and alpha by module from ``rank_pattern`` and
@@ -63,15 +73,20 @@ def load_peft_adapter(path: str | os.PathLike[str], *, client: str | None = None
         path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         client: The client's name; that of the folder unless given.
         weight: Its weight in an aggregation.
+        trusted: False for what somebody else put there: links are not followed, the file is read rather than mapped
+            (whoever truncates a mapped file ends the process), and patterns may name modules but hold no regular
+            expressions, of which some take for ever.
+        max_bytes: Refuse larger weights before they are read.
     Returns:
         The update; factors in the dtype of the file, on the CPU.
     Raises:
         FileNotFoundError: If a file is missing; a pickled ``adapter_model.bin`` is not read.
-        ValueError: If config and tensors disagree, or the adapter has a feature that this engine does not have.
+        ValueError: If config and tensors disagree, a file is damaged, or the adapter has a feature that this engine
+            does not have.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    pairs = _read_factors(folder)
+    config = _read_config(folder, trusted)
+    pairs = _read_factors(folder, trusted, max_bytes)
     adapters: Adapters = {}
     scaling: dict[str, float] = {}
     for module, (A_RK, B_NR) in pairs.items():
@@ -82,28 +97,54 @@ def load_peft_adapter(path: str | os.PathLike[str], *, client: str | None = None
     return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, trusted: bool) -> dict[str, Any]:
     path = folder / CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); save the adapter again") from error
-    require(isinstance(config, dict), f"{path} must hold a JSON object, got {type(config).__name__}")
+    with open_plain(path, _MAX_CONFIG_BYTES, links=trusted) as file:
+        config = parse_json(path, file.read(_MAX_CONFIG_BYTES + 1))
     kind = config.get("peft_type")
     require(kind == "LORA", f"{path}: peft_type must be 'LORA', got {kind!r}; other methods are not supported")
     _check_features(path, config)
     for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         config[default] = config.get(default, 8)
         config[pattern] = config.get(pattern) or {}
+        require(isinstance(config[pattern], dict), f"{path}: {pattern} must map modules to numbers")
         for value in (config[default], *config[pattern].values()):
-            require(_is_number(value), f"{path}: {default} and {pattern} must hold numbers, got {value!r}")
+            require(_is_number(value), f"{path}: {default} and {pattern} must hold numbers, got {repr(value)[:60]}")
+    _check_patterns(path, config, trusted)
     return config
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Within float64: JSON's whole numbers have no end.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def _check_patterns(path: Path, config: Mapping[str, Any], trusted: bool) -> None:
+    """Check the fields that name modules: lists of text or patterns, and no regular expressions of a stranger's."""
+    for field in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(field)
+        names = value if isinstance(value, list) else []
+        fine = value is None or (isinstance(value, (str, list)) and all(isinstance(name, str) for name in names))
+        require(fine, f"{path}: {field} must be a list of names or a pattern, got {str(value)[:60]}")
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, list) else [layers]
+    fine = layers is None or all(type(number) is int for number in numbers)
+    require(fine, f"{path}: layers_to_transform must hold whole numbers, got {str(layers)[:60]}")
+    patterns = [*config["rank_pattern"], *config["alpha_pattern"]]
+    patterns += [config[f] for f in ("target_modules", "exclude_modules") if isinstance(config.get(f), str)]
+    found = config.get("layers_pattern") or []
+    patterns += [found] if isinstance(found, str) else found
+    for pattern in patterns:
+        plain = trusted or pattern == "all-linear" or _PLAIN_PATTERN.fullmatch(pattern) is not None
+        require(
+            plain, f"{path}: {pattern[:60]!r} is a regular expression; an update from outside must name its modules"
+        )
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{path}: {pattern[:60]!r} is not a regular expression ({error})") from None
 
 
 def _check_features(path: Path, config: Mapping[str, Any]) -> None:
@@ -132,17 +173,17 @@ def _check_features(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _read_factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def _read_factors(folder: Path, trusted: bool, max_bytes: int | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Read module -> (lora_A [R, K], lora_B [N, R]); every tensor of the file must be one of these."""
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not path.exists():
         if (folder / "adapter_model.bin").is_file():
             raise FileNotFoundError(
                 f"{folder} holds adapter_model.bin, a pickle, which could run code and is not read; load it with peft"
                 " where you trust it and save it with save_pretrained(..., safe_serialization=True)"
             )
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; give the folder that peft saved")
-    tensors = _read_safetensors(path)
+    tensors = _read_safetensors(path, trusted, max_bytes)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():
@@ -158,12 +199,16 @@ def _read_factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
 
 
-def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+def _read_safetensors(path: Path, trusted: bool, max_bytes: int | None) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
+    read_header(path, max_bytes=max_bytes, links=trusted)
     try:
-        return load_file(path)
+        if trusted:
+            return load_file(path)
+        with open_plain(path, max_bytes, links=False) as file:
+            return load(file.read(-1 if max_bytes is None else max_bytes))
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); save or copy it again") from error
 

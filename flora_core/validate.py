@@ -12,6 +12,7 @@ from numbers import Real
 
 import torch
 
+from .aggregate.robust import outliers, product_norm
 from .attach import Cohort
 from .checks import FLOAT_DTYPES
 from .update import ClientUpdate
@@ -24,7 +25,10 @@ def promised(cohort: Cohort, client: str) -> ClientUpdate:
 
 
 def sift(
-    updates: Sequence[ClientUpdate], expected: Mapping[str, ClientUpdate], max_norm: float | None = None
+    updates: Sequence[ClientUpdate],
+    expected: Mapping[str, ClientUpdate],
+    max_norm: float | None = None,
+    outlier_factor: float | None = None,
 ) -> tuple[list[ClientUpdate], dict[str, str]]:
     """Part the good updates from those that must not be used.
 
@@ -32,6 +36,8 @@ def sift(
         updates: What the clients of a round sent.
         expected: Client -> what ``promised`` gives for it; nobody else may take part.
         max_norm: Bound on the norm of a client's product, see ``why_refused``.
+        outlier_factor: A norm more than so many times the median of the good updates is refused too, where there are
+            at least three.
     Returns:
         The good updates in their order, and client -> reason for each of the others.
     """
@@ -49,7 +55,9 @@ def sift(
             good.append(update)
         else:
             refused[name] = reason
-    return good, refused
+    if outlier_factor is not None:
+        refused |= outliers({update.client: product_norm(update) for update in good}, outlier_factor)
+    return [update for update in good if update.client not in refused], refused
 
 
 def why_refused(update: ClientUpdate, expected: ClientUpdate, max_norm: float | None = None) -> str | None:
@@ -78,20 +86,6 @@ def why_refused(update: ClientUpdate, expected: ClientUpdate, max_norm: float | 
     return None
 
 
-def product_norm(update: ClientUpdate) -> float:
-    """The Frobenius norm of all products ``s B_RN.T A_RK`` together, in float64 through R x R Gram matrices.
-
-    ``||B.T A||^2 = sum((A A.T) * (B B.T))``; no N x K matrix is made. Infinite where float64 overflows on the way.
-    """
-    squares = []
-    for module, (A_RK, B_RN) in update.adapters.items():
-        A, B = A_RK.double(), B_RN.double()
-        square = float(((A @ A.T) * (B @ B.T)).sum())
-        # What cancels may leave a rounding error below zero.
-        squares.append(update.scaling[module] ** 2 * (0.0 if square < 0 else square))
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
-
-
 def _wrong_modules(update: ClientUpdate, expected: ClientUpdate) -> str | None:
     unknown = sorted(set(update.adapters) - set(expected.adapters))
     if unknown:
@@ -111,6 +105,8 @@ def _wrong_factors(update: ClientUpdate, expected: ClientUpdate, module: str) ->
             return (
                 f"{name} of {module} must be a floating-point tensor, got {getattr(got, 'dtype', type(got).__name__)}"
             )
+        if got.layout is not torch.strided or got.is_meta or got.dtype.itemsize > want.dtype.itemsize:
+            return f"{name} of {module} must be a plain tensor of at most {want.dtype}, got {got.dtype}, {got.layout}"
         if got.shape != want.shape:
             shapes = f"{tuple(want.shape)} by its configuration, rank first, got {tuple(got.shape)}"
             return f"{name} of {module} must be {shapes}"

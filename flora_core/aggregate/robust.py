@@ -1,0 +1,114 @@
+"""Sizes of updates, and what is done about large ones: clip them, or leave out what is far from the others.
+
+A client's size is the Frobenius norm of all its products ``s_k B_k A_k`` together, through R x R Gram matrices:
+
+    ||B.T A||^2 = sum((A A.T) * (B B.T))                       no N x K matrix is made
+
+Where products cancel, rounding may hide what is left, so a bound that must hold is taken from above: the rounding
+error of the sum is at most ``gamma sum((|A| |A|.T) * (|B| |B|.T))``.
+
+Letters: K in_features, N out_features, R one client's rank.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from ..checks import check_number, require
+from ..update import ClientUpdate
+
+_EPS = torch.finfo(torch.float64).eps
+
+
+def product_norm(update: ClientUpdate) -> float:
+    """The Frobenius norm of all products ``s B_RN.T A_RK`` together, in float64; infinite where float64 overflows."""
+    squares = []
+    for module, (A_RK, B_RN) in update.adapters.items():
+        A, B = A_RK.double(), B_RN.double()
+        square = float(((A @ A.T) * (B @ B.T)).sum())
+        # What cancels may leave a rounding error below zero.
+        squares.append(update.scaling[module] ** 2 * (0.0 if square < 0 else square))
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+
+
+def norm_bound(update: ClientUpdate) -> float:
+    """A number that the norm of all products surely does not exceed, whoever made the factors.
+
+    ``product_norm`` plus its rounding error at most: above the norm by about 1e-11 of it, and by more only where the
+    products nearly cancel.
+    """
+    squares = []
+    for module, (A_RK, B_RN) in update.adapters.items():
+        A, B = A_RK.double(), B_RN.double()
+        (R, K), N = A.shape, B.shape[1]
+        square = float(((A @ A.T) * (B @ B.T)).sum())
+        size = float(((A.abs() @ A.abs().T) * (B.abs() @ B.abs().T)).sum())
+        # Each entry of a Gram matrix is off by at most K or N roundings, their product by one, the sum by R^2.
+        error = 1.01 * (K + N + R * R + 4) * _EPS * size
+        squares.append(update.scaling[module] ** 2 * (max(square, 0.0) + error))
+    return math.sqrt(math.fsum(squares)) * (1 + 8 * _EPS) if all(map(math.isfinite, squares)) else math.inf
+
+
+def clip_factor(update: ClientUpdate, bound: float) -> float:
+    """The largest factor of at most 1 with which the update's norm surely is within the bound; 0 for an infinite one.
+
+    Raises:
+        ValueError: If the bound is not above 0.
+    """
+    check_number("bound", bound, 0)
+    require(bound > 0, "bound must be above 0, got 0")
+    norm = norm_bound(update)
+    return 1.0 if norm <= bound else bound / norm * (1 - 8 * _EPS)
+
+
+def clip(update: ClientUpdate, bound: float) -> ClientUpdate:
+    """Scale an update down, if it is too large, so that the norm of its products is at most ``bound``.
+
+    B is scaled, in float32 at least, so that all modules keep their directions and their scalings; an update within
+    the bound is given back as it is.
+    """
+    factor = clip_factor(update, bound)
+    if factor == 1.0:
+        return update
+    adapters = {}
+    for module, (A_RK, B_RN) in update.adapters.items():
+        dtype = torch.promote_types(B_RN.dtype, torch.float32)
+        # Rounding B may not bring it back above the bound.
+        adapters[module] = A_RK, (B_RN.double() * (factor * (1 - torch.finfo(dtype).eps))).to(dtype)
+    return replace(update, adapters=adapters)
+
+
+def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
+    """Name the clients whose norm is more than ``factor`` times the median of the round.
+
+    The median is one of honest clients' as long as they are more than half. Below three clients it says nothing, nor
+    where it is zero, and nobody is named.
+
+    Args:
+        norms: Client -> norm of its products.
+        factor: Above 1.
+    Returns:
+        Client -> the reason, for those that are to be refused.
+    """
+    if len(norms) < 3:
+        return {}
+    # The lower one of two: an even half of large updates does not lift it.
+    middle = statistics.median_low(norms.values())
+    if middle == 0:
+        return {}
+    text = "the norm of its product is {:.3g}, more than {:g} times the round's median of {:.3g} (outlier_factor)"
+    return {name: text.format(norm, factor, middle) for name, norm in norms.items() if norm > factor * middle}
+
+
+def clipped(updates: Sequence[ClientUpdate], bound: float) -> tuple[list[ClientUpdate], dict[str, float]]:
+    """Clip every update; also client -> norm before, of those that were too large."""
+    done = [(update, clip(update, bound)) for update in updates]
+    return [new for _, new in done], {old.client: product_norm(old) for old, new in done if new is not old}
+
+
+__all__ = ["clip", "clip_factor", "clipped", "norm_bound", "outliers", "product_norm"]

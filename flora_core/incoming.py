@@ -1,0 +1,200 @@
+"""What comes from outside: ask clients elsewhere, wait no longer than agreed, read within limits, keep what is refused.
+
+A client elsewhere is a function that is given a ``Task`` and returns a ``ClientUpdate``, or the folder where the
+client's PEFT adapter lies. It may raise, never return, or return anything: that costs the round this client alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checks import require
+from .files import atomic_dir, atomic_write_json, write_safetensors
+from .headers import open_plain
+from .peft_io import CONFIG, WEIGHTS, load_peft_adapter
+from .update import Adapters, ClientUpdate
+
+QUARANTINE, REASON = "quarantine", "reason.json"
+# Besides eight bytes a number: a header has about 120 bytes a tensor, a config is a few thousand.
+_ROOM_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a client elsewhere is asked to do in a round.
+
+    Args:
+        round: Which, from 1.
+        client: Its name.
+        start: The adapter that it starts from, module -> (A_RK, B_RN).
+        scaling: Module -> s, which its update must have too.
+        trainable: The factors that this round trains.
+    """
+
+    round: int
+    client: str
+    start: Adapters
+    scaling: Mapping[str, float]
+    trainable: tuple[str, ...] = ("A", "B")
+
+
+Remote = Callable[[Task], "ClientUpdate | str | os.PathLike[str]"]
+
+
+class Asked:
+    """Clients that were asked at the same time, each in a thread of its own.
+
+    Args:
+        remotes: Client -> the function that asks it.
+        tasks: Client -> its task.
+        deadline_s: Seconds from now after which an answer counts no more; None waits for ever. Counted by a clock
+            that nobody can set.
+    """
+
+    def __init__(self, remotes: Mapping[str, Remote], tasks: Mapping[str, Task], deadline_s: float | None):
+        self.deadline_s, self.began = deadline_s, time.monotonic()
+        self.missing = list(tasks)
+        self._answers: queue.SimpleQueue[tuple[str, Any, BaseException | None]] = queue.SimpleQueue()
+        for name, task in tasks.items():
+            # A daemon: one that never returns keeps neither the round nor the process.
+            threading.Thread(target=self._ask, args=(name, remotes[name], task), daemon=True).start()
+
+    def _ask(self, name: str, remote: Remote, task: Task) -> None:
+        try:
+            self._answers.put((name, remote(task), None))
+        except BaseException as error:
+            self._answers.put((name, None, error))
+
+    def wait(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """Wait for the answers until the deadline.
+
+        Returns:
+            Client -> its answer, and client -> reason for those that failed or were late.
+        """
+        answers: dict[str, Any] = {}
+        failed: dict[str, str] = {}
+        while self.missing:
+            left = None if self.deadline_s is None else max(0.0, self.began + self.deadline_s - time.monotonic())
+            try:
+                name, answer, error = self._answers.get(timeout=left)
+            except queue.Empty:
+                break
+            self.missing.remove(name)
+            if error is None:
+                answers[name] = answer
+            else:
+                failed[name] = f"it failed: {type(error).__name__}: {_one_line(error)}"
+        late = dict.fromkeys(self.missing, f"it sent nothing within the deadline of {self.deadline_s:g} s")
+        return answers, failed | late if self.missing else failed
+
+
+def receive(answer: Any, expected: ClientUpdate) -> ClientUpdate:
+    """Make an update of a client's answer; a folder is read within the limits of what the client promised.
+
+    Args:
+        answer: A ``ClientUpdate``, or the folder of a PEFT adapter, which somebody else may have filled.
+        expected: What ``validate.promised`` gives for the client.
+    Returns:
+        The update, under the client's own name if it was read; ``validate.sift`` judges what is in it.
+    Raises:
+        ValueError, OSError: With the file's name, if the folder holds no adapter that can be read safely: larger than
+            what was promised can be, a link, damaged, with regular expressions, ...
+    """
+    if isinstance(answer, ClientUpdate):
+        return answer
+    fine = isinstance(answer, (str, os.PathLike))
+    require(fine, f"it sent a {type(answer).__name__}, and not an update or the folder of one")
+    folder = Path(answer)
+    require(not folder.is_symlink(), f"{folder} must be a folder, not a link")
+    limit = 8 * _numbers(expected) + _ROOM_BYTES
+    return load_peft_adapter(folder, client=expected.client, trusted=False, max_bytes=limit)
+
+
+def _numbers(expected: ClientUpdate) -> int:
+    return sum(factor.numel() for pair in expected.adapters.values() for factor in pair)
+
+
+def quarantine(
+    home: Path, round: int, client: str, reason: str, answer: Any = None, expected: ClientUpdate | None = None
+) -> Path:
+    """Keep a refused update apart, with the reason, for people to look at: nothing reads it again.
+
+    Args:
+        home: The run's folder; the place is ``quarantine/<round>/<client>`` in it, whatever the client calls itself.
+        round, client, reason: What goes into ``reason.json``.
+        answer: What the client sent: an update, whose factors are kept as safetensors, or a folder, of which the two
+            files of an adapter are copied. At most four times the size of what was promised is kept.
+        expected: What was promised.
+    Returns:
+        The folder.
+    Raises:
+        SaveError: If writing fails.
+    """
+    folder = home / QUARANTINE / f"{round:04d}" / _folder_name(client)
+    limit = 4 * (8 * _numbers(expected) + _ROOM_BYTES) if expected else _ROOM_BYTES
+    present = os.listdir(folder) if folder.is_dir() else []
+    with atomic_dir(folder, replaceable=present) as new:
+        kept = _keep(answer, new, limit)
+        atomic_write_json(new / REASON, {"round": round, "client": str(client), "reason": reason, "kept": kept})
+    return folder
+
+
+def _folder_name(client: Any) -> str:
+    """The client's name if it can be a folder's, else a digest of it: nobody chooses a path here."""
+    name = str(client)
+    if re.fullmatch(r"[\w-][\w.-]{0,99}", name, re.ASCII):
+        return name
+    return f"unnamed-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+
+
+def _keep(answer: Any, folder: Path, limit: int) -> list[str]:
+    """Put what was sent into a folder if it is not too large; the names of the files."""
+    if isinstance(answer, ClientUpdate):
+        tensors = _tensors(answer)
+        if not tensors or sum(t.numel() * t.element_size() for t in tensors.values()) > limit:
+            return []
+        # Clones: what was sent may share memory, which safetensors refuses.
+        write_safetensors(folder / "update.safetensors", {name: t.clone() for name, t in tensors.items()})
+        return ["update.safetensors"]
+    if not isinstance(answer, (str, os.PathLike)):
+        return []
+    return [name for name in (CONFIG, WEIGHTS) if _copied(Path(answer) / name, folder / name, limit)]
+
+
+def _copied(source: Path, target: Path, limit: int) -> bool:
+    try:
+        with open_plain(source, limit, links=False) as old:
+            data = old.read(limit)
+    except (OSError, ValueError):
+        return False
+    target.write_bytes(data)
+    return True
+
+
+def _tensors(update: ClientUpdate) -> dict[str, torch.Tensor]:
+    """The tensors of an update that may be anything, under names of ours."""
+    pairs = update.adapters.items() if isinstance(update.adapters, Mapping) else ()
+    found = {}
+    for module, factors in pairs:
+        for number, factor in enumerate(factors if isinstance(factors, (tuple, list)) else ()):
+            if isinstance(factor, torch.Tensor) and factor.layout is torch.strided and not factor.is_meta:
+                found[f"{str(module)[:200]}/{number}"] = factor
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+__all__ = ["QUARANTINE", "REASON", "Asked", "Remote", "Task", "quarantine", "receive"]
