@@ -102,6 +102,17 @@ def effective(adapter: Any, update: ClientUpdate) -> Dense:
     return {m: update.scaling[m] * B.double().T @ A.double() for m, (A, B) in (adapter or {}).items()}
 
 
+def dense_svd(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The best approximation of a rank, by the textbook."""
+    U, S, V = torch.linalg.svd(matrix)
+    return U[:, :rank] @ torch.diag(S[:rank]) @ V[:rank]
+
+
+def fresh_start(client: ClientUpdate) -> Any:
+    """The client's own A with B = 0."""
+    return {m: (A, torch.zeros_like(B)) for m, (A, B) in client.adapters.items()}
+
+
 def start_of(result: RoundResult, client: ClientUpdate) -> Any:
     """What the round's result gives a client that it may not have seen."""
     return result.next_adapter(client.client, ranks=client.ranks, scaling=client.scaling)
@@ -134,5 +145,6 @@ def global_model(base: Dense, result: RoundResult) -> Dense:
 
 def idle(result: RoundResult, client: ClientUpdate) -> ClientUpdate:
     """What a client sends back that did not train: its start, or a fresh adapter with B = 0."""
-    fresh = {m: (A, torch.zeros_like(B)) for m, (A, B) in client.adapters.items()}
-    return ClientUpdate(client.client, {**fresh, **(start_of(result, client) or {})}, client.scaling, client.weight)
+    return ClientUpdate(
+        client.client, {**fresh_start(client), **(start_of(result, client) or {})}, client.scaling, client.weight
+    )

@@ -62,11 +62,21 @@ def test_terms_that_cancel_send_nothing_in_the_end():
     assert form == ("recompressed", 0)
 
 
+def test_rows_that_cancel_behind_independent_ones_are_found():
+    """The second client takes back all but one row of the first: the first rows alone look independent."""
+    A, B, coef = stack(4)
+    _, form = smallest_form((torch.cat([A, A[:3]]), torch.cat([B, -B[:3]]), torch.cat([coef, coef[:3]])))
+    assert form == ("recompressed", 70 * 8)
+
+
 def test_full_rank_is_never_claimed_for_dependent_rows():
     A = stack(5)[0]
     assert full_rank(A)
     assert full_rank(1e-20 * A)
     assert full_rank(A[:0])
+    alike = A[:1] + 1e-3 * A
+    assert full_rank(alike.double()), "float32 cannot tell, float64 can"
+    assert not full_rank(A[:1].double() + 1e-6 * A)
     for dependent in (
         torch.cat([A, A[:1]]),
         torch.cat([A, A.sum(0, keepdim=True)]),

@@ -74,6 +74,12 @@ def test_wrong_types_are_refused():
         aggregate([with_tensors(torch.ones(2, 8), torch.ones(2, 6, dtype=torch.int64))])
 
 
+def test_large_finite_factors_are_taken():
+    """Their sum overflows float32, which must not pass for an infinity among them."""
+    huge = with_tensors(torch.full((2, 8), 3e38), torch.full((2, 6), 1e-38))
+    assert float(aggregate([huge]).dense()["q_proj"].max()) > 1
+
+
 def test_many_clients_of_one_shape_are_named_briefly():
     with pytest.raises(ValueError, match="from 'c0', 'c1', 'c2' and 7 more; K=9"):
         aggregate([*(update(f"c{i}") for i in range(10)), update("odd", k=9)])

@@ -171,11 +171,12 @@ def write_deviation(
     Returns:
         ``||(after - before) - exact||`` and ``||exact||`` over these rows, in float64, 1024 rows at a time.
     """
-    A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
-    B_PS = B_PN if rows_S is None else B_PN[:, rows_S]
+    A_PK, B_PN, coef_P = stack
+    A_PK, B_PS = A_PK.double(), B_PN if rows_S is None else B_PN[:, rows_S]
     deviations = []
-    for rows in torch.arange(before_SK.shape[0], device=B_PS.device).split(_CHUNK_ROWS):
-        exact = (B_PS[:, rows].T * coef_P) @ A_PK
-        change = after_SK[rows].double() - before_SK[rows].double()
-        deviations.append(Deviation(float((change - exact).norm()), float(exact.norm())))
+    for first in range(0, before_SK.shape[0], _CHUNK_ROWS):
+        rows = slice(first, first + _CHUNK_ROWS)
+        exact = (B_PS[:, rows].double() * coef_P.double()[:, None]).T @ A_PK
+        lost = after_SK[rows].double() - before_SK[rows] - exact
+        deviations.append(Deviation(float(lost.norm()), float(exact.norm())))
     return total(deviations)

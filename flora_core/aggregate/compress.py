@@ -110,15 +110,20 @@ def as_fresh(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
 def full_rank(rows_PK: torch.Tensor) -> bool:
     """Whether rows are independent by a wide margin: the Cholesky factor of their cosines has no small pivot.
 
-    One symmetric product, far cheaper than an SVD; False only means that an SVD must decide.
+    One symmetric product, far cheaper than an SVD, in float32 where the margin allows it; False only means that an SVD
+    must decide.
     """
-    P, K = rows_PK.shape
-    if P > K:
+    if rows_PK.shape[0] > rows_PK.shape[1]:
         return False
-    rows = rows_PK.double()
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    # A pivot's square is off by some P eps: 1e-5 in float32, 1e-14 in float64.
+    return _smallest_pivot(rows_PK.float()) > 3e-2 or _smallest_pivot(rows_PK.double()) > 1e-4
+
+
+def _smallest_pivot(rows_PK: torch.Tensor) -> float:
+    """Of the Cholesky factor of the rows' cosines; 0 where there is none, 1 for no rows."""
+    unit = rows_PK / rows_PK.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows_PK.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(unit @ unit.T)
-    return P == 0 or (int(info) == 0 and float(factor.diagonal().min()) > 1e-4)
+    return min(factor.diagonal().tolist(), default=1.0) if int(info) == 0 else 0.0
 
 
 __all__ = [

@@ -53,8 +53,10 @@ def smallest_form(stack: Stack) -> tuple[Stack, Form]:
     if P == 0:
         return stack, Form("none", 0)
     best, form = stack, Form("stack", P * (N + K) * item)
-    # In float64 a rank above this does not pay, and that many independent rows among the first ones prove it.
-    enough = P * item // torch.float64.itemsize + 1
+    # In float64 a rank above `most` does not pay. Where a rows of A and b of B are independent, the product's rank is
+    # at least a + b - P (Sylvester), so this many of each prove that it is above.
+    most = P * item // torch.float64.itemsize
+    enough = (P + most) // 2 + 1
     if is_smaller_than_dense(stack) and not all(full_rank(rows[:enough]) for rows in stack[:2]):
         found = _recompressed(stack)
         size = found[0].shape[0] * (N + K) * found[0].element_size()
@@ -68,7 +70,10 @@ def smallest_form(stack: Stack) -> tuple[Stack, Form]:
 def _without_idle_rows(stack: Stack) -> Stack:
     """Drop rows whose product is zero; the same tensors where there are none."""
     A_PK, B_PN, coef_P = stack
-    live = A_PK.any(1) & B_PN.any(1) & coef_P.bool()
+    # Trained rows have no zero in their first column, so that most stacks need not be read.
+    live = coef_P.bool() & A_PK[:, :1].any(1) & B_PN[:, :1].any(1)
+    if not bool(live.all()):
+        live = coef_P.bool() & A_PK.any(1) & B_PN.any(1)
     return stack if bool(live.all()) else (A_PK[live], B_PN[live], coef_P[live])
 
 
