@@ -10,6 +10,7 @@ from typing import Any
 from .checks import check_choice, check_number, nearest, require
 
 SCHEDULES = ("constant", "linear", "cosine")
+RECOMPUTABLE = ("norms", "activations")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class TrainConfig:
         template: Prompt template: auto, chat or prompt (see ``flora_core.data``).
         dtype: Autocast dtype, None or ``bfloat16``.
         gradient_checkpointing: Recompute each layer in the backward pass.
+        recompute: What smaller is recomputed there: ``norms`` (worth it in 16 bits), ``activations`` (of gated MLPs),
+            both or none. Like checkpointing it trades time for memory and changes no bit of the result.
         token_budget: At most so many tokens in flight, which also splits the cohort; None lets the planner choose.
         memory_budget_gb: Memory beyond the base for activations, gradients and optimizer state, in GB.
         seed: Seed of data order, initial adapters and dropout.
@@ -60,6 +63,7 @@ class TrainConfig:
     template: str = "auto"
     dtype: str | None = None
     gradient_checkpointing: bool = False
+    recompute: tuple[str, ...] = ()
     token_budget: int | None = None
     memory_budget_gb: float | None = None
     seed: int = 0
@@ -84,6 +88,10 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0)
                 require(getattr(self, name) > 0, f"{name} must be above 0, or None for no limit")
+        require(not isinstance(self.recompute, str), f"recompute must be a list of names, got {self.recompute!r}")
+        for kind in self.recompute:
+            check_choice("recompute", kind, RECOMPUTABLE)
+        object.__setattr__(self, "recompute", tuple(self.recompute))
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("schedule_scope", self.schedule_scope, ("round", "run"))
         check_choice("loss_on", self.loss_on, ("answer", "all"))

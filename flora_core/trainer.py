@@ -26,6 +26,7 @@ from .data.template import IGNORE, EncodeReport, Example, encode, require_exampl
 from .forward import Batch, deterministic_libraries, evaluation_mode, labelled_hidden, lay_out
 from .loss import client_losses
 from .optimizer import CohortAdamW
+from .recompute import keeping_less
 from .segments import Segments
 from .update import ClientUpdate
 
@@ -158,7 +159,7 @@ class CohortTrainer:
     def plan(self) -> planner.Plan:
         """The cohorts that will train one after another, and the tokens in flight."""
         budgeted = any(c.config.memory_budget_gb is not None for c in self.clients.values())
-        per_token = planner.measure_bytes_per_token(self.cohort) if budgeted else 0.0
+        per_token = self._bytes_per_token() if budgeted else 0.0
         param = self.cohort.bank.param
         return planner.plan(
             [self._demand(client) for client in self.clients.values()],
@@ -166,6 +167,18 @@ class CohortTrainer:
             device=param.device.type,
             bytes_per_number=param.element_size(),
         )
+
+    def _bytes_per_token(self) -> float:
+        """What one token keeps for backward, and its part of the one layer that is computed again at a time."""
+        with evaluation_mode(self.cohort.model):
+            whole, most = planner.measure_bytes_per_token(self.cohort), 0.0
+            layers = getattr(self.cohort.model.config, "num_hidden_layers", None) or 1
+            ways = {(c.config.gradient_checkpointing, c.config.recompute): c.config for c in self.clients.values()}
+            for config in ways.values():
+                with keeping_less(self.cohort.model, config):
+                    kept = planner.measure_bytes_per_token(self.cohort)
+                most = max(most, kept + (whole - kept) / layers)
+        return most
 
     def _demand(self, client: _Client) -> planner.Demand:
         lengths = sorted((len(example.input_ids) for example in client.examples), reverse=True)
@@ -203,7 +216,7 @@ class CohortTrainer:
         with (
             deterministic_libraries(device, config.deterministic),
             self.cohort.training(names) as bank,
-            _checkpointed(self.cohort.model, config.gradient_checkpointing),
+            keeping_less(self.cohort.model, config),
         ):
             optimizer = self._optimizer(bank, clients)
             try:
@@ -330,30 +343,6 @@ class CohortTrainer:
 def _num_labels(example: Example) -> int:
     """Labels with a token before them."""
     return sum(label != IGNORE for label in example.labels[1:])
-
-
-@contextmanager
-def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing on, while every other layer stays in evaluation mode."""
-    if not wanted:
-        yield
-        return
-    before = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    # transformers 5.23 has new names for these and warns at the old ones.
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-    # The hook that makes embeddings ask for gradients would outlive this, and is not needed without re-entrance.
-    model.disable_input_require_grads()
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    try:
-        for layer in layers:
-            layer.training = True
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
-        if not before:
-            getattr(model, f"{kind}_checkpointing_disable")()
 
 
 __all__ = ["CohortTrainer", "TrainConfig"]

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import flora_core as flora
+from flora_core.recompute import keeping_less, recomputing
 from flora_core.testing import saved_bytes
+from tests import models
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -125,3 +127,70 @@ def test_x_is_kept_once_per_group_and_s(measured: dict[str, tuple[float, float]]
     """2 bytes for each input of a group, and S of seven targets."""
     expected = 2 * (3 + 11008 // 16 * 16 / 4096) + 2 * 7 * RANK / HIDDEN
     assert measured["cohort"][0] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bf16", "default"),
+    [
+        ({"recompute": ["norms"]}, 0.57, 0.38),
+        ({"recompute": ["activations"]}, 0.55, 0.37),
+        ({"recompute": ["norms", "activations"]}, 0.50, 0.33),
+        ({"gradient_checkpointing": True}, 0.04, 0.03),
+    ],
+    ids=str,
+)
+def test_what_is_computed_again_is_not_kept(
+    settings: dict[str, Any], bf16: float, default: float, measured: dict[str, tuple[float, float]]
+):
+    """Each option by itself; the bounds are shares of what PEFT keeps of the whole layer."""
+    cohort = with_cohort(one_layer())
+    with keeping_less(cohort.model, flora.TrainConfig(**settings)):
+        kept = of_layer(cohort.model, batch(cohort))
+    print(settings, kept, kept / measured["PEFT bf16"][1], kept / measured["PEFT"][1])
+    assert kept <= bf16 * measured["PEFT bf16"][1]
+    assert kept <= default * measured["PEFT"][1]
+
+
+@pytest.mark.parametrize("kinds", [["norms"], ["activations"], ["norms", "activations"]], ids=str)
+def test_gradients_are_the_same_bits(kinds: list[str]):
+    """In training, dropout, two clients and gradient checkpointing included; nothing is left in the model."""
+
+    def train(**settings: Any) -> list[flora.ClientUpdate]:
+        cohort = with_cohort(one_layer())
+        for c, spec in enumerate(cohort.clients):
+            adapters = models.random_adapters(cohort.update(spec.name).adapters, c)
+            cohort.load(spec.name, adapters)
+            object.__setattr__(spec, "data", models.examples(c, [7, 5, 9], vocab=32))
+        config = flora.TrainConfig(lr=1e-2, batch_size=2, **settings)
+        updates = flora.CohortTrainer(cohort, config).run()
+        assert not any("forward" in vars(module) for module in cohort.model.modules())
+        return updates
+
+    plain = train()
+    for settings in ({"recompute": kinds}, {"recompute": kinds, "gradient_checkpointing": True}):
+        for one, other in zip(plain, train(**settings), strict=True):
+            for path, pair in one.adapters.items():
+                assert all(map(torch.equal, pair, other.adapters[path])), path
+
+
+def test_every_norm_and_every_gated_mlp_is_found():
+    with recomputing(one_layer(), ["norms", "activations"]) as counts:
+        assert counts == {"norms": 3, "activations": 1}
+
+
+def test_a_norm_of_torch_and_an_mlp_that_does_more_are_left_alone():
+    model = one_layer()
+    mlp = model.model.layers[0].mlp
+    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})
+    model.model.norm = torch.nn.LayerNorm(HIDDEN)
+    with recomputing(model, ["norms", "activations"]) as counts:
+        assert counts == {"norms": 2, "activations": 0}
+
+
+def test_unknown_kinds_are_refused():
+    with pytest.raises(
+        ValueError, match="recompute must be one of norms, activations, got 'norm'; did you mean 'norms'"
+    ):
+        flora.TrainConfig(recompute=["norm"])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="recompute must be a list of names, got 'norms'"):
+        flora.TrainConfig(recompute="norms")  # pyright: ignore[reportArgumentType]

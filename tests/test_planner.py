@@ -93,8 +93,9 @@ def test_clients_that_cannot_share_a_pass_are_kept_apart():
         demand("c", gradient_checkpointing=True),
         demand("d"),
         demand("e", dtype="bfloat16"),
+        demand("f", recompute=("norms",)),
     ]
-    assert plan(demands, bytes_per_token=0.0).cohorts == (("a", "d"), ("b", "e"), ("c",))
+    assert plan(demands, bytes_per_token=0.0).cohorts == (("a", "d"), ("b", "e"), ("c",), ("f",))
 
 
 def test_a_memory_budget_takes_as_few_cohorts_as_it_allows():
@@ -202,3 +203,17 @@ def test_a_memory_budget_reaches_the_trainer(monkeypatch: pytest.MonkeyPatch):
     assert max(positions for _, positions in seen) <= tight.plan().token_budget
     with pytest.raises(ValueError, match="cannot hold one client's longest sequence"):
         trainer(1e-6).run()
+
+
+def test_a_memory_budget_knows_what_is_computed_again():
+    """More tokens are in flight in the same memory, more still with more computed again; the model is as it was."""
+    cohort = flora.attach(models.tiny("llama", torch.float32).train(), models.clients(), ["q_proj", "v_proj"])
+    modes = [module.training for module in cohort.model.modules()]
+
+    def tokens(**settings: object) -> int:
+        config = flora.TrainConfig(memory_budget_gb=0.5, token_budget=10**6, **settings)  # pyright: ignore
+        return flora.CohortTrainer(cohort, config).plan().token_budget
+
+    found = [tokens(), tokens(recompute=["activations"]), tokens(gradient_checkpointing=True)]
+    assert found == sorted(set(found)), found
+    assert [module.training for module in cohort.model.modules()] == modes
