@@ -50,7 +50,8 @@ class Scale:
 
     @property
     def folder(self) -> Path:
-        return RESULTS if self.full else SMOKE
+        top = RESULTS if self.full else SMOKE
+        return top / "gpu" if torch.cuda.is_available() else top
 
     @property
     def settings(self) -> dict[str, int]:
@@ -81,6 +82,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A case that fails before it is timed is told as it is.
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     config.stash[_STARTED] = time.monotonic()
     scale = _scale(config)
     config.stash[_OUTCOMES] = Outcomes(scale.folder / "outcomes" / f"{scale.selection}.json")

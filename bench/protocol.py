@@ -167,6 +167,7 @@ class Result:
         """Add fields and write the file whole or not at all."""
         self.data |= fields
         self.data["environment"]["load"] = self._load.since()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(self.path, (json.dumps(_finite(self.data), indent=1, allow_nan=False) + "\n").encode())
 
     def timings(self, times: Mapping[str, Timing]) -> None:

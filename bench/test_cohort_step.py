@@ -29,20 +29,23 @@ def compare(
     seconds, least, most = settings.pop("seconds"), settings.pop("least"), settings.pop("most")
     details = {"ranks": RANKS, "alpha": "2r", "targets": "all linears", "dtype": "float32", "lr": cohorts.LR}
     result = Result(name, question, {**scale.settings, **details, **settings}, scale.folder)
+    with result.told():
+        measure(benchmark, result, scale, batches, oracle, target, dict(seconds=seconds, least=least, most=most))
+    benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
+
+
+def measure(
+    benchmark: Any, result: Result, scale: Any, batches: Any, oracle: Any, target: float, limits: dict[str, Any]
+) -> None:
+    """Both contenders in turns, then the check."""
     model = cohorts.real_model(scale.layers)
     packed = Packed(model, batches)
-    result.save(token_budget=packed.budget, tokens_step=sum(len(e.input_ids) for rows in batches for e in rows))
+    tokens = sum(len(example.input_ids) for rows in batches for example in rows)
+    result.save(token_budget=packed.budget, tokens_step=tokens)
     peft = SequentialPeft(model, batches, packed.adapters)
+    limits["seconds"] *= scale.seconds
     with packed.running():
-        values = interleave(
-            benchmark,
-            result,
-            ("flora", packed.step),
-            {"peft": peft.step},
-            seconds=seconds * scale.seconds,
-            least=least,
-            most=most,
-        )
+        values = interleave(benchmark, result, ("flora", packed.step), {"peft": peft.step}, **limits)
     adapters = packed.adapters
     del packed, peft
     exact = exact_losses(model, batches, adapters, oracle)
@@ -50,7 +53,6 @@ def compare(
     for step, (ours, theirs) in enumerate(zip(values["flora"][:2], values["peft"][:2], strict=True)):
         print(f"\nlosses of step {step + 1}, flora: {ours}\n                   peft: {theirs}", end="")
     print("\n" + result.conclude(check, "flora", {"peft": target}))
-    benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
 
 
 @pytest.mark.parametrize(("batch_size", "target"), [(1, 1.3), (4, 1.0)], ids=["batch1", "batch4"])

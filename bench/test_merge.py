@@ -138,6 +138,13 @@ def test_bench_merge(benchmark: Any, scale: Any, accumulate: str):
         {**scale.settings, "ranks": RANKS, "targets": "all linears", "dtype": "float32"},
         scale.folder,
     )
+    with result.told():
+        measure(benchmark, result, scale, ours)
+    benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
+
+
+def measure(benchmark: Any, result: Result, scale: Any, ours: str) -> None:
+    """All contenders in turns, each on its own weights, then the check."""
     round = Round(scale.layers)
     work, weights, peft = contenders(round)
     rivals = {name: work[name] for name in ("addmm per layer", AS_A_ROUND, "peft")}
@@ -161,4 +168,3 @@ def test_bench_merge(benchmark: Any, scale: Any, accumulate: str):
     )
     check = check_merge(round, weights, ours)
     print("\n" + result.conclude(check, ours, {"peft": 4.0, "addmm per layer": None, AS_A_ROUND: None}))
-    benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

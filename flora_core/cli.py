@@ -1,4 +1,4 @@
-"""The `flora` command: run, report, doctor.
+"""The `flora` command: run, report, bench, doctor.
 
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one paragraph, no traceback), 130 stopped by
 Ctrl-C. Heavy modules are imported by the command that needs them, so that --help and bad arguments answer at once.
@@ -24,6 +24,7 @@ _EXAMPLES = """examples:
   flora run quickstart clients.count=4 federation.rounds=1  change anything by its dotted name
   flora run quickstart data=my.jsonl clients.ranks=[8,4]    your own examples
   flora report runs/quickstart                              plots and report.html again
+  flora bench --list                                        what can be measured against PEFT, from a checkout
   flora doctor                                              what this machine has
 """
 
@@ -46,8 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["bench"]:  # the benchmarks bring their own arguments
+        return argparse.Namespace(command=_bench, words=words[1:])
     parser = _parser()
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(words)
     # argparse takes positional arguments in one piece only; overrides may also stand after an option.
     if rest and (options.command is not _run or not all("=" in word and not word.startswith("-") for word in rest)):
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -64,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES + "\nFLORA_CACHE: folder of the demo model. FLORA_TRACEBACK=1: show where an error came from.",
         formatter_class=shape,
     )
-    commands = parser.add_subparsers(required=True, metavar="run | report | doctor")
+    commands = parser.add_subparsers(required=True, metavar="run | report | bench | doctor")
     run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)
     run.add_argument("recipe", help="a YAML file, or the bare name of a packaged recipe (quickstart, dolly)")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.lr=1e-3")
@@ -74,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write plots and report.html of a run")
     report.add_argument("run_dir", help="the out= folder of a run, finished or not")
     report.set_defaults(command=_report)
+    commands.add_parser("bench", help="measure against PEFT on this machine (from a checkout)", add_help=False)
     doctor = commands.add_parser("doctor", help="tell what this machine has, and what is missing")
     doctor.add_argument("--json", action="store_true", help="as JSON")
     doctor.set_defaults(command=_doctor)
@@ -152,6 +157,23 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run_dir))
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "run.py").is_file():
+        raise ValueError(
+            f"flora bench needs a checkout of the repository, and there is no bench/ beside {Path(__file__).parent}; "
+            "clone it, install it with pip install -e '.[dev]', and run flora bench from there"
+        )
+    sys.path[:0] = [path for path in (str(root), str(root / "kernels")) if path not in sys.path]
+    try:
+        from bench.run import main as run
+    except ImportError as error:
+        raise ImportError(
+            f"flora bench lacks a package ({error}); install them with pip install -e '.[dev]'"
+        ) from error
+    return run(options.words)
 
 
 def _doctor(options: argparse.Namespace) -> int:

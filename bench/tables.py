@@ -1,0 +1,189 @@
+"""Results as rows of words: what ``flora bench`` prints and ``bench.publish`` writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.protocol import RESULTS
+from bench.rivals import FROZEN
+
+Data = dict[str, Any]
+Table = tuple[str, list[str], list[list[str]]]
+
+
+def load(folder: Path = RESULTS) -> dict[str, Data]:
+    """Every result by name; a file that is no result of this protocol is left out."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    return {name: data for name, data in found.items() if isinstance(data, dict) and "question" in data}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in lines)
+
+
+def duration(seconds: float) -> tuple[float, str]:
+    """Factor and unit in which a time reads well."""
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1, 1e3, "ms")):
+        if seconds < limit:
+            return factor, unit
+    return 1, "s"
+
+
+def seconds(timing: Data) -> str:
+    """Median with p20 and p80."""
+    factor, unit = duration(timing["median_s"])
+    low, middle, high = (timing[key] * factor for key in ("p20_s", "median_s", "p80_s"))
+    return f"{middle:.3g} {unit} ({low:.3g}-{high:.3g}, {timing['rounds']} rounds)"
+
+
+def verdict(value: float, target: float | None, at_least: bool = True) -> str:
+    """Whether a target was met, and by which comparison."""
+    if target is None:
+        return ""
+    met = value >= target if at_least else value <= target
+    return f"{'met' if met else '**missed**'} (target {'>=' if at_least else '<='} {target:g})"
+
+
+def ratio(times: float, rival: str) -> str:
+    """How ours compares: a loss is printed in bold; against the frozen base it is a share of the limit."""
+    if rival == FROZEN:
+        text = f"{1 / times:.2f} times the limit"
+        return text if times >= 0.5 else f"**{text}**"
+    return f"{times:.2f} times faster" if times >= 1 else f"**{1 / times:.2f} times slower**"
+
+
+def why_no_speedup(data: Data) -> str:
+    """Red, failed with a reason, or not finished."""
+    check = data.get("check")
+    if check is not None and not check["green"]:
+        return f"check red at {check['ratio']} of its budget: no speed-up"
+    if "failed" in data:
+        return f"failed: {data['failed']}"
+    return "not finished: no speed-up"
+
+
+def our_name(data: Data) -> str:
+    """The contender that is ours."""
+    return data.get("ours") or next(name for name in data["times"] if name not in data["speedups"])
+
+
+def speed_rows(data: Data) -> list[list[str]]:
+    """Question, ours, rival, how ours compares, target, error; rivals that are missing with their reason."""
+    if "speedups" not in data:
+        return [[data["question"], why_no_speedup(data), "", "", "", ""]]
+    ours, check = our_name(data), f"{data['check']['ratio']:.2f} of the budget"
+    rows = []
+    for rival, found in data["speedups"].items():
+        timings = [f"{name}: {seconds(data['times'][name])}" for name in (ours, rival)]
+        cells = ratio(found["times"], rival), verdict(found["times"], found["target"]), check
+        rows.append([data["question"], *timings, *cells])
+    for rival, why in data.get("missing", {}).items():
+        rows.append([data["question"], "", rival, f"not measured: {why}", "", ""])
+    return rows
+
+
+def is_compared(data: Data) -> bool:
+    """Whether a result sets contenders against each other."""
+    return "times" in data or "speedups" in data or "failed" in data
+
+
+SPEED_HEADER = ["question", "ours", "rival", "ours is", "target", "error"]
+
+
+def cases_rows(found: Iterable[Data]) -> tuple[list[str], list[list[str]]]:
+    """One row a case, one column a rival: how many times as fast ours is, with p20 and p80 over the rounds."""
+    found = list(found)
+    rivals = list(dict.fromkeys(rival for data in found for rival in data.get("speedups", {})))
+    rows = []
+    for data in found:
+        name = case_name(data)
+        if "speedups" not in data:
+            rows.append([name, why_no_speedup(data), *[""] * len(rivals)])
+            continue
+        cells = [_cell(data["speedups"].get(rival), rival) for rival in rivals]
+        rows.append([name, seconds(data["times"][our_name(data)]), *cells])
+    heads = [f"{rival} (the limit)" if rival == FROZEN else f"times as fast as {rival}" for rival in rivals]
+    return ["case", "ours", *heads], rows
+
+
+def _cell(found: Data | None, rival: str) -> str:
+    if found is None:
+        return "-"
+    low, high = found.get("p20", found["times"]), found.get("p80", found["times"])
+    if rival == FROZEN:
+        return f"{1 / found['times']:.2f} times it ({1 / high:.2f}-{1 / low:.2f})"
+    text = f"{found['times']:.2f}"
+    return f"{text if found['times'] >= 1 else f'**{text}**'} ({low:.2f}-{high:.2f})"
+
+
+def case_name(data: Data) -> str:
+    """Model, linear, cohort, tokens, dropout."""
+    s = data["settings"]
+    where = s.get("linear") or {"qv": "q and v", "all": "all linears"}.get(s.get("targets", ""), "")
+    layers = f"{s['layers']} layers" if "layers" in s else ""
+    drop = f"dropout {s['dropout']:g}" if s.get("dropout") else ""
+    clients = f"{s['clients']} clients ({s['mix']})" if "clients" in s and "mix" in s else ""
+    tokens = f"{s['tokens']} tokens each" if "tokens" in s else ""
+    return ", ".join(part for part in (s.get("model", ""), where, layers, clients, tokens, drop) if part)
+
+
+def missing_rows(found: dict[str, Data]) -> list[list[str]]:
+    """Rivals that did not take part: the reason, and in how many results."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for name, data in found.items():
+        for rival, why in data.get("missing", {}).items():
+            reasons.setdefault((rival, why), []).append(name)
+    return [
+        [rival, why, names[0] if len(names) == 1 else f"{len(names)} results"]
+        for (rival, why), names in reasons.items()
+    ]
+
+
+def outcome_rows(folder: Path) -> list[list[str]]:
+    """Benchmarks that did not pass in the last run of each selection, and why."""
+    rows = []
+    for path in sorted((folder / "outcomes").glob("*.json")):
+        for test, found in json.loads(path.read_text())["tests"].items():
+            if found["outcome"] != "passed":
+                rows.append([test.removeprefix("bench/"), found["outcome"], found["reason"]])
+    return rows
+
+
+def summary(found: dict[str, Data]) -> list[Table]:
+    """Tables for a terminal."""
+    compared = [data for data in found.values() if is_compared(data)]
+    rows = [[data["name"], *row[1:4], row[5]] for data in compared for row in speed_rows(data)]
+    rows = [[cell.replace("**", "") for cell in row] for row in rows]
+    tables: list[Table] = []
+    if rows:
+        tables.append(("Benchmarks", ["result", "ours", "rival", "ours is", "error"], rows))
+    others = [[name, str(data.get("finished", ""))] for name, data in found.items() if not is_compared(data)]
+    if others:
+        tables.append(("Other results (python -m bench.publish writes their tables)", ["result", "finished"], others))
+    return tables or [("Benchmarks", ["result"], [["nothing was measured"]])]
+
+
+__all__ = [
+    "SPEED_HEADER",
+    "Data",
+    "case_name",
+    "cases_rows",
+    "duration",
+    "is_compared",
+    "load",
+    "missing_rows",
+    "our_name",
+    "outcome_rows",
+    "ratio",
+    "seconds",
+    "speed_rows",
+    "summary",
+    "table",
+    "verdict",
+    "why_no_speedup",
+]

@@ -1,0 +1,50 @@
+"""A whole federated round: local training, aggregation and the write into the base, and what of it is not training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from bench.grid import Case
+from bench.protocol import Result, interleave
+from bench.rates import device, rates
+from bench.rivals import ready
+from bench.rounds import RIVALS, STEPS, Round
+
+QUESTION = "federated_round"
+CPU_LAYERS = 10
+
+
+def test_bench_federated_round(benchmark: Any, scale: Any, case: Case):
+    layers = scale.depth(case.shapes.layers if torch.cuda.is_available() else min(CPU_LAYERS, case.shapes.layers))
+    question = (
+        f"A round of {len(case.ranks)} clients, {STEPS} steps each: {case.model}, {layers} layers, "
+        f"{case.targets} targets, {case.tokens} tokens a step"
+    )
+    settings = {**case.settings, "layers": layers, "steps": STEPS}
+    result = Result(f"federated_round_{case.id}", question, settings, scale.folder)
+    with result.told():
+        setting = Round(case, layers)
+        result.save(rates=rates(device()), dtype=str(setting.dtype))
+        rivals = ready(RIVALS, setting, result)
+        values = interleave(
+            benchmark,
+            result,
+            ("flora", setting.ours),
+            rivals,
+            seconds=40 * scale.seconds,
+            least=2,
+            most=5,
+            before=lambda _: setting.reset(),
+        )
+        parts = {
+            "aggregate and write": sum(e["seconds"] for e in setting.events if e["event"] == "aggregated"),
+            "training": sum(e["seconds"] for e in setting.events if e["event"] == "client_done"),
+            "round": sum(e["seconds"] for e in setting.events if e["event"] == "round_end"),
+        }
+        result.save(seconds_of=parts, not_training=1 - parts["training"] / parts["round"])
+        check = setting.check(values["flora"][-1], values["PEFT"][-1])
+        print("\n" + result.conclude(check, "flora", dict.fromkeys(rivals)))
+        print(f"not training: {result.data['not_training']:.1%} of the round")
+    benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
