@@ -15,6 +15,7 @@ import subprocess
 import sysconfig
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -126,8 +127,8 @@ class BuildNative(build_ext):
         return flags if subprocess.run(command, capture_output=True).returncode == 0 else []
 
     def compile(self, source: Path, flags: list[str]) -> str:
-        """The object of a source, made anew if any file of csrc, or this one, is younger."""
-        made = self.objects / f"{source.stem}.o"
+        """The object of a source with these flags, made anew if any file of csrc, or this one, is younger."""
+        made = self.objects / f"{source.stem}-{sha256(shlex.join(flags).encode()).hexdigest()[:8]}.o"
         youngest = max(path.stat().st_mtime for path in [*CSRC.rglob("*"), ROOT / "setup.py"])
         if self.force or not made.exists() or made.stat().st_mtime < youngest:
             run([*flags, f"-I{CSRC / 'include'}", f"-I{CSRC / 'common'}", "-c", str(source), "-o", str(made)])
@@ -136,7 +137,7 @@ class BuildNative(build_ext):
     def build_library(self) -> None:
         isas = {isa: flags for isa, flags in ISA_FLAGS.items() if X86 or isa == "portable"}
         defines = [f'-DFLORA_VERSION="{VERSION}"', *(["-DFLORA_X86"] if X86 else [])]
-        nvcc = self.find_nvcc()
+        nvcc = self.nvcc = self.find_nvcc()
         if nvcc:
             defines.append("-DFLORA_WITH_CUDA")
         base = [*self.compiler_command, *FLAGS, *self.openmp, *defines]
@@ -177,7 +178,8 @@ class BuildNative(build_ext):
         import pybind11
 
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-        made = self.compile(CSRC / "bindings.cpp", [*self.compiler_command, "-O2", *BASE_FLAGS, *includes])
+        defines = ["-DFLORA_WITH_CUDA"] if self.nvcc else []
+        made = self.compile(CSRC / "bindings.cpp", [*self.compiler_command, "-O2", *BASE_FLAGS, *defines, *includes])
         origin = "$ORIGIN" if platform.system() == "Linux" else "@loader_path"
         loose = [] if platform.system() == "Linux" else ["-undefined", "dynamic_lookup"]
         module = self.package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"

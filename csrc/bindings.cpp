@@ -56,7 +56,8 @@ void take_tensor(const std::string &name, const DLTensor &tensor, int32_t uint16
         array.strides[i] = tensor.strides ? tensor.strides[i] : step;
 }
 
-py::object capsule_of(const std::string &name, py::handle object, bool written) {
+// `stream`: the consumer's, for a CUDA array; its producer makes it wait for what writes the array. 0 is the default.
+py::object capsule_of(const std::string &name, py::handle object, bool written, uintptr_t stream) {
     if (!py::hasattr(object, "__dlpack__"))
         throw py::type_error(name + " must be an array with __dlpack__ (torch, NumPy, JAX, CuPy), got " +
                              py::str(py::type::of(object).attr("__name__")).cast<std::string>());
@@ -65,21 +66,24 @@ py::object capsule_of(const std::string &name, py::handle object, bool written) 
     if (written && (module == "jaxlib" || module.rfind("jaxlib.", 0) == 0 || module.rfind("jax.", 0) == 0))
         throw py::type_error(name + " is written in place, and JAX arrays are immutable; use the XLA FFI handler "
                                     "(docs/embedding.md)");
+    py::dict options;
     try {
+        if (stream && object.attr("__dlpack_device__")().cast<py::tuple>()[0].cast<int32_t>() == kDLCUDA)
+            options["stream"] = stream;
         try {
-            return object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0));
+            return object.attr("__dlpack__")(py::arg("max_version") = py::make_tuple(1, 0), **options);
         } catch (py::error_already_set &error) {
             if (!error.matches(PyExc_TypeError)) throw;
-            return object.attr("__dlpack__")();
+            return object.attr("__dlpack__")(**options);
         }
     } catch (py::error_already_set &error) {
         throw py::value_error(name + " cannot be shared: " + error.what());
     }
 }
 
-Array from_dlpack(const std::string &name, py::handle object, bool written, int32_t uint16_is) {
+Array from_dlpack(const std::string &name, py::handle object, bool written, int32_t uint16_is, uintptr_t stream) {
     Array array;
-    array.owner = capsule_of(name, object, written);
+    array.owner = capsule_of(name, object, written, stream);
     PyObject *capsule = array.owner.ptr();
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         auto *managed = static_cast<DLManagedTensorVersioned *>(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
@@ -96,7 +100,8 @@ Array from_dlpack(const std::string &name, py::handle object, bool written, int3
     return array;
 }
 
-Array array_of(const std::string &name, py::handle object, size_t axes, bool written, int32_t uint16_is) {
+Array array_of(const std::string &name, py::handle object, size_t axes, bool written, int32_t uint16_is,
+               uintptr_t stream) {
     Array array;
     if (py::isinstance<py::tuple>(object)) {
         auto parts = py::reinterpret_borrow<py::tuple>(object);
@@ -105,7 +110,7 @@ Array array_of(const std::string &name, py::handle object, size_t axes, bool wri
         array.device_index = parts[3].cast<int32_t>();
         array.sizes = parts[4].cast<std::vector<int64_t>>(), array.strides = parts[5].cast<std::vector<int64_t>>();
     } else {
-        array = from_dlpack(name, object, written, uint16_is);
+        array = from_dlpack(name, object, written, uint16_is, stream);
     }
     if (array.sizes.size() != axes)
         refuse(name, "must have " + std::to_string(axes) + " axes, got " + std::to_string(array.sizes.size()));
@@ -115,8 +120,7 @@ Array array_of(const std::string &name, py::handle object, size_t axes, bool wri
 // Where and how a call runs, as native.py says it, and the arrays that it holds on to.
 class Call {
 public:
-    Call(int32_t threads, int32_t isa, uintptr_t stream, int32_t uint16_is, py::object allocate)
-        : uint16_is_(uint16_is), allocate_(std::move(allocate)) {
+    Call(int32_t threads, int32_t isa, uintptr_t stream, int32_t uint16_is) : uint16_is_(uint16_is) {
         exec.num_threads = threads, exec.isa = isa, exec.stream = reinterpret_cast<void *>(stream);
     }
 
@@ -144,11 +148,19 @@ public:
         check(status);
     }
 
+    // The clients' tables come from Python as host memory, which a GPU cannot read.
+    void only_on_the_cpu(const char *op) const {
+        if (exec.device != FLORA_CPU)
+            refuse(first_, std::string("must be on the CPU: from Python, ") + op +
+                               " runs there only; on CUDA call flora_kernels.h or use backend='triton'");
+    }
+
     flora_exec exec = FLORA_EXEC_INIT;
 
 private:
     const Array &hold(const std::string &name, py::handle object, size_t axes, bool written) {
-        auto array = std::make_unique<Array>(array_of(name, object, axes, written, uint16_is_));
+        auto array = std::make_unique<Array>(
+            array_of(name, object, axes, written, uint16_is_, reinterpret_cast<uintptr_t>(exec.stream)));
         if (arrays_.empty()) {
             exec.device = array->device, exec.device_index = array->device_index, first_ = name;
         } else if (array->device != exec.device || array->device_index != exec.device_index) {
@@ -160,7 +172,7 @@ private:
 
     void *workspace(size_t bytes) {
         if (!bytes) return nullptr;
-        if (exec.device != FLORA_CPU) return reinterpret_cast<void *>(allocate_(bytes).cast<uintptr_t>());
+        if (exec.device != FLORA_CPU) throw std::runtime_error("no merge on CUDA needs a workspace");
         // Kept from call to call: first touching fresh pages costs more than a small product.
         static thread_local std::unique_ptr<void, void (*)(void *)> kept(nullptr, std::free);
         static thread_local size_t kept_bytes = 0;
@@ -182,7 +194,6 @@ private:
     }
 
     int32_t uint16_is_;
-    py::object allocate_;
     std::string first_;
     std::vector<std::unique_ptr<Array>> arrays_;
 };
@@ -240,6 +251,7 @@ void shrink(Call &call, py::handle x, py::handle A, py::handle s, const Clients 
     flora_shrink_args args = FLORA_SHRINK_ARGS_INIT;
     args.x = call.matrix("x_MK", x), args.A = call.matrix("A_PK", A), args.s = call.vector("s_flat", s, true);
     args.clients = clients.table();
+    call.only_on_the_cpu("shrink");
     call.run([&](auto *exec, size_t *bytes) { return flora_shrink_workspace(exec, &args, bytes); },
              [&](auto *exec) { return flora_shrink(exec, &args); });
 }
@@ -248,6 +260,7 @@ void expand(Call &call, py::handle y, py::handle s, py::handle B, const Clients 
     flora_expand_args args = FLORA_EXPAND_ARGS_INIT;
     args.y = call.matrix("y_MN", y, true), args.s = call.vector("s_flat", s), args.B = call.matrix("B_PN", B);
     args.clients = clients.table();
+    call.only_on_the_cpu("expand");
     call.run([&](auto *exec, size_t *bytes) { return flora_expand_workspace(exec, &args, bytes); },
              [&](auto *exec) { return flora_expand(exec, &args); });
 }
@@ -259,6 +272,7 @@ void wgrad(Call &call, py::handle ds, py::handle x, py::handle s, py::handle dy,
     args.s = call.vector("s_flat", s), args.dy = call.matrix("dy_MN", dy);
     args.dA = call.matrix("dA_PK", dA, true), args.dB = call.matrix("dB_PN", dB, true);
     args.clients = clients.table();
+    call.only_on_the_cpu("wgrad");
     call.run([&](auto *exec, size_t *bytes) { return flora_wgrad_workspace(exec, &args, bytes); },
              [&](auto *exec) { return flora_wgrad(exec, &args); });
 }
@@ -281,6 +295,7 @@ void adamw(Call &call, py::handle param, py::handle grad, py::handle exp_avg, py
     args.num_segments = static_cast<int64_t>(owner.size());
     args.segment_offsets = offsets.data(), args.owner = owner.data();
     args.hyper = call.matrix("hyper_CH", hyper);
+    call.only_on_the_cpu("adamw");
     call.run([&](auto *exec, size_t *bytes) { return flora_adamw_workspace(exec, &args, bytes); },
              [&](auto *exec) { return flora_adamw(exec, &args); });
 }
@@ -290,7 +305,8 @@ void adamw(Call &call, py::handle param, py::handle grad, py::handle exp_avg, py
 PYBIND11_MODULE(_native, module) {
     module.doc() = "The C interface of flora_kernels.h; use flora_kernels.native.";
     py::class_<Call>(module, "Call")
-        .def(py::init<int32_t, int32_t, uintptr_t, int32_t, py::object>())
+        .def(py::init<int32_t, int32_t, uintptr_t, int32_t>())
+        .def_property_readonly("workspace_bytes", [](const Call &call) { return call.exec.workspace_bytes; })
         .def("merge_many", &merge_many)
         .def("shrink", &shrink)
         .def("expand", &expand)
@@ -299,6 +315,11 @@ PYBIND11_MODULE(_native, module) {
     py::class_<Clients>(module, "Clients")
         .def(py::init<std::vector<int32_t>, std::vector<int32_t>, std::vector<double>, std::vector<int32_t>,
                       std::vector<int64_t>, std::vector<int64_t>>());
+#ifdef FLORA_WITH_CUDA
+    module.attr("built_with_cuda") = true;
+#else
+    module.attr("built_with_cuda") = false;
+#endif
     module.def("version", &flora_version);
     module.def("abi_version", &flora_abi_version);
     module.def("cpu_isa", &flora_cpu_isa);

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, seeds
+from . import attention, merge_ways, seeds
 from .backends import resolve
 from .bank import AdapterBank, AdapterConfig, BankModule, matches_target
 from .calls import check_fuse
@@ -402,3 +402,4 @@ def explain(model: nn.Module) -> Explanation:
 
 
 __all__ = ["ClientSpec", "Cohort", "Explanation", "attach", "candidates", "detach", "explain"]
+        f"merge: {merge_ways.told(next(iter(cohort.layers.values())).weight)}",

@@ -57,7 +57,7 @@ def _unfit(name: str, op: str, tensor: torch.Tensor | None, auto: bool) -> str |
     # The interpreter checks kernels and is far too slow to be chosen for anybody.
     if _MODULES[name] == _TRITON and device != "cuda" and (auto or (tensor is not None and not _interpreted())):
         return f"runs on a GPU, the tensors are on {device}; move them with .to('cuda')"
-    devices = getattr(module, "DEVICES", (device,))
+    devices = getattr(module, "DEVICES", {}).get(op, (device,))
     if device not in devices:
         return f"runs on {', '.join(devices)}, the tensors are on {device}; use backend='auto'"
     dtypes = getattr(module, "DTYPES", {}).get(op)
@@ -67,19 +67,26 @@ def _unfit(name: str, op: str, tensor: torch.Tensor | None, auto: bool) -> str |
     return None
 
 
+def able(op: str, tensor: torch.Tensor | None = None) -> list[str]:
+    """The backends that ``auto`` may take for an op on a tensor, the one to prefer first."""
+    on_gpu = tensor is not None and tensor.device.type == "cuda"
+    order = ("triton", "native", "reference") if on_gpu else ("native", "triton", "reference")
+    reasons = availability()
+    return [name for name in order if reasons[name] is None and _unfit(name, op, tensor, auto=True) is None]
+
+
 def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[ModuleType, str]:
     """Pick the kernel module for an op, and say why.
 
-    ``auto`` takes the first of native, triton, reference that has the op and takes the device and dtype of ``tensor``
-    (a CPU where none is given); a named backend runs or raises.
+    ``auto`` takes the first that ``able`` names: native on a CPU, Triton on a GPU, else the reference; a named backend
+    runs or raises. (Merges on a GPU are chosen by measurement: ``merge_ways``.)
     """
     reasons = availability()
     available = [name for name, reason in reasons.items() if reason is None]
     if backend == "auto":
-        for name in ("native", "triton", "reference"):
-            if name in available and _unfit(name, op, tensor, auto=True) is None:
-                skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
-                return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
+        for name in able(op, tensor)[:1]:
+            skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
+            return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
         raise ValueError(f"no backend has {op} here; available: {', '.join(available)}")
     require(backend in reasons, f"backend must be one of auto, {', '.join(reasons)}, got {backend!r}")
     require(
@@ -91,4 +98,4 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
     return importlib.import_module(_MODULES[backend]), f"{backend} (named)"
 
 
-__all__ = ["availability", "resolve"]
+__all__ = ["able", "availability", "resolve"]

@@ -15,6 +15,7 @@ from .arguments import LoraWeights, MergeItem, check_adamw, check_merges, check_
 from .backends import resolve
 from .checks import check_choice, check_tensor, require
 from .fused import Plan, without_autocast
+from .merge_ways import merge_kernels, merge_with
 from .segments import Segments
 from .ways import WAYS, possible
 
@@ -72,10 +73,9 @@ def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulat
     check_merges(items, rounding, seed, accumulate)
     if not items:
         return
-    kernels, _ = resolve(backend, "merge_many_", items[0].weight)
-    stacks = [kernels.MergeItem(item.weight, item.A, item.B, item.coef, item.low_bits) for item in items]
+    options: dict[str, Any] = dict(rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
     with torch.no_grad(), without_autocast(items[0].weight):
-        kernels.merge_many_(stacks, rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
+        merge_with(merge_kernels(items, backend, **options), items, **options)
 
 
 def adamw(

@@ -59,6 +59,7 @@ def apply_base_delta_(
     seed: int | None = None,
     check_rows: int | None = 64,
     accumulate: str = "float64",
+    backend: str = "auto",
 ) -> dict[str, Deviation]:
     """Add a round to the weights in place: ``W += B_PN.T @ diag(coef_P) @ A_PK``, summed and rounded once.
 
@@ -75,6 +76,7 @@ def apply_base_delta_(
         check_rows: Rows of each weight whose change is compared with the exact one; None for all, at the cost of
             a copy of the weights; 0 for none.
         accumulate: ``float64``, or ``float32`` for speed.
+        backend: Whose kernels write: auto (see ``stacked_merge_``), reference, triton or native.
     Returns:
         Module -> how far the change of the checked rows is from the exact one.
     Raises:
@@ -89,9 +91,8 @@ def apply_base_delta_(
     items = [MergeItem(weights[module], *base_delta[module], lows[module]) for module in base_delta]
     rows = {m: sample_rows(weights[m].shape[0], check_rows, weights[m].device) for m in base_delta}
     before = {m: _master_rows(weights[m], lows[m], rows[m]) for m in base_delta}
-    stacked_merge_many_(
-        items, rounding="nearest" if rounding == "low_bits" else rounding, seed=seed, accumulate=accumulate
-    )
+    once = "nearest" if rounding == "low_bits" else rounding
+    stacked_merge_many_(items, rounding=once, seed=seed, accumulate=accumulate, backend=backend)
     return {
         m: write_deviation(before[m], _master_rows(weights[m], lows[m], rows[m]), base_delta[m], rows[m])
         for m in base_delta

@@ -120,16 +120,19 @@ class Choices:
         """Take a run's choices, which go before everything that was or could be measured."""
         self.used.update(choices)
 
-    def told(self, N: int, K: int, dtype: torch.dtype) -> str:
-        """What is chosen for the forward products of one weight, and why, for people."""
-        like = Shape("forward", 1, N, K, 1, dtype).key.split()
+    def told(self, N: int, K: int, dtype: torch.dtype, direction: str = "forward") -> str:
+        """What is chosen for the products (or merges) of one weight, and why, for people."""
+        like = Shape(direction, 1, N, K, 1, dtype).key.split()
         found = []
         for key, entry in {**self.known, **self.used}.items():
             words = key.split()
-            if (words[0], *words[2:4], words[5]) == (like[0], *like[2:4], like[5]):
+            if (words[0].partition("-")[0], *words[2:4], words[5]) == (like[0], *like[2:4], like[5]):
                 times = sorted(entry["us"].items(), key=lambda pair: pair[1])
                 found.append(f"{entry['way']} at {words[1]} ({', '.join(f'{way} {us:.0f} us' for way, us in times)})")
-        return f"measured on {self.platform['device']}: {'; '.join(found)}" if found else "measured at its first batch"
+        first = "batch" if direction == "forward" else direction
+        return (
+            f"measured on {self.platform['device']}: {'; '.join(found)}" if found else f"measured at its first {first}"
+        )
 
 
 _OF_DEVICE: dict[str, Choices] = {}

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import Structure, byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p, sizeof
+from ctypes import byref, c_char_p, c_int32, c_int64, c_size_t, c_void_p, sizeof
 from pathlib import Path
 from typing import Any
 
@@ -24,94 +24,29 @@ import torch
 
 from flora_core import backends
 from flora_kernels.reference import Dropout, MergeItem, Ranges
+from tests.abi import (
+    CODES,
+    AdamwArgs,
+    Clients,
+    Exec,
+    ExpandArgs,
+    Item,
+    Matrix,
+    Options,
+    ShrinkArgs,
+    Vector,
+    WgradArgs,
+    address,
+    matrix,
+    vector,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
-CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4, torch.int16: 5}
 HOST_FLAGS = ("-x", "c++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-DFLORA_HOST_SHIM")
-
-
-class Exec(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        *((name, c_int32) for name in ("device", "device_index")),
-        *((name, c_void_p) for name in ("stream", "workspace")),
-        ("workspace_bytes", c_size_t),
-        *((name, c_int32) for name in ("num_threads", "isa")),
-    )
-
-
-class Matrix(Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        *((name, c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
-        *((name, c_int32) for name in ("dtype", "reserved")),
-    )
-
-
-class Vector(Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        *((name, c_int64) for name in ("size", "stride")),
-        *((name, c_int32) for name in ("dtype", "reserved")),
-    )
-
-
-class Clients(Structure):
-    _fields_ = (
-        ("num_clients", c_int64),
-        *((name, c_void_p) for name in ("token_offsets", "rank_offsets", "scaling", "q", "seed", "first_row")),
-        *((name, c_int32) for name in ("scaling_dtype", "max_rank")),
-    )
-
-
-class Item(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        *((name, Matrix) for name in ("weight", "A", "B")),
-        ("coef", Vector),
-        ("low_bits", Matrix),
-        ("seed", c_int64),
-    )
-
-
-class Options(Structure):
-    _fields_ = (("struct_size", c_size_t), ("rounding", c_int32), ("accumulate", c_int32))
-
-
-class ShrinkArgs(Structure):
-    _fields_ = (("struct_size", c_size_t), ("x", Matrix), ("A", Matrix), ("s", Vector), ("clients", Clients))
-
-
-class ExpandArgs(Structure):
-    _fields_ = (("struct_size", c_size_t), ("y", Matrix), ("s", Vector), ("B", Matrix), ("clients", Clients))
-
-
-class WgradArgs(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        *(("ds", Vector), ("x", Matrix), ("s", Vector), ("dy", Matrix), ("dA", Matrix), ("dB", Matrix)),
-        ("clients", Clients),
-    )
-
-
-class AdamwArgs(Structure):
-    _fields_ = (
-        ("struct_size", c_size_t),
-        *((name, c_void_p) for name in ("param", "grad", "exp_avg", "exp_avg_sq")),
-        ("numel", c_int64),
-        *((name, c_int32) for name in ("dtype", "reserved")),
-        ("num_segments", c_int64),
-        *((name, c_void_p) for name in ("segment_offsets", "owner")),
-        ("hyper", Matrix),
-    )
 
 
 class EmulationError(RuntimeError):
     """What the emulation found wrong with a kernel."""
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None or not tensor.numel() else tensor.data_ptr()
 
 
 def _span_bytes(tensor: torch.Tensor) -> int:
@@ -147,14 +82,10 @@ class Library:
         return tensor
 
     def _matrix(self, name: str, tensor: torch.Tensor | None) -> Matrix:
-        if tensor is None:
-            return Matrix()
-        self._keep(name, tensor)
-        return Matrix(_address(tensor), *tensor.shape, *tensor.stride(), CODES[tensor.dtype], 0)
+        return matrix(None if tensor is None else self._keep(name, tensor))
 
     def _vector(self, name: str, tensor: torch.Tensor) -> Vector:
-        self._keep(name, tensor)
-        return Vector(_address(tensor), tensor.numel(), tensor.stride(0), CODES[tensor.dtype], 0)
+        return vector(self._keep(name, tensor))
 
     def _table(self, name: str, values: Any, dtype: torch.dtype) -> int | None:
         if values is None:
@@ -164,7 +95,7 @@ class Library:
             if key not in self._tables:
                 self._tables[key] = torch.tensor(values, dtype=dtype, device=self.device)
             values = self._tables[key]
-        return _address(self._keep(name, values.to(self.device, dtype).contiguous()))
+        return address(self._keep(name, values.to(self.device, dtype).contiguous()))
 
     def _fresh(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         fresh = torch.empty(shape, dtype=dtype, device=self.device)
@@ -194,7 +125,7 @@ class Library:
         try:
             self._require(op, function(byref(setup), *arguments, byref(size)))
             workspace = self._fresh(size.value // 4)
-            setup.workspace, setup.workspace_bytes = _address(workspace), size.value
+            setup.workspace, setup.workspace_bytes = address(workspace), size.value
             if self._emulated:
                 self._register([*self._kept, ("workspace", workspace)])
             self._require(op, function(byref(setup), *arguments, None))
@@ -208,8 +139,8 @@ class Library:
         for name, tensor in tensors:
             if tensor.numel():
                 known.setdefault((tensor.data_ptr(), _span_bytes(tensor)), name)
-        for (address, size), name in known.items():
-            self._c.flora_shim_buffer(address, size, name.encode())
+        for (start, size), name in known.items():
+            self._c.flora_shim_buffer(start, size, name.encode())
 
     def _require(self, op: str, status: int) -> None:
         if status:
@@ -347,7 +278,7 @@ class Library:
         buffers = [self._keep(n, t) for n, t in zip(names, (param, grad, exp_avg, exp_avg_sq), strict=True)]
         arguments = AdamwArgs(
             sizeof(AdamwArgs),
-            *(_address(tensor) for tensor in buffers),
+            *(address(tensor) for tensor in buffers),
             param.numel(),
             CODES[param.dtype],
             0,

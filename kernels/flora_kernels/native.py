@@ -35,9 +35,15 @@ _CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4, "int16": 5}
 _HALVES = {name: _CODES[name] for name in ("bfloat16", "float16")}
 _SUMS = {name: _CODES[name] for name in ("float32", "float64")}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1}
+_DEVICE_CODES = {"cpu": 0, "cuda": 1}
 _ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3}
-# Devices that tensors may lie on. CUDA tensors go to Triton.
-DEVICES = ("cpu",)
+# Devices that each op's arrays may lie on. The other ops take tables of clients, which on CUDA must lie on the device:
+# they are for callers of the C interface.
+_MERGES = ("cpu", "cuda") if _native.built_with_cuda else ("cpu",)
+DEVICES = {
+    **dict.fromkeys(("merge_", "merge_many_"), _MERGES),
+    **dict.fromkeys(("shrink", "expand_", "wgrad", "cohort_adamw_"), ("cpu",)),
+}
 
 
 def _name(dtype: Any) -> str:
@@ -61,7 +67,7 @@ def _is_tensor(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
-def _shared(name: str, array: Any) -> Any:
+def _shared(name: str, array: Any, devices: tuple[str, ...] = ("cpu",)) -> Any:
     """An array as the compiled module takes it: a tensor as a tuple (20 times as fast as DLPack), else as it is."""
     torch = _torch()
     if torch is None or not isinstance(array, torch.Tensor):
@@ -73,12 +79,21 @@ def _shared(name: str, array: Any) -> Any:
     code = _CODES.get(_name(array.dtype))
     if code is None:
         raise TypeError(f"{name} must be one of {', '.join(_CODES)}, got {_name(array.dtype)}")
-    if array.device.type not in DEVICES:
-        raise ValueError(f"{name} must be on {' or '.join(DEVICES)}, got {array.device}; use another backend")
-    return array.data_ptr(), code, 0, 0, tuple(array.shape), array.stride()
+    if array.device.type not in devices:
+        raise ValueError(f"{name} must be on {' or '.join(devices)}, got {array.device}; use another backend")
+    place = _DEVICE_CODES[array.device.type], array.device.index or 0
+    return array.data_ptr(), code, *place, tuple(array.shape), array.stride()
 
 
-def _call(dtype: str | None, threads: int | None, isa: str) -> Any:
+def _stream_of(array: Any) -> int:
+    """The CUDA stream that an array's framework works on; 0, the default one, where there is none."""
+    if _is_tensor(array):
+        return _torch().cuda.current_stream(array.device).cuda_stream if array.device.type == "cuda" else 0
+    cupy = sys.modules.get("cupy")
+    return int(cupy.cuda.get_current_stream().ptr) if cupy is not None and isinstance(array, cupy.ndarray) else 0
+
+
+def _call(dtype: str | None, threads: int | None, isa: str, stream: int = 0) -> Any:
     """Where and how the next call runs; torch's number of threads unless one is given."""
     torch = _torch()
     if threads is None:
@@ -88,7 +103,7 @@ def _call(dtype: str | None, threads: int | None, isa: str) -> Any:
     bits = (
         0 if dtype is None else _choose("dtype", _name(dtype), {name: _CODES[name] for name in ("bfloat16", "float16")})
     )
-    return _native.Call(threads, _choose("isa", isa, _ISAS), 0, bits, None)
+    return _native.Call(threads, _choose("isa", isa, _ISAS), stream, bits)
 
 
 def _key(seed: int) -> int:
@@ -105,28 +120,32 @@ def merge_many_(
     dtype: str | None = None,
     threads: int | None = None,
     isa: str = "auto",
-) -> None:
+) -> int:
     """Merge many weights in place: ``W += B^T diag(coef) A``.
 
-    With stochastic rounding item i uses the key ``seed + i``.
+    With stochastic rounding item i uses the key ``seed + i``. On CUDA it is enqueued on the stream that the first
+    weight's framework works on, and A and B of an item must have one dtype.
 
     Args:
         items: ``MergeItem`` or tuples (W (N, K), A (P, K), B (P, N), coef (P)[, low_bits (N, K)]).
         rounding: ``nearest`` or, for bfloat16, ``stochastic``.
         accumulate: ``float32`` or ``float64``: what W's sum is made in, before its one rounding.
+    Returns:
+        Bytes of workspace that it used: all the memory beyond the arrays themselves.
     Raises:
         ValueError: If sizes do not fit, an output is read-only or overlaps another array; nothing is changed then.
     Deterministic: yes, for any number of threads.
     """
-    call = _call(dtype, threads, isa)
-    stacks = []
+    stacks, devices = [], DEVICES["merge_many_"]
+    call = _call(dtype, threads, isa, _stream_of(items[0][0]) if items else 0)
     for i, item in enumerate(items):
         prefix = f"items[{i}]." if len(items) > 1 else ""
         weight, A, B, coef, low_bits = (*item, None) if len(item) == 4 else item
         arrays = {"weight": weight, "A": A, "B": B, "coef": coef, "low_bits": low_bits}
-        stacks.append((*(_shared(prefix + name, array) for name, array in arrays.items()), _key(seed + i)))
+        stacks.append((*(_shared(prefix + name, array, devices) for name, array in arrays.items()), _key(seed + i)))
     sums = _choose("accumulate", _name(accumulate), _SUMS)
     call.merge_many(stacks, _choose("rounding", rounding, _ROUNDINGS), sums)
+    return call.workspace_bytes
 
 
 def merge_(
