@@ -85,19 +85,19 @@ def load_peft_adapter(
             does not have.
     """
     folder = Path(path)
-    config = _read_config(folder, trusted)
-    pairs = _read_factors(folder, trusted, max_bytes)
+    config = read_config(folder, trusted)
+    pairs = pair_factors(folder, config, _read_safetensors(weights_path(folder), trusted, max_bytes))
     adapters: Adapters = {}
     scaling: dict[str, float] = {}
     for module, (A_RK, B_NR) in pairs.items():
-        _check_module(folder, config, module, A_RK, B_NR)
         # Clones: the file's own memory is mapped, and is gone when somebody truncates the file.
         adapters[module] = (A_RK.clone(), B_NR.T.clone(memory_format=torch.contiguous_format))
-        scaling[module] = _scaling(config, module, A_RK.shape[0])
+        scaling[module] = scaling_of(config, module, A_RK.shape[0])
     return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight)
 
 
-def _read_config(folder: Path, trusted: bool) -> dict[str, Any]:
+def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:
+    """Read an adapter's config, refuse what this engine does not have, and fill in r, alpha and their patterns."""
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")
@@ -173,8 +173,12 @@ def _check_features(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _read_factors(folder: Path, trusted: bool, max_bytes: int | None) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Read module -> (lora_A [R, K], lora_B [N, R]); every tensor of the file must be one of these."""
+def weights_path(folder: Path) -> Path:
+    """The file of an adapter's factors.
+
+    Raises:
+        FileNotFoundError: If it is not there; a pickled ``adapter_model.bin`` is not read.
+    """
     path = folder / WEIGHTS
     if not path.exists():
         if (folder / "adapter_model.bin").is_file():
@@ -183,7 +187,17 @@ def _read_factors(folder: Path, trusted: bool, max_bytes: int | None) -> dict[st
                 " where you trust it and save it with save_pretrained(..., safe_serialization=True)"
             )
         raise FileNotFoundError(f"{folder} holds no {WEIGHTS}; give the folder that peft saved")
-    tensors = _read_safetensors(path, trusted, max_bytes)
+    return path
+
+
+def pair_factors(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Sort an adapter's tensors into module -> (lora_A [R, K], lora_B [N, R]), checked against its config.
+
+    Every tensor must be one of these. Only shapes and dtypes are looked at, so meta tensors will do.
+    """
+    path = folder / WEIGHTS
     factors: dict[str, dict[str, torch.Tensor]] = {}
     strange = []
     for key, tensor in tensors.items():
@@ -196,7 +210,10 @@ def _read_factors(folder: Path, trusted: bool, max_bytes: int | None) -> dict[st
     single = [module for module, pair in factors.items() if len(pair) != 2]
     require(not single, f"{path}: lora_A and lora_B must come together, got one alone for {', '.join(single[:3])}")
     require(bool(factors), f"{path} holds no LoRA factors; the adapter is empty")
-    return {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
+    pairs = {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
+    for module, (A_RK, B_NR) in pairs.items():
+        _check_module(folder, config, module, A_RK, B_NR)
+    return pairs
 
 
 def _read_safetensors(path: Path, trusted: bool, max_bytes: int | None) -> dict[str, torch.Tensor]:
@@ -262,7 +279,8 @@ def _is_target(config: Mapping[str, Any], module: str) -> bool:
     return matches_target(wanted, module) and index in ([layers] if isinstance(layers, int) else layers)
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with ``use_rslora``."""
     alpha = match_pattern(config["alpha_pattern"], module, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -390,4 +408,14 @@ def _exactly(module: str) -> str:
     return "^" + re.escape(module)
 
 
-__all__ = ["load_peft_adapter", "save_peft_adapter", "save_stacked_adapter"]
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "load_peft_adapter",
+    "pair_factors",
+    "read_config",
+    "save_peft_adapter",
+    "save_stacked_adapter",
+    "scaling_of",
+    "weights_path",
+]

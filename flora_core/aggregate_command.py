@@ -1,0 +1,231 @@
+"""`flora aggregate`: adapters on disk into a merged checkpoint, or into one adapter."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .history import Table, show_bytes, show_number, show_seconds
+
+if TYPE_CHECKING:
+    from .streaming import ExportReport, MergeReport
+
+_EXAMPLES = """examples:
+  flora aggregate --base llama --adapter a=120 --adapter b=80 --out merged            weights are relative: 0.6 and 0.4
+  flora aggregate --base llama --adapter a --adapter b --out merged --verify          read everything again, certify it
+  flora aggregate --base llama --adapter a --adapter b --out stacked --as-adapter     one PEFT adapter instead
+  flora aggregate --base llama --adapter a --adapter b --out served --as-adapter vllm one that vLLM serves
+  flora aggregate ... --strategy flora_svd --option tau=0.99 --as-adapter             recompressed, 1% of energy lost
+
+The output appears when it is whole. A merge that was stopped goes on where it was when the same command runs again.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser(
+        "aggregate",
+        help="merge adapters into a checkpoint on disk, or into one adapter",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--base", required=True, metavar="DIR", help="checkpoint with safetensors, sharded or not")
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        action="append",
+        metavar="DIR[=WEIGHT]",
+        help="folder of a PEFT LoRA adapter and its weight (1 unless given); once for each adapter",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder of the result")
+    parser.add_argument(
+        "--strategy", default="flora", metavar="NAME", help="flora (exact) unless given; or flora_svd, ..."
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the strategy, such as tau=0.99"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything again and certify it before it appears")
+    parser.add_argument(
+        "--as-adapter",
+        nargs="?",
+        const="peft",
+        metavar="peft|vllm",
+        help="write one PEFT adapter instead of a merged base; vllm: of one rank that vLLM serves",
+    )
+    parser.add_argument(
+        "--mixed-dtypes", action="store_true", help="allow weights of several dtypes among those that are merged into"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the arguments say."""
+    from .progress import print_tables
+    from .streaming import export_adapter, merge_into_checkpoint
+
+    if options.verify and options.as_adapter:
+        raise ValueError("--verify certifies a merged base, and --as-adapter writes none; leave one out")
+    common: dict[str, Any] = {
+        "strategy": options.strategy,
+        "options": dict(parse_option(word) for word in options.option),
+        "mixed_dtypes": options.mixed_dtypes,
+    }
+    adapters = parse_adapters(options.adapter)
+    try:
+        with Bar() as bar:
+            if options.as_adapter:
+                tables = _export_tables(
+                    export_adapter(
+                        options.base, adapters, options.out, layout=options.as_adapter, progress=bar, **common
+                    )
+                )
+            else:
+                tables = _merge_tables(
+                    merge_into_checkpoint(
+                        options.base, adapters, options.out, verify=options.verify, progress=bar, **common
+                    )
+                )
+    except KeyboardInterrupt:
+        print("flora: stopped; the same command goes on from there", file=sys.stderr)
+        return 130
+    print_tables(tables)
+    return 0
+
+
+def parse_adapters(words: Sequence[str]) -> dict[str, float]:
+    """Read ``DIR[=WEIGHT]`` words; a folder whose own name has a ``=`` is taken as it is.
+
+    Raises:
+        ValueError: If a weight is not a number of at least 0, or an adapter is given twice.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        path, equals, text = word.rpartition("=")
+        if not equals or os.path.isdir(word):
+            path, text = word, "1"
+        weight = _weight(word, path, text)
+        if os.path.realpath(path) in map(os.path.realpath, found):
+            raise ValueError(f"--adapter {word}: {path} is given twice; give it once, with the sum of both weights")
+        found[path] = weight
+    return found
+
+
+def _weight(word: str, path: str, text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = float("nan")
+    if not (0 <= weight < float("inf") and path):
+        raise ValueError(
+            f"--adapter {word}: expected DIR or DIR=WEIGHT, the weight a finite number of at least 0, got {text!r}"
+        )
+    return weight
+
+
+def parse_option(word: str) -> tuple[str, Any]:
+    """Read a ``KEY=VALUE`` word; a value that is no number, list or quoted text is text."""
+    key, equals, text = word.partition("=")
+    if not (key and equals):
+        raise ValueError(f"--option must be KEY=VALUE, such as tau=0.99, got {word!r}")
+    try:
+        return key, ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return key, text
+
+
+class Bar:
+    """Show bytes done, their rate and the time left: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
+        self.stream: TextIO = sys.stderr if stream is None else stream
+        self.every_s, self.last = every_s, float("-inf")
+        self.what, self.began, self.start = "", 0.0, 0
+        self.live, self.task = self._live_bar() if self.stream.isatty() else None, None
+
+    def _live_bar(self) -> Any:
+        try:
+            from rich import progress as bars
+            from rich.console import Console
+        except ImportError:
+            return None
+        texts = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *texts)
+        return bars.Progress(*columns, console=Console(file=self.stream))
+
+    def __enter__(self) -> Bar:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, what: str, done: int, whole: int) -> None:
+        """Take one step of a stage: ``done`` of ``whole`` bytes (modules for an export)."""
+        now = time.monotonic()
+        if what != self.what:
+            # What an earlier attempt has done comes first, in one piece: it is not part of this one's rate.
+            self.what, self.began, self.start, self.last = what, now, done, now
+            if self.live:
+                self.task = self.live.add_task(what, total=whole, completed=done)
+        if self.live:
+            self.live.update(self.task, completed=done)
+        elif done == whole or now - self.last >= self.every_s:
+            self.last = now
+            print(self._line(done, whole, now - self.began), file=self.stream, flush=True)
+
+    def _line(self, done: int, whole: int, seconds: float) -> str:
+        if self.what == "export":
+            return f"{self.what}: {done} of {whole} modules"
+        rate = (done - self.start) / seconds if seconds else 0.0
+        text = f"{self.what}: {show_bytes(done)} of {show_bytes(whole)}, {show_bytes(rate)}/s"
+        return text + (f", {show_seconds((whole - done) / rate)} left" if rate and done < whole else "")
+
+
+def _merge_tables(report: MergeReport) -> list[Table]:
+    rows = [
+        ["merged model", str(report.out)],
+        ["weights changed", f"{report.modules}, {show_bytes(report.merged_bytes)} of {show_bytes(report.size_bytes)}"],
+        ["aggregation error", f"{report.aggregation_error:.1e}"],
+        ["time", f"{show_seconds(report.seconds)}, {show_bytes(_rate(report))}/s"],
+    ]
+    if report.resumed_bytes:
+        rows.append(["done before", show_bytes(report.resumed_bytes)])
+    if report.left_out:
+        rows.append(["not copied", ", ".join(report.left_out)])
+    if report.certificate is not None:
+        found = report.certificate
+        rows += [
+            [
+                "certified",
+                f"every merged weight uses at most {found['largest_share_of_bound']:.0%} of its rounding bound",
+            ],
+            ["", "every other byte is the base's"],
+            ["error of the change", f"{show_number(found['error'], '.1e')} of the exact sum, by rounding alone"],
+        ]
+    return [("Aggregated", ["", ""], rows)]
+
+
+def _rate(report: MergeReport) -> float:
+    return (report.size_bytes - report.resumed_bytes) / report.seconds if report.seconds else 0.0
+
+
+def _export_tables(report: ExportReport) -> list[Table]:
+    ranks = sorted(set(report.ranks.values()))
+    rows = [
+        ["adapter", str(report.out)],
+        ["modules", str(len(report.ranks))],
+        ["rank", ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")],
+        ["size", show_bytes(report.size_bytes)],
+        ["aggregation error", f"{report.aggregation_error:.1e}"],
+    ]
+    return [("Aggregated", ["", ""], rows)]
+
+
+__all__ = ["Bar", "add_parser", "parse_adapters", "parse_option", "run"]

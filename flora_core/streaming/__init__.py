@@ -1,0 +1,8 @@
+"""Merging on disk: adapters into a checkpoint larger than memory, or into one adapter."""
+
+from __future__ import annotations
+
+from .export import ExportReport, export_adapter
+from .merge import MergeReport, merge_into_checkpoint
+
+__all__ = ["ExportReport", "MergeReport", "export_adapter", "merge_into_checkpoint"]

@@ -1,0 +1,187 @@
+"""PEFT adapters of which only the headers are in memory, and a round's sum over them, one module at a time.
+
+Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..aggregate import Deviation, Strategy, certify, get_strategy, norm, total
+from ..aggregate.inputs import Stack, check_updates, round_terms, stack_of
+from ..checks import require
+from ..peft_io import CONFIG, WEIGHTS, pair_factors, read_config, scaling_of, weights_path
+from ..update import ClientUpdate
+from .shards import DTYPES, Entry, read_shard, read_tensor
+
+_KEY = "base_model.model.{}.lora_{}.weight"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter's layout: what to call it, its weight, and where its factors lie."""
+
+    name: str
+    folder: Path
+    weight: float
+    scaling: Mapping[str, float]
+    shapes: Mapping[str, tuple[int, int, int]]
+    entries: Mapping[str, Entry]
+    fan_in_fan_out: bool
+    base: str | None
+
+    def update(self, modules: Sequence[str]) -> ClientUpdate:
+        """Read some modules; those that it does not adapt are left out."""
+        mine = [module for module in modules if module in self.scaling]
+        pairs = {}
+        for module in mine:
+            A_RK, B_NR = (read_tensor(self.entries[_KEY.format(module, factor)]) for factor in "AB")
+            pairs[module] = (A_RK, B_NR.T.contiguous())
+        return ClientUpdate(self.name, pairs, {module: self.scaling[module] for module in mine}, self.weight)
+
+
+def open_adapters(weights: Mapping[str | os.PathLike[str], float]) -> list[Adapter]:
+    """Read the configs and headers of adapters; the factors stay on disk.
+
+    Raises:
+        FileNotFoundError, ValueError: As ``load_peft_adapter``; besides for an adapter that is given twice, and for
+            weights that are no numbers of at least 0, or all 0.
+    """
+    require(len(weights) > 0, "adapters must name at least one PEFT adapter, got none")
+    adapters = [_open(os.fspath(path), weight) for path, weight in weights.items()]
+    for i, one in enumerate(adapters):
+        for other in adapters[:i]:
+            same = _same_bytes(one.folder / WEIGHTS, other.folder / WEIGHTS)
+            same = same and _same_bytes(one.folder / CONFIG, other.folder / CONFIG)
+            require(
+                not same,
+                f"adapter {one.name} is the same as {other.name}; give it once, with the sum of both weights",
+            )
+    require(any(one.weight for one in adapters), "the adapters' weights are all 0; give at least one a weight above 0")
+    return adapters
+
+
+def _open(path: str, weight: float) -> Adapter:
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    require(
+        number and math.isfinite(weight) and weight >= 0,
+        f"the weight of adapter {path} must be a finite number of at least 0, got {weight!r}",
+    )
+    folder = Path(path)
+    config = read_config(folder)
+    shard = read_shard(weights_path(folder))
+    entries = {entry.name: entry for entry in shard.entries}
+    for entry in shard.entries:
+        require(
+            entry.dtype in DTYPES,
+            f"{shard.path}: {entry.name!r} is {entry.dtype}; factors must be one of {', '.join(DTYPES)}",
+        )
+    meta = {e.name: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for e in shard.entries}
+    pairs = pair_factors(folder, config, meta)
+    shapes = {module: (A.shape[0], A.shape[1], B.shape[0]) for module, (A, B) in pairs.items()}
+    scaling = {module: scaling_of(config, module, shape[0]) for module, shape in shapes.items()}
+    base = config.get("base_model_name_or_path")
+    return Adapter(path, folder, float(weight), scaling, shapes, entries, config.get("fan_in_fan_out") is True, base)
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    if one.samefile(other):
+        return True
+    if one.stat().st_size != other.stat().st_size:
+        return False
+    with open(one, "rb") as left, open(other, "rb") as right:
+        while chunk := left.read(1 << 20):
+            if chunk != right.read(1 << 20):
+                return False
+    return True
+
+
+class Sum:
+    """A strategy's sum over adapters, one module at a time.
+
+    Args:
+        adapters: From ``open_adapters``.
+        strategy: A name from the table of strategies.
+        options: The strategy's own options.
+    """
+
+    def __init__(self, adapters: Sequence[Adapter], strategy: str, options: Mapping[str, Any]):
+        self.adapters, self.options = list(adapters), dict(options)
+        self.strategy: Strategy = get_strategy(strategy)
+        self.strategy.check(self.options)
+        self.modules = list(dict.fromkeys(module for one in self.adapters for module in one.shapes))
+        self.errors: dict[str, Deviation] = {}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Adapter -> its weight over the sum of all."""
+        whole = math.fsum(one.weight for one in self.adapters)
+        return {one.name: one.weight / whole for one in self.adapters}
+
+    def updates(self, module: str) -> list[ClientUpdate]:
+        """Every adapter's update of one module; an adapter that lacks it keeps its weight in the sum."""
+        return [one.update([module]) for one in self.adapters]
+
+    def check(self) -> None:
+        """Read every factor once: all must be finite, and of shapes and ranks that the strategy takes together.
+
+        Raises:
+            ValueError: With the adapter's and the module's name.
+        """
+        everything = [ClientUpdate(one.name, _empty(one), dict(one.scaling), one.weight) for one in self.adapters]
+        self.strategy.check_fits(everything)
+        for module in self.modules:
+            check_updates(self.updates(module))
+
+    def stacks(self, module: str) -> tuple[Stack, Stack]:
+        """One module's change by the strategy, and the exact sum; the same object where the strategy is exact as such.
+
+        The strategy's distance from the exact sum is kept in ``errors``.
+        """
+        updates = self.updates(module)
+        exact = _exact(updates, module)
+        self.errors[module] = Deviation(0.0, 0.0)
+        if self.strategy.name == "flora":
+            return exact, exact
+        result = self.strategy.aggregate(updates, {}, **self.options)
+        parts = result.change().get(module, [])
+        if exact[0].shape[0]:
+            error = certify(updates, result).aggregation[module]
+            self.errors[module] = Deviation(error.difference, norm(exact) if error.exact is None else error.exact)
+        return (_joined(parts) if parts else tuple(part[:0] for part in exact)), exact  # pyright: ignore
+
+    @property
+    def aggregation_error(self) -> float:
+        """Relative distance of what the strategy made of all modules so far from their exact sums."""
+        return total(self.errors.values()).relative
+
+
+def _empty(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        module: (torch.empty(R, K, device="meta"), torch.empty(R, N, device="meta"))
+        for module, (R, K, N) in adapter.shapes.items()
+    }
+
+
+def _exact(updates: Sequence[ClientUpdate], module: str) -> Stack:
+    terms = round_terms(updates).get(module)
+    if terms:
+        return stack_of(terms)
+    # Only adapters of weight 0 have this module.
+    A_RK, B_RN = next(one.adapters[module] for one in updates if module in one.adapters)
+    return A_RK[:0], B_RN[:0], torch.zeros(0, dtype=torch.float64)
+
+
+def _joined(parts: Sequence[Stack]) -> Stack:
+    A, B, coef = zip(*parts, strict=True)
+    return torch.cat(A), torch.cat(B), torch.cat([one.double() for one in coef])
+
+
+__all__ = ["Adapter", "Sum", "open_adapters"]

@@ -1,0 +1,129 @@
+"""One PEFT adapter instead of a merged base: the stack of all adapters, or what a strategy makes of it.
+
+Letters: K in_features, N out_features, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..aggregate.downlink import wire_dtype
+from ..aggregate.inputs import Stack
+from ..checks import check_choice, require
+from ..peft_io import save_stacked_adapter
+from ..update import RoundResult
+from .adapters import Adapter, Sum, open_adapters
+from .merge import Progress, check_places
+from .plan import match_targets
+from .shards import open_checkpoint
+
+LAYOUTS = ("peft", "vllm")
+# What vLLM serves; it ignores rank_pattern and alpha_pattern, so one rank must do for all modules.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: where, each module's rank, its bytes, and the strategy's distance from the exact sum."""
+
+    out: Path
+    ranks: Mapping[str, int]
+    size_bytes: int
+    aggregation_error: float
+
+
+def export_adapter(
+    base_dir: str | os.PathLike[str],
+    adapters: Mapping[str | os.PathLike[str], float],
+    out_dir: str | os.PathLike[str],
+    *,
+    strategy: str = "flora",
+    options: Mapping[str, Any] | None = None,
+    layout: str = "peft",
+    mixed_dtypes: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Make one PEFT adapter whose product is the weighted sum of many: base + it is the merged model.
+
+    ``flora`` stacks (rank P per module), ``flora_svd`` recompresses: fewer rows for the same product at ``tau=1``,
+    fewer still below. Weights and scalings are folded into B, so the scale is 1; factors are float32 at least.
+
+    Args:
+        base_dir: The checkpoint that the adapters were trained on; of its shards only the headers are read.
+        adapters: Folder of a PEFT LoRA adapter -> its weight, relative to the others.
+        out_dir: A new folder, or one that holds an adapter and nothing else, which is replaced.
+        strategy: A name from the table of strategies.
+        options: The strategy's own options.
+        layout: ``peft`` (r = alpha = P of each module, with patterns where it differs) or ``vllm``, which ignores
+            patterns: all modules are padded with zero rows to one rank that vLLM serves, r = alpha = that rank.
+        mixed_dtypes: As in ``merge_into_checkpoint``.
+        progress: Called with ``export``, modules done and modules in all.
+    Raises:
+        ValueError: As ``merge_into_checkpoint``, and if a module's rank is more than vLLM serves.
+        SaveError: If writing fails; what was there is unchanged.
+    Deterministic: yes.
+    """
+    check_choice("layout", layout, LAYOUTS)
+    base, out = Path(base_dir), Path(out_dir)
+    check_places(base, adapters, out)
+    checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
+    sums = Sum(opened, strategy, options or {})
+    targets = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes)
+    sums.check()
+    stacks = {}
+    for count, module in enumerate(sums.modules):
+        applied, _ = sums.stacks(module)
+        if applied[0].shape[0]:
+            stacks[module] = _wide(applied)
+        (progress or (lambda *_: None))("export", count + 1, len(sums.modules))
+    if layout == "vllm":
+        stacks = _of_one_rank(stacks)
+    save_stacked_adapter(
+        RoundResult(stacks),
+        out,
+        base_model=_base_name(opened, base),
+        fan_in_fan_out=any(target.transposed for target in targets.values()),
+    )
+    size = sum(path.stat().st_size for path in out.iterdir())
+    return ExportReport(out, {m: stack[0].shape[0] for m, stack in stacks.items()}, size, sums.aggregation_error)
+
+
+def _wide(stack: Stack) -> Stack:
+    A_PK, B_PN, coef_P = stack
+    dtype = wire_dtype(A_PK, B_PN)
+    return A_PK.to(dtype), B_PN.to(dtype), coef_P
+
+
+def _of_one_rank(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+    largest = max((stack[0].shape[0] for stack in stacks.values()), default=0)
+    rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    module = next((m for m, stack in stacks.items() if stack[0].shape[0] == largest), None)
+    require(
+        rank is not None,
+        f"module {module!r} needs rank {largest}, and vLLM serves at most {VLLM_RANKS[-1]}: recompress with"
+        " strategy='flora_svd' and a tau below 1, give fewer adapters, or merge them into the base",
+    )
+    return {m: _padded(stack, rank or 0) for m, stack in stacks.items()}
+
+
+def _padded(stack: Stack, rank: int) -> Stack:
+    A_PK, B_PN, coef_P = stack
+    more = rank - A_PK.shape[0]
+    A, B = (torch.cat([factor, factor.new_zeros(more, factor.shape[1])]) for factor in (A_PK, B_PN))
+    return A, B, torch.cat([coef_P, coef_P.new_ones(more)])
+
+
+def _base_name(adapters: list[Adapter], base: Path) -> str:
+    """What the adapters were trained on, if they agree; else the folder's name."""
+    names = {adapter.base for adapter in adapters}
+    only = names.pop() if len(names) == 1 else None
+    return only or base.resolve().name
+
+
+__all__ = ["LAYOUTS", "VLLM_RANKS", "ExportReport", "export_adapter"]

@@ -1,0 +1,218 @@
+"""A checkpoint of safetensors shards as it lies on disk: which tensor has which bytes, without reading any of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checks import require
+from ..headers import parse_json, read_header
+
+INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Weights in any other form would still be the base's beside merged ones, and some loaders prefer them.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".pkl", ".npz"}
+_STALE = ("README.md", INDEX)
+_MAX_JSON = 100_000_000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its bytes are ``start:stop`` of the file."""
+
+    name: str
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its tensors in the order of their bytes; ``entries[0].start`` is where the header ends."""
+
+    path: Path
+    size: int
+    entries: tuple[Entry, ...]
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes before the first tensor."""
+        return self.entries[0].start if self.entries else self.size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's shards, its ``config.json`` and the other files that a copy of it needs."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    config: Mapping[str, Any]
+    others: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, Entry]:
+        """Every tensor by its name."""
+        return {entry.name: entry for shard in self.shards for entry in shard.entries}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+
+def read_shard(path: Path) -> Shard:
+    """Read a safetensors file's header."""
+    header, size = read_header(path), path.stat().st_size
+    data = size - max((info.end for info in header.values()), default=0)
+    entries = (Entry(n, path, i.dtype, i.shape, data + i.begin, data + i.end) for n, i in header.items())
+    return Shard(path, size, tuple(entries))
+
+
+def read_tensor(entry: Entry) -> torch.Tensor:
+    """Read one whole tensor into memory of its own."""
+    buffer = bytearray(entry.stop - entry.start)
+    with open(entry.path, "rb") as file:
+        read_into(file, entry.start, memoryview(buffer))
+    flat = torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]) if buffer else torch.empty(0, dtype=DTYPES[entry.dtype])
+    return flat.view(entry.shape)
+
+
+def read_into(file: Any, start: int, view: memoryview) -> None:
+    """Fill a buffer from a place in a file.
+
+    Raises:
+        ValueError: If the file ends before: somebody has shortened it since its header was read.
+    """
+    file.seek(start)
+    filled = 0
+    while filled < len(view):
+        count = file.readinto(view[filled:])
+        require(bool(count), f"{file.name} became shorter while it was read; leave it alone and start again")
+        filled += count
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read the headers of a checkpoint's shards and check them against its index.
+
+    Raises:
+        FileNotFoundError: If a file is missing, or the weights are in a format that is not read.
+        ValueError: If a file is damaged, or index and shards disagree.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"base {folder} is no folder; give the folder of a checkpoint that transformers saved")
+    config_path = folder / CONFIG
+    if not config_path.is_file():
+        raise FileNotFoundError(
+            f"base {folder} holds no {CONFIG}; give the folder of a whole checkpoint, as save_pretrained writes it"
+        )
+    names = _shard_names(folder)
+    shards = tuple(read_shard(folder / name) for name in names)
+    if (folder / INDEX).is_file():
+        _check_index(folder, {shard.path.name: shard for shard in shards})
+    files = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(folder, p)]
+    rest = [name for name in files if name not in names]
+    left_out = tuple(n for n in rest if n != INDEX and (n in _STALE or _is_weights(n)))
+    others = tuple(name for name in rest if name not in left_out)
+    return Checkpoint(folder, shards, parse_json(config_path, config_path.read_bytes()), others, left_out)
+
+
+def _is_hidden(folder: Path, path: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _is_weights(name: str) -> bool:
+    whole = name.removesuffix(".index.json")
+    return Path(whole).suffix in _WEIGHTS
+
+
+def _shard_names(folder: Path) -> list[str]:
+    index, single = folder / INDEX, folder / SINGLE
+    if index.is_file():
+        require(
+            not single.is_file(),
+            f"base {folder} holds both {SINGLE} and {INDEX}, and loaders differ in which they take; remove one",
+        )
+        names = sorted(set(_weight_map(index).values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            found = sorted(path.name for path in folder.glob("*.safetensors"))
+            raise FileNotFoundError(
+                f"base {folder}: {INDEX} names {len(names)} shards, and {len(missing)} of them are missing: "
+                f"{_some(missing)} (there are: {_some(found)}); fetch the checkpoint again"
+            )
+        return names
+    if single.is_file():
+        return [SINGLE]
+    _refuse_other_formats(folder)
+    raise AssertionError("unreachable")
+
+
+def _refuse_other_formats(folder: Path) -> None:
+    pickled = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if pickled:
+        raise FileNotFoundError(
+            f"base {folder} holds {pickled[0]}, a pickle, which could run code and is not read; load it with"
+            " transformers where you trust it and save it again with save_pretrained, which writes safetensors"
+        )
+    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    hint = f"; it has {_some(found)}: rename it to {SINGLE} if that is the whole model" if found else ""
+    raise FileNotFoundError(f"base {folder} holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    require(index.stat().st_size <= _MAX_JSON, f"{index} has more than {_MAX_JSON} bytes; fetch the checkpoint again")
+    found = parse_json(index, index.read_bytes()).get("weight_map")
+    fits = isinstance(found, dict) and all(isinstance(name, str) for name in found.values())
+    require(fits and bool(found), f"{index} must have a weight_map from tensors to files; fetch the checkpoint again")
+    assert isinstance(found, dict)
+    for name in found.values():
+        plain = name == os.path.basename(name) and name.endswith(".safetensors") and not name.startswith(".")
+        require(plain, f"{index}: {name[:80]!r} must be the name of a safetensors file in the same folder")
+    return found
+
+
+def _check_index(folder: Path, shards: Mapping[str, Shard]) -> None:
+    """Check that the index and the shards tell the same: every tensor in the one file that the index names."""
+    expected = _weight_map(folder / INDEX)
+    homes: dict[str, str] = {}
+    for name, shard in shards.items():
+        for entry in shard.entries:
+            other = homes.setdefault(entry.name, name)
+            require(other == name, f"base {folder}: tensor {entry.name!r} is in two shards, {other} and {name}")
+    wrong = [
+        f"{name!r} is in {homes.get(name, 'none')}, the index says {expected.get(name, 'nothing of it')}"
+        for name in sorted({*homes, *expected})
+        if homes.get(name) != expected.get(name)
+    ]
+    require(
+        not wrong,
+        f"base {folder}: {INDEX} disagrees with the shards on {len(wrong)} tensors: {'; '.join(wrong[:3])};"
+        " they are not of one download: fetch the checkpoint again",
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
+
+
+__all__ = [
+    "CONFIG",
+    "DTYPES",
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "Entry",
+    "Shard",
+    "open_checkpoint",
+    "read_into",
+    "read_shard",
+    "read_tensor",
+]

@@ -1,0 +1,125 @@
+"""A folder that is filled over several attempts and appears at its place all at once.
+
+.merging-NAME/          beside the target NAME
+    lock                held by the process that works here
+    plan.json           what is being made; another plan starts anew
+    model/              becomes NAME by one rename
+        FILE.partial    grows in order; FILE once it is whole and on the disk
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..files import atomic_write_json, explained, publish_dir
+from ..headers import parse_json
+
+PARTIAL = ".partial"
+_KEPT = "what is done so far is kept, and the same command goes on from there"
+
+
+class Staging:
+    """The folder beside ``target`` in which it is made.
+
+    Args:
+        target: Where the folder shall appear.
+    """
+
+    def __init__(self, target: Path):
+        self.target = Path(os.path.abspath(target))
+        self.folder = self.target.with_name(f".merging-{self.target.name}")
+        self.model = self.folder / "model"
+        self.notes = self.folder / "notes.jsonl"
+
+    @contextmanager
+    def opened(self, plan: Mapping[str, Any]) -> Iterator[None]:
+        """Keep other processes out, and keep what an earlier attempt at the same plan has done.
+
+        Raises:
+            BlockingIOError: If another process works here.
+            SaveError: If the system refuses; what is done is kept.
+        """
+        with explained(self.target, _KEPT), self._locked():
+            self._begin(plan)
+            try:
+                yield
+            except (ValueError, TypeError):
+                # What was made cannot be right, and a second attempt would end the same way.
+                shutil.rmtree(self.folder, ignore_errors=True)
+                raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.folder.mkdir(exist_ok=True)
+            with open(self.folder / "lock", "a+b") as file:
+                _lock(file, self.target)
+                if not _is_at(file, self.folder / "lock"):
+                    continue  # whoever had it has finished and removed the folder
+                yield
+                return
+
+    def _begin(self, plan: Mapping[str, Any]) -> None:
+        path, now = self.folder / "plan.json", {**plan, "boot": _boot()}
+        try:
+            before = parse_json(path, path.read_bytes())
+        except (OSError, ValueError):
+            before = {}
+        if {**before, "boot": ""} != {**now, "boot": ""}:
+            shutil.rmtree(self.model, ignore_errors=True)
+            self.notes.unlink(missing_ok=True)
+        elif before["boot"] != now["boot"] or not now["boot"]:
+            # A file's length tells what a killed process wrote, not what a machine that lost power did.
+            for partial in self.model.glob(f"*{PARTIAL}"):
+                partial.unlink()
+        if before != now:
+            atomic_write_json(path, now)
+        self.model.mkdir(exist_ok=True)
+
+    def publish(self) -> None:
+        """Make the folder appear at its place, and remove the rest."""
+        publish_dir(self.model, self.target)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove what a process left that was killed between publishing and cleaning up."""
+        if self.folder.is_dir():
+            with self._locked():
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lock(file: BinaryIO, target: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another process is making {target}: wait until it ends, or choose another out"
+        ) from None
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _boot() -> str:
+    """What tells one start of the machine from another; empty where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+__all__ = ["PARTIAL", "Staging"]
