@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .optimizer import CohortAdamW
     from .peft_io import load_peft_adapter, save_peft_adapter
     from .segments import Segments
+    from .streaming import MergeReport, export_adapter, merge_into_checkpoint
     from .trainer import CohortTrainer
     from .update import ClientUpdate, RoundResult
 
@@ -45,6 +46,7 @@ _HOMES = {
     "optimizer": "CohortAdamW",
     "peft_io": "load_peft_adapter save_peft_adapter",
     "segments": "Segments",
+    "streaming": "MergeReport export_adapter merge_into_checkpoint",
     "config": "TrainConfig",
     "trainer": "CohortTrainer",
     "update": "ClientUpdate RoundResult",
@@ -90,6 +92,7 @@ __all__ = [
     "FederationConfig",
     "LoraWeights",
     "MergeItem",
+    "MergeReport",
     "RoundResult",
     "Segments",
     "TrainConfig",
@@ -99,10 +102,12 @@ __all__ = [
     "detach",
     "evaluate",
     "explain",
+    "export_adapter",
     "load_peft_adapter",
     "lora_linear",
     "lora_linears",
     "merge_adapter_",
+    "merge_into_checkpoint",
     "ops",
     "save_peft_adapter",
     "stacked_merge_",

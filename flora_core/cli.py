@@ -1,4 +1,4 @@
-"""The `flora` command: run, report, bench, doctor.
+"""The `flora` command: run, aggregate, report, bench, doctor.
 
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one paragraph, no traceback), 130 stopped by
 Ctrl-C. Heavy modules are imported by the command that needs them, so that --help and bad arguments answer at once.
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import aggregate_command
+
 if TYPE_CHECKING:
     from .recipes import Recipe
 
@@ -23,6 +25,7 @@ _EXAMPLES = """examples:
   flora run quickstart --dry-run                            what it would do, and the memory it would take
   flora run quickstart clients.count=4 federation.rounds=1  change anything by its dotted name
   flora run quickstart data=my.jsonl clients.ranks=[8,4]    your own examples
+  flora aggregate --base DIR --adapter A=2 --adapter B=1 --out DIR  merge adapters into a checkpoint on disk
   flora report runs/quickstart                              plots and report.html again
   flora bench --list                                        what can be measured against PEFT, from a checkout
   flora doctor                                              what this machine has
@@ -68,13 +71,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES + "\nFLORA_CACHE: folder of the demo model. FLORA_TRACEBACK=1: show where an error came from.",
         formatter_class=shape,
     )
-    commands = parser.add_subparsers(required=True, metavar="run | report | bench | doctor")
+    commands = parser.add_subparsers(required=True, metavar="run | aggregate | report | bench | doctor")
     run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)
     run.add_argument("recipe", help="a YAML file, or the bare name of a packaged recipe (quickstart, dolly)")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.lr=1e-3")
     run.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate; train nothing")
     run.add_argument("--out", metavar="DIR", help="folder of the results (short for out=DIR)")
     run.set_defaults(command=_run)
+    aggregate_command.add_parser(commands)
     report = commands.add_parser("report", help="write plots and report.html of a run")
     report.add_argument("run_dir", help="the out= folder of a run, finished or not")
     report.set_defaults(command=_report)
