@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | lint | clean. Each makes its own environment first, once.
+# make demo | test | test-all | bench | bench-gpu | lint | clean. Each makes its own environment first, once.
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
@@ -11,6 +11,7 @@ SHELL := bash
 VENV ?= .venv
 THREADS ?= 2
 SCALE ?= 1
+BENCH ?=
 RECIPE ?= recipes/quickstart.yaml
 OVERRIDES ?=
 
@@ -41,7 +42,7 @@ endif
 # OpenMP teams larger than the machine's free cores are many times slower, not faster.
 LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 
-.PHONY: demo test test-all bench lint clean environment install
+.PHONY: demo test test-all bench bench-gpu lint clean environment install
 
 demo: environment
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
@@ -54,10 +55,14 @@ test-all: environment
 	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=25 2>&1 | tee docs/logs/test-all.txt
 
 # A red check or a missed run still leaves the results that came before it, and the page is written from them.
+#   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list
 bench: environment
-	$(LIMITED) $(PY) -m pytest -q bench/test_protocol.py
-	status=0; FLORA_BENCH_THREADS=$(THREADS) $(LIMITED) $(PY) -m pytest bench --benchmark-only -s || status=$$?; \
+	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 13 --threads $(THREADS) $(BENCH) || status=$$?; \
+	    $(LIMITED) $(PY) -m bench.run --explain --threads $(THREADS) || status=$$?; \
 	    $(PY) -m bench.publish; exit $$status
+
+bench-gpu: environment
+	status=0; $(PY) -m bench.gpu_run || status=$$?; $(PY) -m bench.publish; exit $$status
 
 lint: environment
 	$(PY) -m ruff check .

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.profiler import record_function
 
 from bench.grid import TARGETS, Case
-from bench.protocol import Timing
+from bench.protocol import RESULTS, SMOKE, Result, Timing
 from bench.rates import rates
 from bench.rivals import FROZEN
 from bench.steps import RIVALS, Step
@@ -224,8 +224,16 @@ def explain(layers: int | None = None, tokens: int | None = None, words: Sequenc
     """
     case = case_of(words, Case() if tokens is None else replace(Case(), tokens=tokens))
     depth = layers or (case.shapes.layers if torch.cuda.is_available() else min(CPU_LAYERS, case.shapes.layers))
-    step = Step(case, depth)
-    return tables(step, measure(step), rates(step.device))
+    step, whole = Step(case, depth), not (layers or tokens or words)
+    name = f"explain_{case.id}" if not whole else "explain"
+    question = f"Where the time and memory of a step go: {case.model}, {depth} layers, {len(case.ranks)} clients"
+    command = " ".join(["flora bench --explain", *words])
+    folder = RESULTS if whole else SMOKE
+    result = Result(name, question, {**case.settings, "layers": depth}, folder, command)
+    found, rate = measure(step), rates(step.device)
+    shown, text = tables(step, found, rate)
+    result.save(**found, limits=limits(step, rate), rates=rate, text=text, finished=True)
+    return shown, text
 
 
 def case_of(words: Sequence[str], case: Case) -> Case:

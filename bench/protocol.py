@@ -5,6 +5,7 @@ A result holds a speed-up only if its check is green. Every suite in this folder
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -155,7 +156,7 @@ class Result:
         self.data: dict[str, Any] = {
             "name": name,
             "question": question,
-            "command": command or "python -m pytest " + shlex.join(sys.argv[1:]),
+            "command": command or _command(),
             "finished": False,
             "environment": environment(),
             "settings": dict(settings),
@@ -206,6 +207,14 @@ class Result:
         self.save(ours=ours, speedups=speedups)
         lines = [f"{ours} is {s['times']:.2f} times as fast as {rival}" for rival, s in speedups.items()]
         return f"{self.data['name']}: " + "; ".join(lines) + f" (check at {check.ratio:.2f} of its budget)"
+
+
+def _command() -> str:
+    """What runs this benchmark again: its own test, where ``flora bench`` runs it among others."""
+    test, words = os.environ.get("PYTEST_CURRENT_TEST"), os.environ.get("FLORA_BENCH_WORDS")
+    if test is None or words is None:
+        return "python -m pytest " + shlex.join(sys.argv[1:])
+    return f"python -m pytest {shlex.quote(test.rpartition(' ')[0])} --benchmark-only -s {words}"
 
 
 def _finite(value: Any) -> Any:
@@ -343,6 +352,7 @@ def _gpu() -> dict[str, Any]:
     return found | dict(zip(fields, (part.strip() for part in answer.splitlines()[0].split(",")), strict=False))
 
 
+@functools.cache
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.rstrip() if done.returncode == 0 else ""

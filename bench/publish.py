@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md and docs/img/*.png from bench/results/*.json, so that no number is typed by hand.
+"""Write docs/benchmarks.md, the README's numbers and docs/img/bench_*.png from bench/results, none typed by hand.
 
 python -m bench.publish
 """
@@ -6,69 +6,66 @@ python -m bench.publish
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import plots
 from bench.protocol import RESULTS, ROOT
+from bench.rivals import FROZEN, Rival
+from bench.tables import (
+    SPEED_HEADER,
+    Data,
+    cases_rows,
+    load,
+    missing_rows,
+    outcome_rows,
+    ratio,
+    speed_rows,
+    table,
+    verdict,
+)
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
 IMAGES = ROOT / "docs" / "img"
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
-Data = dict[str, Any]
+
+# Prefix of the results, title, and what the table is about.
+GRIDS = (
+    ("cohort_rivals", "A step of a whole model against every rival", ""),
+    ("decoder_layer", "One decoder layer, forward and backward", ""),
+    ("linear_forward", "One LoRA linear, forward", ""),
+    ("linear_backward", "One LoRA linear, backward", ""),
+    ("federated_round", "A federated round: training, aggregation, the write into the base", ""),
+    ("optimizer", "An AdamW step over all adapters", ""),
+    ("data_loading", "From records to batches", "Against the tokenizer with transformers' padding collator."),
+    ("cpu_merge", "The CPU's merge kernel", "Against torch's products; `large fp32 product` is the processor's rate."),
+)
+PLOTS = (
+    ("times as fast as PEFT", "bench_speedups.png"),
+    ("operations a second below the roof", "bench_roofline.png"),
+    ("scaling with tokens, clients and ranks", "bench_scaling.png"),
+    ("time and memory of a step by part", "bench_parts.png"),
+)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in lines)
-
-
-def seconds(timing: Data) -> str:
-    """Median with p20 and p80."""
-    unit, factor = ("ms", 1e3) if timing["median_s"] < 1 else ("s", 1)
-    low, middle, high = (timing[key] * factor for key in ("p20_s", "median_s", "p80_s"))
-    return f"{middle:.3g} {unit} ({low:.3g}-{high:.3g}, {timing['rounds']} rounds)"
-
-
-def verdict(value: float, target: float | None, at_least: bool = True) -> str:
-    """Whether a target was met, and by which comparison."""
-    if target is None:
-        return ""
-    met = value >= target if at_least else value <= target
-    return f"{'met' if met else '**missed**'} (target {'>=' if at_least else '<='} {target:g})"
-
-
-def source(data: Data) -> str:
+def source(data: Data, folder: str = "bench/results") -> str:
     """Which file the numbers come from, and where it was measured."""
     env, load = data["environment"], data["environment"]["load"]
     others = load.get("other_cores")
     busy = "not known" if others is None else f"{others:.2f} cores"
     dirty = " with local changes" if env["changed_files"] else ""
-    name = data["name"]
+    gpu = ", ".join(str(env[key]) for key in ("gpu", "driver_version", "clocks.sm") if key in env)
     return (
-        f"`bench/results/{name}.json`, `{data['command']}`; commit {env['commit'][:10]}{dirty}, {env['processor']}, "
-        f"{env['threads']} threads, torch {env['versions']['torch']}, peft {env['versions']['peft']}, "
-        f"other load {busy}"
+        f"`{folder}/{data['name']}.json`, `{data['command']}`; commit {env['commit'][:10]}{dirty}, "
+        f"{gpu or env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}, "
+        f"peft {env['versions']['peft']}, other load {busy}"
     )
 
 
 def step_table(found: Sequence[Data]) -> str:
     """Speed of one contender against its rivals; a red or unfinished check has no speed-up."""
-    rows = []
-    for data in found:
-        if "speedups" not in data:
-            why = "red" if "check" in data else "not finished"
-            rows.append([data["question"], f"check {why}: no speed-up", "", "", "", ""])
-            continue
-        ours = next(name for name in data["times"] if name not in data["speedups"])
-        for rival, speedup in data["speedups"].items():
-            times = speedup["times"]
-            win = f"{times:.2f} times faster" if times >= 1 else f"**{1 / times:.2f} times slower**"
-            timings = [f"{name}: {seconds(data['times'][name])}" for name in (ours, rival)]
-            check = f"{data['check']['ratio']:.2f} of the budget"
-            rows.append([data["question"], *timings, win, verdict(times, speedup["target"]), check])
-    return table(["question", "ours", "rival", "ours is", "target", "error"], rows)
+    return table(SPEED_HEADER, [row for data in found for row in speed_rows(data)])
 
 
 def memory_table(data: Data) -> str:
@@ -86,9 +83,8 @@ def memory_table(data: Data) -> str:
     ]
     text = table(["case (token budget)", "peak beyond the base", "of PEFT's", "tokens/s", "of PEFT's"], rows)
     if "one_client_over_peft" in data:
-        text += "\n\nAt a budget of one client's tokens: " + verdict(
-            data["one_client_over_peft"], data["target"], at_least=False
-        )
+        met = verdict(data["one_client_over_peft"], data["target"], at_least=False)
+        text += f"\n\nAt a budget of one client's tokens: {met}"
     return text
 
 
@@ -111,67 +107,74 @@ def demo_table(found: Sequence[Data]) -> str:
     return table(["seed", *heads, "from start to end (target in seconds)"], rows)
 
 
-def plot_memory(data: Data, path: Path) -> None:
-    """The curve of speed against memory."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    peft, *ours = data["rows"]
-    points = [(row["beyond_base_bytes"] / 1e9, row["tokens_per_s"], row["case"]) for row in ours]
-    axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label="flora, by token budget")
-    for gigabytes, speed, case in points:
-        name = case.removeprefix("flora, ")
-        axes.annotate(name, (gigabytes, speed), textcoords="offset points", xytext=(4, 6), fontsize=8)
-    axes.plot(peft["beyond_base_bytes"] / 1e9, peft["tokens_per_s"], "s", color="tab:red", label=peft["case"])
-    axes.set(xlabel="peak memory beyond the base, GB", ylabel="tokens per second", xlim=(0, None), ylim=(0, None))
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=130)
+def parts_table(data: Data) -> str:
+    """Where a step's time goes."""
+    whole = data["seconds"]
+    rows = [
+        [part, f"{1e3 * share * whole:.0f}", f"{share:.1%}", f"{1e3 * data['limits'][part]:.0f}"]
+        for part, share in sorted(data["shares"].items(), key=lambda item: -item[1])
+    ]
+    return table(["part", "ms", "share", "limit, ms"], rows) + f"\n\n{data['text']}"
 
 
-def plot_speedups(found: Sequence[Data], path: Path) -> None:
-    """Every green speed-up over PEFT, with each round's ratio."""
-    from matplotlib.figure import Figure
-
-    shown = [data for data in found if "peft" in data.get("speedups", {})]
-    figure = Figure(figsize=(7, 0.7 + 0.55 * len(shown)), layout="constrained")
-    axes = figure.subplots()
-    for at, data in enumerate(shown):
-        speedup = data["speedups"]["peft"]
-        axes.barh(at, speedup["times"], color="tab:blue" if speedup["times"] >= 1 else "tab:red", alpha=0.7)
-        axes.plot(speedup["rounds"], [at] * len(speedup["rounds"]), "k.", markersize=4)
-        if speedup["target"]:
-            axes.plot([speedup["target"]] * 2, [at - 0.4, at + 0.4], "k--", linewidth=1)
-    axes.axvline(1, color="k", linewidth=1)
-    axes.set(yticks=range(len(shown)), yticklabels=[data["name"] for data in shown])
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as PEFT (bar: medians, dots: rounds, dashes: target)")
-    figure.savefig(path, dpi=130)
+def gpu_linears(folder: Path) -> str | None:
+    """The linears that ``bench.gpu_check`` timed: forward and backward together, in frozen linears."""
+    path = folder / "gpu_check_triton.json"
+    if not path.is_file():
+        return None
+    timed = {
+        name: row for name, row in json.loads(path.read_text()).items() if isinstance(row, dict) and "to frozen" in row
+    }
+    names = list(dict.fromkeys(name for row in timed.values() for name in row["to frozen"]))
+    rows = [
+        [case, *(f"{row['to frozen'][name]:.2f}" if name in row["to frozen"] else "-" for name in names)]
+        for case, row in timed.items()
+    ]
+    return table(["forward and backward, in frozen linears", *names], rows) if rows else None
 
 
-def load(folder: Path = RESULTS) -> dict[str, Data]:
-    """Every result by name."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+def fairness() -> str:
+    """How every rival is set up, from the same tables that the benchmarks run."""
+    from bench import linears, rounds, steps, test_data_loading, test_decoder_layer, test_optimizer
+
+    tables: list[tuple[str, Iterable[Rival]]] = [
+        ("step of a model", steps.RIVALS),
+        ("decoder layer", test_decoder_layer.RIVALS),
+        ("linear", linears.RIVALS),
+        ("federated round", rounds.RIVALS),
+        ("optimizer", test_optimizer.RIVALS),
+    ]
+    rows = [[where, rival.name, rival.fair] for where, rivals in tables for rival in rivals]
+    name, fair = test_data_loading.FAIR.split(": ", 1)
+    return table(["question", "rival", "how it is set up"], [*rows, ["data loading", name, fair]])
 
 
-def write_between(page: Path, text: str) -> None:
-    """Replace what stands between the marks of a page."""
-    before, _, rest = page.read_text().partition(START)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{START}\n{text}\n{END}{after}")
+def grids(found: dict[str, Data]) -> list[str]:
+    """A table for every question that is measured over a grid."""
+    parts = []
+    for prefix, title, note in GRIDS:
+        own = [data for name, data in found.items() if name.startswith(prefix)]
+        if own:
+            parts += [f"### {title}", *([note] if note else []), table(*cases_rows(own))]
+        shares = [data for data in own if "not_training" in data]
+        parts += [f"Not training: {data['not_training']:.1%} of our round ({data['name']})." for data in shares]
+    return parts
 
 
-def body(found: dict[str, Data]) -> str:
+def body(found: dict[str, Data], gpu: dict[str, Data] | None = None, images: Path = IMAGES) -> str:
     """Everything between the marks."""
     steps = [data for name, data in found.items() if name.startswith("cohort_step")]
     merges = [data for name, data in found.items() if name.startswith("merge")]
     parts = []
     if steps:
         parts += ["### Cohort step", step_table(steps)]
+    parts += [f"![{title}](img/{name})" for title, name in PLOTS[:1] if (images / name).is_file() and found]
+    parts += grids(found)
     if merges:
         parts += ["### Aggregation", step_table(merges)]
-    if any("peft" in data.get("speedups", {}) for data in [*steps, *merges]):
-        parts.append("![times as fast as PEFT](img/bench_speedups.png)")
+    parts += [f"![{title}](img/{name})" for title, name in PLOTS[1:] if (images / name).is_file() and found]
+    for data in (data for name, data in found.items() if name.startswith("explain") and "text" in data):
+        parts += ["### Where a step's time goes", data["question"] + ".", parts_table(data)]
     if found.get("memory", {}).get("rows"):
         memory = found["memory"]
         parts += ["### Memory", memory["question"] + ".", memory_table(memory)]
@@ -182,21 +185,117 @@ def body(found: dict[str, Data]) -> str:
     demos = [data for name, data in found.items() if name.startswith("demo") and data.get("finished")]
     if demos:
         parts += ["### The demo", "`flora run quickstart seed=N`, on held-out questions.", demo_table(demos)]
+    parts += gpu_parts(gpu or {})
+    parts += absent({**found, **(gpu or {})})
     if found:
+        parts += ["### How the rivals are set up", fairness()]
         parts += ["### Sources", "\n".join(f"- {source(data)}" for data in found.values())]
+        parts += ["\n".join(f"- {source(data, 'bench/results/gpu')}" for data in (gpu or {}).values())] * bool(gpu)
     return "\n\n".join(parts or ["No results yet: run `make bench`."])
 
 
-def main() -> None:
-    found = load()
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    compared = [data for data in found.values() if "peft" in data.get("speedups", {})]
-    if compared:
-        plot_speedups(compared, IMAGES / "bench_speedups.png")
+def gpu_parts(gpu: dict[str, Data]) -> list[str]:
+    """The same tables for what was measured on a GPU."""
+    linears = gpu_linears(RESULTS / "gpu")
+    if not gpu and linears is None:
+        return ["### On a GPU", "Nothing measured yet: `make bench-gpu` on a machine that has one."]
+    return ["## On a GPU", *([linears] if linears else []), *grids(gpu)]
+
+
+def absent(found: dict[str, Data]) -> list[str]:
+    """Who did not take part and why, and what did not run to its end."""
+    missing, outcomes = missing_rows(found), outcome_rows(RESULTS)
+    parts = []
+    if missing:
+        parts += ["### Rivals that did not take part", table(["rival", "reason", "where"], missing)]
+    if outcomes:
+        parts += ["### Not measured in the last run", table(["benchmark", "outcome", "reason"], outcomes)]
+    return parts
+
+
+def headlines(found: dict[str, Data]) -> str:
+    """The README's table: wins and losses, each with its file."""
+    rows = []
+
+    def add(name: str, rival: str, what: str) -> None:
+        data = found.get(name, {})
+        if rival in data.get("speedups", {}):
+            rows.append([what, ratio(data["speedups"][rival]["times"], rival), f"`bench/results/{name}.json`"])
+
+    add("cohort_step_batch1", "peft", "training step of ten clients, one sequence of 128 tokens each, against PEFT")
+    add("cohort_step_batch4", "peft", "the same with four sequences each")
+    add("cohort_step_dolly", "peft", "the same with four Dolly records each, which PEFT pads")
+    for name, data in found.items():
+        if name.startswith(("cohort_rivals", "federated_round")):
+            for rival in data.get("speedups", {}):
+                words = "the frozen base" if rival == FROZEN else rival
+                add(name, rival, f"{data['question'][0].lower()}{data['question'][1:]}, against {words}")
+    add("merge_float32", "peft", "adding ten clients' updates to all linears, against PEFT's cat and merge")
+    add("merge_float32", "addmm per layer", "the same against `addmm_` by hand")
+    memory = found.get("memory", {})
+    if "one_client_over_peft" in memory:
+        share = f"{memory['one_client_over_peft']:.2f} of PEFT's"
+        rows.append(["peak memory beyond the base, at one client's tokens", share, "`bench/results/memory.json`"])
+    saved = {row["case"]: row["bytes_per_token"] for row in found.get("saved_activations", {}).get("rows", [])}
+    ours, peft = (saved.get(f"{who}, dropout 0.1") for who in ("flora, ten clients", "PEFT, mean of ten clients"))
+    if ours and peft:
+        text, file = f"{ours / peft:.2f} of PEFT's", "`bench/results/saved_activations.json`"
+        rows.append(["kept for backward per token, with dropout 0.1", text, file])
+    for name, data in found.items():
+        if name.startswith("demo") and data.get("finished"):
+            first, last = data["rows"][0], data["rows"][-1]
+            text = f"{first['exact_match']:.0%} to {last['exact_match']:.0%}, loss {first['loss']:.1f} to {last['loss']:.1f}"
+            what = (
+                f"the demo's exact answers with seed {data['settings']['seed']}, in {data['seconds'] / 60:.1f} minutes"
+            )
+            rows.append([what, text, f"`bench/results/{name}.json`"])
+    if not rows:
+        return "Nothing measured yet: `make bench`."
+    return table(["SmolLM2-135M on two CPU cores", "we are", "source (the command stands in it)"], rows)
+
+
+def write_between(page: Path, text: str) -> None:
+    """Replace what stands between the marks of a page.
+
+    Raises:
+        ValueError: If the page has no marks.
+    """
+    whole = page.read_text()
+    if START not in whole or END not in whole:
+        raise ValueError(f"{page} must have {START} and {END} around what is generated")
+    before, _, rest = whole.partition(START)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{START}\n{text}\n{END}{after}")
+
+
+def draw(found: dict[str, Data], images: Path = IMAGES) -> None:
+    """Every plot that there are results for."""
+    images.mkdir(parents=True, exist_ok=True)
+    everything = list(found.values())
+    linears = [data for name, data in found.items() if name.startswith("linear_") and "speedups" in data]
+    if any(plots.peft_of(data) for data in everything):
+        plots.plot_speedups(everything, images / "bench_speedups.png")
+    if linears:
+        plots.plot_roofline(linears, images / "bench_roofline.png")
+        plots.plot_scaling(linears, images / "bench_scaling.png")
+    for data in (data for name, data in found.items() if name.startswith("explain") and "text" in data):
+        plots.plot_parts(data, images / "bench_parts.png")
     if len(found.get("memory", {}).get("rows", [])) > 1:
-        plot_memory(found["memory"], IMAGES / "bench_memory.png")
-    write_between(PAGE, body(found))
-    print(f"wrote {PAGE.relative_to(ROOT)} from {len(found)} results")
+        plots.plot_memory(found["memory"], images / "bench_memory.png")
+
+
+def publish(page: Path, readme: Path, images: Path, folder: Path = RESULTS) -> dict[str, Any]:
+    """Write both pages and the plots; the results that they come from."""
+    found, gpu = load(folder), load(folder / "gpu")
+    draw(found, images)
+    write_between(page, body(found, gpu, images))
+    write_between(readme, headlines(found))
+    return {**found, **gpu}
+
+
+def main() -> None:
+    found = publish(PAGE, README, IMAGES)
+    print(f"wrote {PAGE.relative_to(ROOT)}, {README.name} and plots from {len(found)} results")
 
 
 if __name__ == "__main__":

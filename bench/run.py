@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out is not None:
         os.environ["FLORA_BENCH_RESULTS"] = str(options.out.resolve())
     if options.threads is not None:
-        os.environ["FLORA_BENCH_THREADS"] = str(options.threads)
+        os.environ["FLORA_BENCH_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.compile:
         os.environ["FLORA_BENCH_COMPILE"] = "1"
     from flora_core.progress import print_tables  # after the environment is set: torch reads it
@@ -164,6 +164,8 @@ def _measure(options: argparse.Namespace, print_tables: Any) -> int:
             "built for CUDA on a machine that has one"
         )
     command, began = words(options, selection), time.time()
+    own = [word for word in command if word.startswith("--bench-") and not word.startswith("--bench-minutes")]
+    os.environ["FLORA_BENCH_WORDS"] = " ".join(own)
     code = int(pytest.main(command))
     folders = [RESULTS, RESULTS / "gpu", SMOKE, SMOKE / "gpu"]
     fresh = {}
