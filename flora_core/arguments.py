@@ -110,7 +110,9 @@ def _host_thresholds(dropout_C: tuple[float, ...]) -> tuple[int, ...] | None:
 
 
 def _thresholds(dropout_C: Numbers) -> tuple[int, ...] | torch.Tensor | None:
-    """As ``_host_thresholds``; a table on a GPU stays there, unread: p = 1 then drops everything."""
+    """As ``_host_thresholds``; a GPU's stays there, unread: p = 1 then drops everything. int32 are q itself."""
+    if isinstance(dropout_C, torch.Tensor) and dropout_C.dtype == torch.int32:
+        return dropout_C
     if not isinstance(dropout_C, torch.Tensor):
         return _host_thresholds(tuple(dropout_C))
     if dropout_C.device.type != "cpu":

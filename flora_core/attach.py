@@ -19,11 +19,13 @@ from .backends import resolve
 from .bank import AdapterBank, AdapterConfig, BankModule, matches_target
 from .calls import check_fuse
 from .checks import require
+from .config import TrainConfig
 from .explaining import describe
 from .forward import Batch, find_way
+from .graphs import why_not
 from .linear import Layout, MultiLoRALinear, Route, is_conv1d, weight_view
 from .loss import Head
-from .segments import Segments
+from .segments import DeviceSegments, Segments
 from .update import Adapters, ClientUpdate
 
 _COHORTS: weakref.WeakKeyDictionary[nn.Module, Cohort] = weakref.WeakKeyDictionary()
@@ -145,13 +147,22 @@ class Cohort:
             len(segments) == len(names),
             f"tokens must have one entry per client ({len(names)}: {', '.join(names)}), got {len(segments)}",
         )
-        keys = self._dropout_seeds(dropout_step, seed_C or [seed] * len(names), round)
-        layout = Layout(segments, keys, row_C, real_index, positions, adapters)
-        inner = nullcontext() if sequences is None else attention.packed(self.model, sequences)
-        with self._routed(layout=layout), inner:
+        keys = self.dropout_seeds(dropout_step, seed_C or [seed] * len(names), round)
+        if keys is not None and self.bank.param.is_cuda:
+            # One copy to the device for all modules.
+            keys = dict(zip(keys, torch.tensor(list(keys.values())).to(self.bank.param.device), strict=True))
+        with self.laid_out(Layout(segments, keys, row_C, real_index, positions, adapters), sequences):
             yield self.model
 
-    def _dropout_seeds(self, step: int | None, seed_C: Sequence[int], round: int) -> Mapping[str, Sequence[int]] | None:
+    @contextmanager
+    def laid_out(self, layout: Layout, sequences: Sequence[int] | DeviceSegments | None) -> Iterator[None]:
+        """Run what a layout says, attention within each packed sequence if there are some."""
+        inner = nullcontext() if sequences is None else attention.packed(self.model, sequences)
+        with self._routed(layout=layout), inner:
+            yield
+
+    def dropout_seeds(self, step: int | None, seed_C: Sequence[int], round: int) -> dict[str, Any] | None:
+        """Module -> dropout key of each client at an optimizer step; None where nothing is dropped."""
         names = self.active.names
         dropping = any(self.spec(name).adapter.dropout for name in names)
         if not dropping or (step is None and not self.model.training):
@@ -393,13 +404,15 @@ def explain(model: nn.Module) -> Explanation:
         "linear": "hidden @ W^T in chunks, gradient written out",
         "model": "the model's own head in chunks: it transforms logits after the product",
     }[cohort.head.kind]
+    against = why_not(cohort, TrainConfig())
     notes = (
         f"batches: {packing}{f' ({cohort.packing_reason})' if cohort.packing_reason else ''}",
         f"loss: {head}",
         f"backend: {reason}",
+        f"CUDA graphs: {f'off ({against})' if against else 'on, for shapes that come again'}",
+        f"merge: {merge_ways.told(next(iter(cohort.layers.values())).weight)}",
     )
     return Explanation(rows, notes)
 
 
 __all__ = ["ClientSpec", "Cohort", "Explanation", "attach", "candidates", "detach", "explain"]
-        f"merge: {merge_ways.told(next(iter(cohort.layers.values())).weight)}",

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .attention_ways import WAYS, Way, choose
 from .checks import require
+from .segments import DeviceSegments
 
 NAME = "flora_packed"
 # Arguments that leave plain scaled dot-product attention what it is.
@@ -30,7 +31,7 @@ _PLAIN = {
     "output_router_logits",
     "sliding_window",
 }
-_LENGTHS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, ...]] = weakref.WeakKeyDictionary()
+_LENGTHS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, ...] | DeviceSegments] = weakref.WeakKeyDictionary()
 
 
 def packed_attention(
@@ -131,12 +132,12 @@ def unsupported(model: torch.nn.Module) -> str | None:
     return None
 
 
-def way_of(model: torch.nn.Module) -> Way:
-    """The way that plain attention of a model takes; special layers are told apart when they run."""
+def way_of(model: torch.nn.Module, dtype: torch.dtype | None = None) -> Way:
+    """The way that plain attention of a model takes, in its own or another dtype; special layers show when they run."""
     parameter, config = next(model.parameters()), getattr(model, "config", None)
     heads = getattr(config, "num_attention_heads", None) or 1
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
-    return choose(parameter.device.type, parameter.dtype, size)
+    return choose(parameter.device.type, dtype or parameter.dtype, size)
 
 
 def _configs(model: torch.nn.Module) -> list[Any]:
@@ -153,10 +154,10 @@ def _register() -> None:
 
 
 @contextmanager
-def packed(model: torch.nn.Module, lengths: Iterable[int]) -> Iterator[None]:
+def packed(model: torch.nn.Module, lengths: Iterable[int] | DeviceSegments) -> Iterator[None]:
     """Run the model's attention sequence by sequence over one packed row of tokens."""
     _register()
-    lengths, configs = tuple(lengths), _configs(model)
+    lengths, configs = lengths if isinstance(lengths, DeviceSegments) else tuple(lengths), _configs(model)
     before = [config._attn_implementation for config in configs]
     for module in model.modules():
         _LENGTHS[module] = lengths

@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .segments import DeviceSegments
+
+Lengths = tuple[int, ...] | DeviceSegments
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -85,13 +88,20 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(starts, dtype=torch.int32, device=device)
 
 
+def _bounds(lengths: Lengths, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where the sequences begin and end, and a bound on the longest."""
+    if isinstance(lengths, DeviceSegments):
+        return lengths.offsets, lengths.longest
+    return _offsets(lengths, device), max(lengths)
+
+
 def _rows(t_1HMD: torch.Tensor) -> torch.Tensor:
     return t_1HMD[0].transpose(0, 1)
 
 
-def flash(q, k, v, lengths: tuple[int, ...], window: int | None, scaling: float | None) -> torch.Tensor:
+def flash(q, k, v, lengths: Lengths, window: int | None, scaling: float | None) -> torch.Tensor:
     """flash-attn over (1, H, M, D); (M, H, D)."""
-    offsets, longest = _offsets(lengths, q.device), max(lengths)
+    offsets, longest = _bounds(lengths, q.device)
     return importlib.import_module("flash_attn").flash_attn_varlen_func(
         *(_rows(q), _rows(k), _rows(v), offsets, offsets, longest, longest),
         softmax_scale=scaling,
@@ -101,9 +111,9 @@ def flash(q, k, v, lengths: tuple[int, ...], window: int | None, scaling: float 
     )
 
 
-def varlen(q, k, v, lengths: tuple[int, ...], window: int | None, scaling: float | None) -> torch.Tensor:
+def varlen(q, k, v, lengths: Lengths, window: int | None, scaling: float | None) -> torch.Tensor:
     """torch's variable-length attention over (1, H, M, D); (M, H, D)."""
-    attend, offsets, longest = _varlen(), _offsets(lengths, q.device), max(lengths)
+    attend, (offsets, longest) = _varlen(), _bounds(lengths, q.device)
     known, options = inspect.signature(attend).parameters, {}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:

@@ -7,6 +7,7 @@ stands.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import re
@@ -98,7 +99,13 @@ class BankModule:
     A_PK: torch.Tensor
     B_PN: torch.Tensor
     ranks: Segments
-    scaling_C: tuple[float, ...]
+    scaling_C: Sequence[float] | torch.Tensor
+
+    @functools.cached_property
+    def padded(self) -> BankModule:
+        """The same stack with one more client of rank 0: nobody, whose rows fill a batch up."""
+        scaling_C = torch.tensor([*self.scaling_C, 0.0], dtype=self.A_PK.dtype, device=self.A_PK.device)
+        return BankModule(self.A_PK, self.B_PN, Segments.from_lengths([*self.ranks.lengths, 0]), scaling_C)
 
 
 def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -190,14 +197,15 @@ class AdapterBank:
         require(client in self.names, f"client must be one of {', '.join(self.names)}, got {client!r}")
         return self.names.index(client)
 
-    def adapters(self, client: str) -> Adapters:
-        """Views of one client's factors, module by module; modules where its rank is 0 are left out."""
+    def adapters(self, client: str, flat: torch.Tensor | None = None) -> Adapters:
+        """Views of one client's factors, module by module; modules where its rank is 0 are left out.
+
+        ``flat`` is another buffer with the bank's layout to look at instead, such as its gradient.
+        """
         c = self.index(client)
-        return {
-            module: (entry.A_PK.detach()[entry.ranks[c]], entry.B_PN.detach()[entry.ranks[c]])
-            for module, entry in self.modules.items()
-            if entry.ranks.lengths[c]
-        }
+        stacks = {m: (one.A_PK, one.B_PN) for m, one in self.modules.items()} if flat is None else self.views_of(flat)
+        own = {m: one.ranks[c] for m, one in self.modules.items() if one.ranks.lengths[c]}
+        return {m: (stacks[m][0].detach()[rows], stacks[m][1].detach()[rows]) for m, rows in own.items()}
 
     def scaling(self, client: str) -> dict[str, float]:
         """Module -> s of one client, for the modules of ``adapters``."""

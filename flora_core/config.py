@@ -41,6 +41,8 @@ class TrainConfig:
         seed: Seed of data order, initial adapters and dropout.
         deterministic: On CUDA, have the libraries use deterministic algorithms, so that a run repeats bit for bit; a
             CPU with one number of threads always does.
+        cuda_graphs: Capture steps of repeated shapes on a GPU and replay them, which spares the time of their launches:
+            auto where the cohort can be captured, True or False; ``explain`` and ``trainer.cuda_graphs`` say why.
         keep_optimizer: Carry the optimizer's state to the client's next round.
     Raises:
         ValueError or TypeError: If a value is out of range.
@@ -69,6 +71,7 @@ class TrainConfig:
     seed: int = 0
     keep_optimizer: bool = False
     deterministic: bool = True
+    cuda_graphs: bool | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -92,6 +95,8 @@ class TrainConfig:
         for kind in self.recompute:
             check_choice("recompute", kind, RECOMPUTABLE)
         object.__setattr__(self, "recompute", tuple(self.recompute))
+        choices = ("auto", True, False)
+        require(self.cuda_graphs in choices, f"cuda_graphs must be 'auto', True or False, got {self.cuda_graphs!r}")
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("schedule_scope", self.schedule_scope, ("round", "run"))
         check_choice("loss_on", self.loss_on, ("answer", "all"))

@@ -16,7 +16,7 @@ from torch import nn
 from .bank import BankModule
 from .checks import require
 from .ops import LoraWeights, lora_linears
-from .segments import Segments
+from .segments import DeviceSegments, Segments
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,18 @@ class Layout:
         real_index: Flat positions of the real tokens in a padded batch; None where nothing is padded.
         positions: Rows of the whole input, padding included.
         adapters: False runs the base alone (used to probe a model).
+        padding: The last segment of tokens is nobody's: rows that fill the batch up.
+        dropout_C: What ``lora_linears`` takes; None for the clients' own.
     """
 
-    tokens: Segments
-    seeds: Mapping[str, Sequence[int]] | None = None
-    row_C: Sequence[int] | None = None
+    tokens: Segments | DeviceSegments
+    seeds: Mapping[str, Sequence[int] | torch.Tensor] | None = None
+    row_C: Sequence[int] | torch.Tensor | None = None
     real_index: torch.Tensor | None = None
     positions: int | None = None
     adapters: bool = True
+    padding: bool = False
+    dropout_C: torch.Tensor | None = None
 
 
 class Route:
@@ -173,12 +177,14 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
     targets = []
     for layer in layers:
         entry, _ = layer.entry()
+        entry = entry.padded if layout.padding else entry
         weight, bias = layer.weight_NK, layer.bias
         if dtype is not None:
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
         seed_C = None if layout.seeds is None else layout.seeds[layer.path]
         targets.append(LoraWeights(weight, bias, entry.A_PK, entry.B_PN, entry.ranks, entry.scaling_C, seed_C))
-    dropout_C = None if layout.seeds is None else layers[0].entry()[1]
+    own_C = layers[0].entry()[1] if layout.dropout_C is None else layout.dropout_C
+    dropout_C = None if layout.seeds is None else own_C
     options: dict[str, Any] = dict(backend=layers[0].backend, fuse=layers[0].fuse)
     with torch.autocast(device, enabled=False):
         return lora_linears(x_MK, targets, layout.tokens, dropout_C=dropout_C, row_C=layout.row_C, **options)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .segments import Segments
+from .segments import DeviceSegments, Segments
 
 # Logits held at a time: 2**24 numbers, 64 MiB in float32.
 _CHUNK_LOGITS = 1 << 24
@@ -109,16 +109,29 @@ class _ChunkedLoss(torch.autograd.Function):
                 grad_MH[rows] = grad
         ctx.save_for_backward(*([] if grad_MH is None else [grad_MH]))
         ctx.tokens, ctx.weight_C = tokens, weight_C
+        if isinstance(tokens, DeviceSegments):
+            mine_CM = _owner(tokens) == torch.arange(len(tokens), device=loss_M.device)[:, None]
+            # By selection: 0 * NaN would carry one client's loss to another.
+            return torch.where(mine_CM, loss_M, 0).sum(1) * weight_C.to(wide)
         return torch.stack([loss_M[rows].sum() * weight_C[c] for c, rows in enumerate(tokens)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_C: torch.Tensor):
         (grad_MH,) = ctx.saved_tensors
+        if isinstance(ctx.tokens, DeviceSegments):
+            scale_M1 = (grad_C * ctx.weight_C.to(grad_C.dtype))[_owner(ctx.tokens)].to(grad_MH.dtype)[:, None]
+            return torch.where(scale_M1 == 0, 0, grad_MH * scale_M1), None, None, None, None
         scaled = torch.empty_like(grad_MH)
         for c, rows in enumerate(ctx.tokens):
             torch.mul(grad_MH[rows], (grad_C[c] * ctx.weight_C[c]).to(grad_MH.dtype), out=scaled[rows])
         return scaled, None, None, None, None
+
+
+def _owner(tokens: DeviceSegments) -> torch.Tensor:
+    """The segment of each row."""
+    rows = torch.arange(tokens.total, dtype=torch.int32, device=tokens.offsets.device)
+    return torch.bucketize(rows, tokens.offsets[1:], right=True)
 
 
 def _linear_rows(head: Head, hidden: torch.Tensor, target: torch.Tensor, needs_grad: bool):
@@ -146,8 +159,8 @@ def client_losses(
     head: Head,
     hidden_MH: torch.Tensor,
     target_M: torch.Tensor,
-    tokens: Segments,
-    weight_C: Sequence[float],
+    tokens: Segments | DeviceSegments,
+    weight_C: Sequence[float] | torch.Tensor,
 ) -> torch.Tensor:
     """Cross entropy per client: ``weight_c * sum of -log softmax(logits)[target]`` over the client's rows.
 
@@ -156,12 +169,12 @@ def client_losses(
         hidden_MH: Last hidden states at the labelled positions, clients in order.
         target_M: The tokens to predict there, int64.
         tokens: Segments over M, one per client, some perhaps empty.
-        weight_C: One over the number of labelled tokens of the client's optimizer step.
+        weight_C: One over the number of labelled tokens of the client's optimizer step; a tensor with DeviceSegments.
     Returns:
         loss_C in float32 (float64 for a float64 model), differentiable in hidden_MH. Peak memory beyond the hidden
         states: 2**24 logits. A client's NaN stays in its own entry and rows.
     """
-    return _ChunkedLoss.apply(hidden_MH, target_M, head, tokens, tuple(weight_C))  # pyright: ignore
+    return _ChunkedLoss.apply(hidden_MH, target_M, head, tokens, weight_C)  # pyright: ignore
 
 
 __all__ = ["Head", "client_losses"]

@@ -5,6 +5,7 @@ Letters: C clients, H hyper-parameters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from .bank import AdapterBank
 from .checks import require
 from .config import TrainConfig
 from .ops import HYPER_COLUMNS, cohort_adamw_
+from .segments import to_device
 
 
 class CohortAdamW:
@@ -55,6 +57,10 @@ class CohortAdamW:
         self.grad, self.exp_avg, self.exp_avg_sq = (torch.zeros_like(bank.param) for _ in range(3))
         # Frozen ranges belong to one more row of hyper-parameters, whose step 0 leaves them untouched.
         frozen = [set("AB"[i // count % 2]).isdisjoint(trainable) for i in range(len(bank.owner))]
+        # Settings live on the device: a captured step reads what is put there before each replay.
+        self._hyper_CH = torch.zeros(
+            count + any(frozen), len(HYPER_COLUMNS), dtype=torch.float64, device=bank.param.device
+        )
         self._segments = bank.segments
         self._owner = tuple(count if still else c for c, still in zip(bank.owner, frozen, strict=True))
         for path, (dA_PK, dB_PN) in bank.views_of(self.grad).items():
@@ -83,10 +89,13 @@ class CohortAdamW:
 
     def grad_norms(self) -> list[float]:
         """The norm of each client's own gradient; NaN or inf stays with the client that has it."""
-        norms = [
-            torch.nn.utils.get_total_norm(parts) if parts else torch.zeros(()) for parts in self._of_client(self.grad)
-        ]
-        return [float(norm) for norm in norms]
+        return self._norms().tolist()
+
+    def _norms(self) -> torch.Tensor:
+        none = self.grad.new_zeros(())
+        return torch.stack(
+            [torch.nn.utils.get_total_norm(parts) if parts else none for parts in self._of_client(self.grad)]
+        )
 
     def learning_rates(self) -> list[float]:
         """The rate that each client's next step will use."""
@@ -104,15 +113,40 @@ class CohortAdamW:
         clipping = any(config.clip_norm is not None for config in self.configs)
         if norms is None:
             norms = self.grad_norms() if clipping else [0.0] * len(self.steps)
+        self.prepare(active)
+        self._launch(torch.tensor(norms, dtype=torch.float64, device=self._hyper_CH.device))
+        self.advance(active)
+
+    def prepare(self, active: Sequence[bool]) -> None:
+        """Put the next step's settings on the device; a step of 0 is for clients that do not take it."""
         rates, hyper = self.learning_rates(), []
         for c, config in enumerate(self.configs):
-            self.steps[c] += active[c]
-            scale = 1.0 if config.clip_norm is None else min(1.0, config.clip_norm / (norms[c] + 1e-6))
-            step = self.steps[c] if active[c] else 0
-            hyper.append([rates[c], *config.betas, config.eps, config.weight_decay, step, scale])
-        if len(self.trainable) == 1:
-            hyper.append([0.0] * len(HYPER_COLUMNS))
-        hyper_CH = torch.tensor(hyper, dtype=torch.float64).view(-1, len(HYPER_COLUMNS))
+            step, bound = (self.steps[c] + 1) * active[c], config.clip_norm or math.inf
+            hyper.append([rates[c], *config.betas, config.eps, config.weight_decay, step, bound])
+        if hyper:
+            to_device(torch.tensor(hyper, dtype=torch.float64), self._hyper_CH[: len(hyper)])
+
+    def step_if_finite(self, loss_C: torch.Tensor) -> torch.Tensor:
+        """Take the prepared step where loss and gradient are finite, decided on the device: no number is read back.
+
+        Returns:
+            Losses and norms, (2, C), float64. Whoever has read them calls ``advance``.
+        """
+        norms_C = self._norms().double()
+        self._launch(norms_C, loss_C.isfinite() & norms_C.isfinite())
+        return torch.stack([loss_C.double(), norms_C])
+
+    def advance(self, active: Sequence[bool]) -> None:
+        """Count the step of those who took it."""
+        self.steps = [step + bool(took) for step, took in zip(self.steps, active, strict=True)]
+
+    def _launch(self, norms_C: torch.Tensor, takes_C: torch.Tensor | None = None) -> None:
+        hyper_CH = self._hyper_CH.clone()
+        step_C, bound_C = hyper_CH[: len(norms_C), 5], hyper_CH[: len(norms_C), 6]
+        scale_C = (bound_C / (norms_C + 1e-6)).clamp(max=1.0)
+        bound_C.copy_(torch.where(bound_C.isinf(), 1.0, scale_C))
+        if takes_C is not None:
+            step_C.copy_(torch.where(takes_C, step_C, 0.0))
         cohort_adamw_(
             self.bank.param,
             self.grad,

@@ -95,11 +95,12 @@ def _in_flight(cohort: Sequence[Demand], budget: int) -> int:
 
 
 def _alike(demands: Sequence[Demand]) -> list[list[Demand]]:
-    """Clients that can share a forward pass: same autocast dtype, choice of algorithms, and what is recomputed."""
+    """Clients that can share a forward pass: same autocast dtype, algorithms, graphs and what is recomputed."""
     groups: dict[tuple[Any, ...], list[Demand]] = {}
     for demand in demands:
         config = demand.config
-        alike = (config.dtype, config.gradient_checkpointing, config.recompute, config.deterministic)
+        recomputed = (config.gradient_checkpointing, config.recompute)
+        alike = (config.dtype, *recomputed, config.deterministic, config.cuda_graphs)
         groups.setdefault(alike, []).append(demand)
     return list(groups.values())
 

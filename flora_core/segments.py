@@ -1,4 +1,4 @@
-"""Segments: one axis cut into consecutive ranges, one per client."""
+"""Segments: one axis cut into consecutive ranges, one per client; their lengths on the host, or on a device alone."""
 
 from __future__ import annotations
 
@@ -72,3 +72,40 @@ class Segments:
 
     def __repr__(self) -> str:
         return f"Segments.from_lengths({list(self.lengths)})"
+
+
+def to_device(values: torch.Tensor, into: torch.Tensor) -> None:
+    """Copy host numbers into a tensor in place, without waiting for the device."""
+    # Pinned memory is given out again only when the copy is done.
+    values = values.pin_memory() if into.is_cuda else values
+    into.copy_(values, non_blocking=True)
+
+
+class DeviceSegments:
+    """Segments whose lengths the device alone knows, so that a captured CUDA graph may be replayed with others.
+
+    The host knows their number, their total and a bound on the longest. Whoever asks it for a range is told so.
+
+    Args:
+        offsets: C + 1 entries in int32; the first is 0, the last is ``total``.
+        total: The length of the whole axis.
+        longest: No segment is longer.
+    """
+
+    lengths = None
+
+    def __init__(self, offsets: torch.Tensor, total: int, longest: int | None = None):
+        self.offsets, self.total, self.longest = offsets, total, total if longest is None else longest
+
+    def offsets_on(self, device: torch.device | str) -> torch.Tensor:
+        """The offsets; they stay where they are."""
+        return self.offsets
+
+    def __len__(self) -> int:
+        return self.offsets.numel() - 1
+
+    def __getitem__(self, index: int) -> slice:
+        raise RuntimeError("these segments' lengths are known to the device alone, and the host was asked for them")
+
+    def __iter__(self) -> Iterator[slice]:
+        return iter([self[0]])

@@ -79,6 +79,10 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(tensor)
 
 
+# Captured CUDA graphs refer to these tables by address: they must outlive what the cache below lets go.
+_captured: list[torch.Tensor] = []
+
+
 @functools.lru_cache(maxsize=4096)
 def _copied(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
@@ -88,7 +92,10 @@ def table(values: Sequence[Any] | torch.Tensor, dtype: torch.dtype, device: torc
     """Numbers as a contiguous device tensor; a copy of host numbers is kept and used again."""
     if isinstance(values, torch.Tensor):
         return values.to(device, dtype, non_blocking=True).contiguous()
-    return _copied(tuple(values), dtype, device)
+    found = _copied(tuple(values), dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(found)
+    return found
 
 
 def offsets(ranges: Ranges, device: torch.device) -> torch.Tensor:
@@ -100,11 +107,25 @@ def offsets(ranges: Ranges, device: torch.device) -> torch.Tensor:
 
 def total(ranges: Ranges) -> int:
     """The length of the axis that the ranges cut."""
+    if hasattr(ranges, "total"):
+        return ranges.total  # pyright: ignore[reportAttributeAccessIssue]
     return ranges[len(ranges) - 1].stop if len(ranges) else 0
 
 
+def lengths_known(ranges: Ranges) -> bool:
+    """Whether the host knows the ranges; if not, launchers take what is enough for any."""
+    return getattr(ranges, "lengths", ()) is not None
+
+
+def highest(ranks: Ranges) -> int:
+    """The highest rank."""
+    return max((bank.stop - bank.start for bank in ranks), default=0)
+
+
 def s_numel(tokens: Ranges, ranks: Ranges) -> int:
-    """Elements of the ragged S."""
+    """Elements of the ragged S, or the most that there can be."""
+    if not lengths_known(tokens):
+        return total(tokens) * highest(ranks)
     return sum((m.stop - m.start) * (p.stop - p.start) for m, p in zip(tokens, ranks, strict=True))
 
 
@@ -260,7 +281,9 @@ __all__ = [
     "draws_of",
     "find_tile",
     "find_tile_of_targets",
+    "highest",
     "last_at_or_before",
+    "lengths_known",
     "offsets",
     "on_device",
     "pick",

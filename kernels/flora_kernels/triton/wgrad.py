@@ -16,7 +16,19 @@ import triton
 import triton.language as tl
 
 from ..reference import Dropout, Ranges
-from .common import Tile, clients, draws_of, find_tile, on_device, pick, rank_block, scale_up, total
+from .common import (
+    Tile,
+    clients,
+    draws_of,
+    find_tile,
+    highest,
+    lengths_known,
+    on_device,
+    pick,
+    rank_block,
+    scale_up,
+    total,
+)
 
 TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_D=128, BLOCK_T=32), num_warps=8, num_stages=4),
@@ -204,7 +216,10 @@ def _wgrad_sum_kernel(
 
 
 def _part_rows(tokens: Ranges, ranks: Ranges) -> int:
-    """Workspace rows: one per rank and chunk of every client that is cut."""
+    """Workspace rows: one per rank and chunk of every client that is cut, or the most that there can be."""
+    if not lengths_known(tokens):
+        # A client that is cut has at most twice its whole chunks.
+        return 2 * (total(tokens) // CHUNK) * highest(ranks)
     sizes = [(m.stop - m.start, p.stop - p.start) for m, p in zip(tokens, ranks, strict=True)]
     return sum(triton.cdiv(length, CHUNK) * rank for length, rank in sizes if length > CHUNK)
 

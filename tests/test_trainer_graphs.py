@@ -1,0 +1,218 @@
+"""Steps of static shape: what they fill up, that they train what ordinary steps train, and when they are captured.
+
+No GPU is needed: ``Eager`` and a stand-in for the few things that CUDA does run the same functions of the same buffers.
+Letters: M rows of a pass, C clients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+import flora_core as flora
+from flora_core import graphs
+from flora_core import trainer as trainer_module
+from flora_core.data.template import IGNORE, Example
+from flora_core.graphs import Graphs, Shape, round_up, shape_of
+from flora_core.loss import client_losses
+from flora_core.segments import DeviceSegments, Segments
+from tests import models
+
+
+class Told(Graphs):
+    """``Graphs`` over a device whose captures are the functions themselves."""
+
+    def __init__(self):
+        super().__init__(self)
+
+    def call(self, function: Callable[[], None]) -> None:
+        function()
+
+    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
+        return function
+
+
+@pytest.fixture
+def static(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Have trainers run steps of static shape; the executors that they made."""
+    made: list[Any] = []
+
+    def executor(device: torch.device) -> Told:
+        made.append(Told())
+        return made[-1]
+
+    monkeypatch.setattr(trainer_module, "why_not", lambda cohort, config: None if config.cuda_graphs else "off")
+    monkeypatch.setattr(trainer_module, "executor_for", executor)
+    # Few sizes, so that they come again in a short training.
+    monkeypatch.setattr(graphs, "round_up", lambda count, sizes: max(64, 1 << (count - 1).bit_length()))
+    return made
+
+
+def train(family: str, clients: Sequence[flora.ClientSpec], **settings: Any):
+    cohort = flora.attach(models.tiny(family), clients, models.FAMILIES[family].targets)
+    for i, name in enumerate(cohort.names):
+        cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
+    trainer = flora.CohortTrainer(cohort, flora.TrainConfig(**settings))
+    with models.exact64():
+        return trainer, {update.client: update for update in trainer.run()}
+
+
+def largest_error(one: flora.ClientUpdate, other: flora.ClientUpdate) -> float:
+    pairs = [pair for path in one.adapters for pair in zip(one.adapters[path], other.adapters[path], strict=True)]
+    return max(((x - y).abs().max() / x.abs().max()).item() for x, y in pairs)
+
+
+@pytest.mark.parametrize("budget", [None, 25])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_static_steps_train_what_ordinary_steps_train(family: str, budget: int | None, static: list[Any]):
+    """Mixed ranks, dropout, clipping, accumulation, schedules, and clients that are done earlier; in float64.
+
+    Products over more rows may be blocked otherwise, so the last bits may differ; a wrong mask or clip is not small.
+    """
+    ordinary, expected = train(family, models.clients(family), cuda_graphs=False, token_budget=budget)
+    assert ordinary.cuda_graphs == "off: off"
+    assert not static
+    trainer, updates = train(family, models.clients(family), token_budget=budget)
+    assert any(isinstance(key, Shape) for executor in static for key in executor.replays)
+    assert trainer.cuda_graphs.startswith("on: ")
+    for name, update in updates.items():
+        assert largest_error(expected[name], update) <= 1e-9
+        losses = trainer.clients[name].losses
+        assert losses == pytest.approx(ordinary.clients[name].losses, rel=1e-9)
+        assert update.metrics["tokens"] == expected[name].metrics["tokens"]
+
+
+def test_a_bad_client_stops_and_the_others_train_on(static: list[Any]):
+    """The device alone decides who steps; what the host reads afterwards says the same."""
+    results = []
+    for graphs_wanted in (False, "auto"):
+        cohort = flora.attach(models.tiny("llama"), models.clients(), ["q_proj", "v_proj"])
+        sick = cohort.update("plain").adapters
+        next(iter(sick.values()))[1][0, 0] = math.inf
+        cohort.load("plain", sick)
+        trainer = flora.CohortTrainer(cohort, flora.TrainConfig(cuda_graphs=graphs_wanted))
+        with models.exact64(), pytest.warns(RuntimeWarning, match="client 'plain' was stopped"):
+            results.append({update.client: update for update in trainer.run()})
+        assert "is not finite at step 1" in trainer.failures["plain"]
+        own = cohort.bank.adapters("plain")
+        assert all(torch.equal(x, y) for path in sick for x, y in zip(sick[path], own[path], strict=True))
+    assert results[0].keys() == results[1].keys() == {"rslora", "pattern", "others", "early"}
+    assert max(largest_error(results[0][name], results[1][name]) for name in results[0]) <= 1e-9
+
+
+def test_shapes_come_from_a_short_list():
+    assert [round_up(n, 16) for n in (1, 16, 17, 256, 257, 8192, 8193)] == [16, 16, 17, 256, 272, 8192, 8704]
+    assert [round_up(n, 1) for n in (3, 17, 100)] == [16, 32, 128]
+    assert [round_up(n, 4) for n in (100, 1000, 1025)] == [112, 1024, 1280]
+    for n in range(1, 5000, 7):
+        assert n <= round_up(n, 16) <= max(16, n * 17 / 16)
+    # 300 rows are filled up by at least one, in sequences no longer than the longest.
+    assert shape_of(300, 90, 3, 2) == Shape(304, 96, 16)
+    assert shape_of(256, 90, 14, 2).rows > 256
+    assert shape_of(272, 90, 14, 2).sequences >= 14 + (288 - 272) // 2
+
+
+def test_a_function_is_called_then_captured_then_replayed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    executor, ran = Told(), []
+    for _ in range(5):
+        for key in ("a", "b", "c", None):
+            executor.run(key, lambda key=key: ran.append(key))
+    assert [ran.count(key) for key in ("a", "b", "c", None)] == [5] * 4, "none is left out, none runs twice"
+    assert set(executor.replays) == {"a", "b"}
+    assert (executor.replayed, executor.called) == (6, 14)
+    assert str(executor) == "on: 2 captured, 6 replays, 14 calls before or beside them"
+
+
+@pytest.mark.parametrize("part", ["run", "_step"])
+def test_what_cannot_be_captured_goes_on_as_it_is(part: str, static: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """A step that fails on the way is done again, as a whole; where graphs are a must, the error is the user's."""
+    _, expected = train("llama", models.clients(), cuda_graphs=False)
+
+    def failing(self: Told, function: Callable[[], None]) -> Callable[[], None]:
+        if function.__name__ != part:
+            return function
+        if part == "run":
+            function()  # the gradients are there already
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(Told, "capture", failing)
+    trainer, updates = train("llama", models.clients())
+    assert trainer.cuda_graphs == "off: operation not permitted when stream is capturing"
+    assert max(largest_error(expected[name], updates[name]) for name in updates) <= 1e-9
+    with pytest.raises(RuntimeError, match="not permitted"):
+        train("llama", models.clients(), cuda_graphs=True)
+
+
+def test_where_graphs_cannot_be_had():
+    cohort = flora.attach(models.tiny("llama"), models.clients(), ["q_proj"])
+    trainer = flora.CohortTrainer(cohort, flora.TrainConfig(max_steps=1))
+    trainer.run()
+    assert trainer.cuda_graphs == "off: training on cpu"
+    assert "CUDA graphs: off (training on cpu)" in flora.explain(cohort.model).notes
+    with pytest.raises(
+        ValueError, match="cuda_graphs=True cannot be had here: training on cpu; use cuda_graphs='auto'"
+    ):
+        flora.CohortTrainer(cohort, flora.TrainConfig(cuda_graphs=True)).run()
+    with pytest.raises(ValueError, match="cuda_graphs must be 'auto', True or False, got 'on'"):
+        flora.TrainConfig(cuda_graphs="on")
+
+
+def test_why_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Every reason in turn, as if the bank were on a GPU."""
+    cohort = flora.attach(models.tiny("llama", torch.float32), models.clients(), ["q_proj"])
+    cohort.bank.param = type("OnGpu", (), {"device": torch.device("cuda")})()
+    why = lambda **settings: graphs.why_not(cohort, flora.TrainConfig(**settings)) or ""  # noqa: E731
+    assert why(cuda_graphs=False) == "cuda_graphs=False"
+    assert why(gradient_checkpointing=True).startswith("gradient checkpointing reads")
+    assert "reads the clients' lengths on the host" in why()
+    monkeypatch.setattr(graphs, "_on_device", lambda cohort: True)
+    assert why().startswith("attention runs per sequence, which reads lengths on the host")
+    monkeypatch.setattr(graphs.attention, "choose", lambda *args: graphs.attention.Way("varlen", ""))
+    assert why() == ""
+    cohort.packs = False
+    assert why().startswith("sequences are padded")
+
+
+@pytest.mark.parametrize("lengths", [(3, 0, 4, 2), (0, 0, 0, 9), (9, 0, 0, 0)])
+def test_losses_by_a_table_on_the_device(lengths: tuple[int, ...]):
+    """The same losses and gradients as by lengths on the host; the last range is nobody's, and one client is NaN."""
+    head = flora.attach(models.tiny("llama"), models.clients(), ["q_proj"]).head
+    random = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=random, dtype=torch.float64)
+    hidden[0] = math.nan
+    target, weights = torch.randint(models.VOCAB, (9,), generator=random), [0.5, 0.25, 0.125, 0.0]
+    segments = Segments(lengths)
+    found = []
+    for tokens, weight_C in (
+        (segments, weights),
+        (DeviceSegments(segments.offsets_on("cpu"), 9), torch.tensor(weights, dtype=torch.float64)),
+    ):
+        x = hidden.clone().requires_grad_()
+        loss_C = client_losses(head, x, target, tokens, weight_C)
+        upstream = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+        (gradient,) = torch.autograd.grad(loss_C, x, upstream)
+        found.append((loss_C[:3], gradient[: segments.offsets[3]]))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_lengths_on_the_device_are_not_told_to_the_host():
+    segments = DeviceSegments(torch.tensor([0, 3, 5], dtype=torch.int32), 5, 4)
+    assert (len(segments), segments.total, segments.longest) == (2, 5, 4)
+    for ask in (lambda: segments[0], lambda: list(segments)):
+        with pytest.raises(RuntimeError, match="known to the device alone"):
+            ask()
+
+
+def test_clients_without_labels_or_tokens(static: list[Any]):
+    silent = [Example([5], [5], 0), Example([7, 8, 9], [IGNORE] * 3, 1)]
+    clients = [flora.ClientSpec("a", models.examples(1, (9, 7, 5))), flora.ClientSpec("silent", silent)]
+    trainer, updates = train("llama", clients, batch_size=1)
+    assert trainer.clients["silent"].losses == [0.0, 0.0]
+    assert all(torch.isfinite(A).all() for A, _ in updates["silent"].adapters.values())
