@@ -2,7 +2,7 @@
 
 ``Library`` has the functions of ``flora_kernels.reference`` with the same arguments. ``build_emulated`` compiles the
 kernels with the host compiler: every access of theirs is then checked for bounds, races and order. ``build_for_gpu``
-needs nvcc and a GPU, see ``tests/gpu_check.py``.
+needs nvcc and a GPU: ``at_hand`` then gives the tests kernels that run there (and tests/gpu_check.py times them).
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -55,12 +55,18 @@ def _span_bytes(tensor: torch.Tensor) -> int:
 
 
 class Library:
-    """A built check library, used like a module of kernels; ``order`` is that of threads and blocks if emulated."""
+    """A built check library, used like a module of kernels; ``order`` is that of threads and blocks if emulated.
+
+    With ``moves`` callers' tensors are on the host: kernels work on copies of the same layout and alignment on the
+    device, which are brought back after each call.
+    """
 
     Dropout, MergeItem = Dropout, MergeItem
 
-    def __init__(self, path: Path, device: str = "cpu"):
-        self.device, self.order, self.fault = torch.device(device), 0, ("", "")
+    def __init__(self, path: Path, device: str = "cpu", moves: bool = False):
+        self.device, self.order, self.fault = torch.device("cpu" if moves else device), 0, ("", "")
+        self._target = torch.device(device) if moves else None
+        self._moved: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Whether results and workspaces are NaN before a call; off where calls are timed.
         self.fill = True
         self._tables: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -78,8 +84,27 @@ class Library:
     def _keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != self.device.type:
             raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
+        tensor = tensor if self._target is None else self._move(tensor)
         self._kept.append((name, tensor))
         return tensor
+
+    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy on the target, as far from a multiple of 256 bytes and with the same strides."""
+        if not tensor.numel():
+            return tensor
+        shift = tensor.data_ptr() % 256 // tensor.itemsize
+        flat = tensor.as_strided((_span_bytes(tensor) // tensor.itemsize,), (1,))
+        room = torch.empty(shift + flat.numel(), dtype=tensor.dtype, device=self._target)
+        room[shift:] = flat
+        copy = room.as_strided(tensor.shape, tensor.stride(), shift)
+        self._moved.append((tensor, copy))
+        return copy
+
+    def _bring_back(self) -> None:
+        for tensor, copy in self._moved:
+            if 0 not in tensor.stride():
+                tensor.copy_(copy)
+        self._moved.clear()
 
     def _matrix(self, name: str, tensor: torch.Tensor | None) -> Matrix:
         return matrix(None if tensor is None else self._keep(name, tensor))
@@ -124,13 +149,15 @@ class Library:
         setup, size = Exec(sizeof(Exec), 0 if self._emulated else 1, 0, stream), c_size_t(0)
         try:
             self._require(op, function(byref(setup), *arguments, byref(size)))
-            workspace = self._fresh(size.value // 4)
+            workspace = self._fresh(size.value // 4).to(self._target or self.device)
             setup.workspace, setup.workspace_bytes = address(workspace), size.value
             if self._emulated:
                 self._register([*self._kept, ("workspace", workspace)])
             self._require(op, function(byref(setup), *arguments, None))
+            self._bring_back()
         finally:
             self._kept.clear()
+            self._moved.clear()
 
     def _register(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         self._c.flora_shim_reset(self.order)
@@ -152,8 +179,9 @@ class Library:
 
     def probe(self, which: int, words: torch.Tensor, size: int) -> torch.Tensor:
         """Run one wrapper of ptx.cuh on a warp: int32 words in, ``size`` int32 words out."""
-        words = words.to(self.device, torch.int32)
-        out = torch.full((size,), -1, dtype=torch.int32, device=self.device)
+        device = self._target or self.device
+        words = words.to(device, torch.int32)
+        out = torch.full((size,), -1, dtype=torch.int32, device=device)
         if self._emulated:
             self._register([("in", words), ("out", out)])
         stream = None if self._emulated else torch.cuda.current_stream().cuda_stream
@@ -278,7 +306,7 @@ class Library:
         buffers = [self._keep(n, t) for n, t in zip(names, (param, grad, exp_avg, exp_avg_sq), strict=True)]
         arguments = AdamwArgs(
             sizeof(AdamwArgs),
-            *(address(tensor) for tensor in buffers),
+            *map(address, buffers),
             param.numel(),
             CODES[param.dtype],
             0,
@@ -352,3 +380,14 @@ def build_for_gpu(folder: Path, arch: str = "native") -> Path:
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
     return out
+
+
+@functools.cache
+def _on_gpu() -> Library:
+    with tempfile.TemporaryDirectory() as folder:
+        return Library(build_for_gpu(Path(folder)), "cuda", moves=True)
+
+
+def at_hand() -> Library:
+    """The kernels on the GPU where there is one (and nvcc), else emulated."""
+    return _on_gpu() if torch.cuda.is_available() and nvcc() else fresh_emulated()

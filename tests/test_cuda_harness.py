@@ -6,6 +6,7 @@ every wait of every kernel left out in turn, fragments swapped, and lines of the
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +17,8 @@ import torch
 from flora_core import Segments, testing
 from flora_core.testing import LinearCase, MergeCase, make_linear, make_merge
 from flora_kernels import reference
-from tests.cuda_library import ROOT, EmulationError, Library, build_emulated
+from tests.cuda_library import ROOT, EmulationError, Library, build_emulated, fresh_emulated, host_compiler
 from tests.probes import PROBES, expected, words_for
-from tests.test_cuda import library  # noqa: F401 (a fixture)
 
 BF16 = torch.bfloat16
 # More steps than every pipeline has stages, the last in the first slot; ragged edges; clients for two rounds of search.
@@ -26,21 +26,28 @@ CASE = LinearCase("", (70, 5, 40) + (0, 1) * 17, 264, 140, (20, 3, 37) + (1, 2) 
 DROPOUT = reference.Dropout([6000, 0, 20000] + [9000] * 34, list(range(37)), [4 * c for c in range(37)])
 
 
+@pytest.fixture
+def library() -> Library:
+    if host_compiler() is None:
+        pytest.skip("needs g++ or clang++ to build the kernels for the host")
+    return fresh_emulated()
+
+
 @pytest.mark.parametrize("probe", PROBES)
-def test_an_instruction_does_what_its_manual_says(probe, library):  # noqa: F811
+def test_an_instruction_does_what_its_manual_says(probe, library):
     words = words_for(probe)
     right = expected(probe, words)
     assert torch.equal(library.probe(PROBES[probe], words, right.numel()), right)
 
 
-def merge(library: Library) -> float:  # noqa: F811
+def merge(library: Library) -> float:
     one = make_merge(MergeCase("", 131, 264, (100, 33), BF16))
     out = one.weight.clone()
     library.merge_(out, one.A, one.B, one.coef)
     return testing.budget_ratio(out, testing.oracle_merge(one), testing.oracle_merge(one, BF16))
 
 
-def merge_masters(library: Library) -> float:  # noqa: F811
+def merge_masters(library: Library) -> float:
     one = make_merge(MergeCase("", 131, 264, (40, 33)))
     out = one.weight.clone()
     library.merge_(out, one.A.to(BF16), one.B.to(BF16), one.coef)
@@ -48,14 +55,14 @@ def merge_masters(library: Library) -> float:  # noqa: F811
     return testing.budget_ratio(out, testing.oracle_merge(one), testing.oracle_merge(one, torch.float32))
 
 
-def merge_nine_bits(library: Library) -> float:  # noqa: F811
+def merge_nine_bits(library: Library) -> float:
     """301 has a bit more than one bf16 piece holds; a 16-bit weight's budget would hide the loss."""
     weight = torch.zeros(16, 16, dtype=torch.float16)
     library.merge_(weight, torch.full((1, 16), 5.0), torch.full((1, 16), 301.0), torch.ones(1))
     return 0.0 if weight.eq(1505).all() else float("inf")
 
 
-def shrink(library: Library) -> float:  # noqa: F811
+def shrink(library: Library) -> float:
     inputs = make_linear(CASE, masters=True)
     arguments = inputs.tokens, inputs.ranks, inputs.scaling_C, DROPOUT
     out = library.shrink(inputs.x, inputs.A, *arguments)
@@ -63,7 +70,7 @@ def shrink(library: Library) -> float:  # noqa: F811
     return testing.budget_ratio(out, reference.shrink(inputs.x.double(), A, *arguments), low)
 
 
-def expand(library: Library) -> float:  # noqa: F811
+def expand(library: Library) -> float:
     inputs = make_linear(CASE, masters=True)
     arguments = inputs.tokens, inputs.ranks, inputs.scaling_C
     s = reference.shrink(inputs.x, inputs.A, inputs.tokens, inputs.ranks)
@@ -74,7 +81,7 @@ def expand(library: Library) -> float:  # noqa: F811
     return testing.budget_ratio(out, ref64, low)
 
 
-def wgrad(library: Library) -> float:  # noqa: F811
+def wgrad(library: Library) -> float:
     inputs = make_linear(CASE)
     arguments = inputs.tokens, inputs.ranks, inputs.scaling_C
     s = reference.shrink(inputs.x, inputs.A, inputs.tokens, inputs.ranks)
@@ -85,7 +92,7 @@ def wgrad(library: Library) -> float:  # noqa: F811
     return max(testing.budget_ratio(*three) for three in zip(out, ref64, low, strict=True))
 
 
-def adamw(library: Library) -> float:  # noqa: F811
+def adamw(library: Library) -> float:
     lengths = Segments([1500, 600])
     hyper = torch.tensor([[1e-2, 0.9, 0.99, 1e-8, 0.1, 3, 1.0], [3e-2, 0.8, 0.9, 1e-6, 0.0, 1, 0.5]])
     p, g, m, v = out = [torch.full((2100,), 0.5 + i) for i in range(4)]
@@ -110,7 +117,7 @@ FAULTS = {
 }
 
 
-def caught(library: Library, op: Callable[[Library], float]) -> str | None:  # noqa: F811
+def caught(library: Library, op: Callable[[Library], float]) -> str | None:
     """What gives a fault away: a message of the harness, or a wrong result; None if nothing does."""
     for order in (0, 1):
         library.order = order
@@ -124,7 +131,15 @@ def caught(library: Library, op: Callable[[Library], float]) -> str | None:  # n
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_fault_at_every_place_is_caught(op, library):  # noqa: F811
+def test_tensors_that_are_moved_to_a_device_come_back(op, library):
+    """As on a GPU, with the host as the device."""
+    moving = copy.copy(library)
+    moving._target = torch.device("cpu")
+    assert OPS[op](moving) <= 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_fault_at_every_place_is_caught(op, library):
     assert caught(library, OPS[op]) is None
     places = library.sites()
     assert any(place.startswith("barrier") for place in places)
