@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checks import nearest, require
+from ..checks import require
 from .adapters import Adapter
 from .shards import DTYPES, Checkpoint, Entry
 
@@ -106,7 +106,7 @@ def _of_fused(module: str, linears: Sequence[str]) -> str:
         return f"it stores {parent} fused as {_some(fused)}: train on the fused module, or save the base unfused; "
     if "qkv" in last or "gate_up" in last:
         return f"it stores {parent} as {_some(near)}, not fused: train on these; "
-    return f"{nearest(module, linears)} " if len(linears) < 30 else ""
+    return ""
 
 
 def _trained_on(adapter: Adapter) -> str:

@@ -44,7 +44,7 @@ class Staging:
             BlockingIOError: If another process works here.
             SaveError: If the system refuses; what is done is kept.
         """
-        with explained(self.target, _KEPT), self._locked():
+        with self._locked(), explained(self.target, _KEPT):
             self._begin(plan)
             try:
                 yield
@@ -55,9 +55,9 @@ class Staging:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self.folder.mkdir(exist_ok=True)
+            with explained(self.target):
+                self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "a+b") as file:
                 _lock(file, self.target)
                 if not _is_at(file, self.folder / "lock"):

@@ -26,7 +26,8 @@ from .plan import Target
 from .shards import DTYPES, Checkpoint, Shard, read_into, read_shard
 from .write import Advance, blocks, sides
 
-_BLOCK_BYTES = 2 * 2**20
+# In float64, and several of them at a time.
+_BLOCK_BYTES = 2**18
 RULE = "|stored - exact| <= u |exact| + (1 + u) g (|W| + ||c B|| ||A||), g = (P + 4) v / (1 - (P + 4) v)"
 
 
