@@ -76,8 +76,9 @@ def scale(request: pytest.FixtureRequest) -> Scale:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Give every test that asks for a case those that the selection takes of its question."""
-    if "case" in metafunc.fixturenames and hasattr(metafunc.module, "QUESTION"):
-        chosen = cases(metafunc.module.QUESTION, _scale(metafunc.config).selection)
+    question = getattr(metafunc.module, "QUESTION", None)
+    if "case" in metafunc.fixturenames and question is not None:
+        chosen = cases(question, _scale(metafunc.config).selection)
         metafunc.parametrize("case", chosen, ids=[case.id for case in chosen])
 
 

@@ -8,7 +8,7 @@ K in_features, V vocabulary, H hidden size.
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -98,7 +98,8 @@ class Marks:
                 if part:
                     before = module.register_forward_pre_hook(lambda *_, p=part: self.enter(p))
                     after = module.register_forward_hook(lambda *_: self.leave(), always_call=True)
-                    stack.callback(before.remove), stack.callback(after.remove)
+                    stack.callback(before.remove)
+                    stack.callback(after.remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor))
             yield
         self._seen.clear()
@@ -110,7 +111,7 @@ def seconds_of_parts(events: Sequence[Any], whole_us: float, gpu: bool) -> dict[
     for event in sorted(events, key=lambda event: event.time_range.start):
         if event.sequence_nr >= 0 and not _is_backward(event):
             made[event.sequence_nr] = _above(event, made)
-    found = Counter[str]()
+    found: defaultdict[str, float] = defaultdict(float)
     for event in events:
         spent = event.self_device_time_total if gpu else event.self_cpu_time_total
         part = _above(event, made)
@@ -193,7 +194,7 @@ def measure(step: Step, rounds: int = 3) -> dict[str, Any]:
     inside = [event for event in events if event.name not in ("whole", "ProfilerStep")]
     spent = whole.device_time_total if gpu else whole.cpu_time_total
     for timing in times.values():
-        timing.wall_s.pop(0), timing.cpu_s.pop(0)
+        del timing.wall_s[0], timing.cpu_s[0]
     saved = {("LoRA" if part == LINEAR else part): 0 for part in marks.saved}
     for part, size in marks.saved.items():
         saved["LoRA" if part == LINEAR else part] += size

@@ -273,7 +273,7 @@ def interleave(
                 before(key)
                 turn(key, do)
             except Exception as error:  # whatever a rival raises is the reason to go on without it
-                times.pop(key), values.pop(key)
+                del times[key], values[key]
                 result.leave_out(key, error)
         before(name)
 

@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 class Pedantic:
     """What ``interleave`` needs of pytest-benchmark's fixture."""
 
-    def pedantic(self, work: Any, setup: Any, rounds: int, **_: Any) -> None:
+    def pedantic(self, work: Any, setup: Any, rounds: int, **others: Any) -> None:
+        assert others["iterations"] == 1
         for _ in range(rounds):
             setup()
             work()
