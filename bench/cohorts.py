@@ -25,8 +25,7 @@ from bench.protocol import Check
 from flora_core.data.pack import pad
 from flora_core.data.template import IGNORE, Example
 from flora_core.demo_model import demo_model_dir
-from flora_core.forward import evaluation_mode
-from flora_core.testing import budget_ratio
+from flora_core.forward import deterministic_libraries, evaluation_mode
 from flora_core.update import Adapters
 from tests.models import exact64
 
@@ -141,11 +140,13 @@ class Packed:
             try:
                 yield self
             finally:
-                self._optimizer.release()
+                self.trainer._release(self._optimizer)
 
     def step(self) -> list[float]:
         """Forward, backward and AdamW for every client; their losses."""
-        self.trainer._step(self._optimizer, self._clients, self._step, self.budget)
+        # Here and not around the whole run, for the rivals take their turns in between.
+        with deterministic_libraries(self.cohort.bank.param.device, self.trainer.config.deterministic):
+            self.trainer._step(self._optimizer, self._clients, self._step, self.budget)
         self._step += 1
         return [client.losses[-1] if len(client.losses) == self._step else math.nan for client in self._clients]
 
@@ -256,20 +257,21 @@ def check_losses(
     peft: Sequence[Sequence[float]],
     exact: Sequence[Sequence[float]],
     clients: Sequence[int],
+    dtype: torch.dtype = torch.float32,
 ) -> Check:
     """Hold losses [step][client] to the error budget: some clients to float64, all of them to PEFT.
 
     The second step's losses come after an update, so that a wrong gradient shows. PEFT is ``low``: its own error
-    against float64 is what this dtype cannot avoid. Where there is no float64 run, ours may be one budget off and
-    PEFT half of one.
+    against float64 is what this dtype, the base's, cannot avoid. Where there is no float64 run, ours may be one budget
+    off and PEFT half of one.
     """
     steps = len(exact)
     out, low = (torch.tensor(list(rows[:steps]), dtype=torch.float32) for rows in (ours, peft))
     ref64 = torch.tensor(exact, dtype=torch.float64)
     chosen = list(clients)
-    to_exact = budget_ratio(out[:, chosen], ref64, low[:, chosen])
-    error = (low[:, chosen].double() - ref64).abs().max().item()
-    budget = 2 * (error + torch.finfo(torch.float32).eps * ref64.abs().max().item())
+    ours_off, error = ((rows[:, chosen].double() - ref64).abs().max().item() for rows in (out, low))
+    budget = 2 * (error + torch.finfo(dtype).eps * ref64.abs().max().item())
+    to_exact = ours_off / budget
     difference = (out.double() - low.double()).abs().max().item()
     ratios = [to_exact, difference / (1.5 * budget) if math.isfinite(difference) else math.inf]
     how = f"losses of {steps} steps: {len(chosen)} clients against float64, all {out.shape[1]} against PEFT"

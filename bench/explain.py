@@ -225,7 +225,8 @@ def explain(layers: int | None = None, tokens: int | None = None, words: Sequenc
     """
     case = case_of(words, Case() if tokens is None else replace(Case(), tokens=tokens))
     depth = layers or (case.shapes.layers if torch.cuda.is_available() else min(CPU_LAYERS, case.shapes.layers))
-    step, whole = Step(case, depth), not (layers or tokens or words)
+    # A graph that is replayed is one operation to the profiler.
+    step, whole = Step(case, depth, cuda_graphs=False), not (layers or tokens or words)
     name = f"explain_{case.id}" if not whole else "explain"
     question = f"Where the time and memory of a step go: {case.model}, {depth} layers, {len(case.ranks)} clients"
     command = " ".join(["flora bench --explain", *words])
@@ -276,7 +277,7 @@ def tables(step: Step, found: dict[str, Any], rate: dict[str, float]) -> tuple[l
     part, gap = largest_gap(found, limit)
     frozen = limit["base products"] + limit["attention"] + limit["loss"] + limit["norm"] + limit["elementwise"]
     text = (
-        f"A step takes {1e3 * whole:.0f} ms: {whole / found['frozen_seconds']:.2f} times the frozen base "
+        f"A step{', without CUDA graphs,' if step.device.type == 'cuda' else ''} takes {1e3 * whole:.0f} ms: {whole / found['frozen_seconds']:.2f} times the frozen base "
         f"(forward, loss and dX, {1e3 * found['frozen_seconds']:.0f} ms in turns with it) and {whole / frozen:.2f} "
         f"times what the frozen base would take at the measured {rate['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s and "
         f"{rate['copy_bytes_per_s'] / 1e9:.1f} GB/s. The largest gap to a limit is {part}: {1e3 * gap:.0f} ms."

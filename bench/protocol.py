@@ -330,6 +330,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),

@@ -25,17 +25,19 @@ Work = Callable[[], Any]
 
 
 class Step:
-    """One case's model, data and our packed cohort."""
+    """One case's model, data and our packed cohort; ``config`` changes its training settings."""
 
-    def __init__(self, case: Case, layers: int, compiles: bool = False, where: torch.device | None = None):
+    def __init__(
+        self, case: Case, layers: int, compiles: bool = False, where: torch.device | None = None, **config: Any
+    ):
         self.case, self.layers, self.compiles = case, layers, compiles
         self.device = where or device()
         self.dtype = dtype(self.device)
         self.model = cohorts.random_model(layers, case.model, self.device, self.dtype)
         self.batches = cohorts.random_batches(1, case.tokens, len(case.ranks), case.shapes.vocab)
         everybody = case.tokens * len(case.ranks)
-        options = {} if self.device.type == "cpu" else {"token_budget": everybody}
-        self.packed = Packed(self.model, self.batches, case.ranks, TARGETS[case.targets], case.dropout, **options)
+        config = config if self.device.type == "cpu" else {"token_budget": everybody, **config}
+        self.packed = Packed(self.model, self.batches, case.ranks, TARGETS[case.targets], case.dropout, **config)
         self.adapters = self.packed.adapters
 
     @property
@@ -55,7 +57,7 @@ class Step:
         peft = SequentialPeft(small.model, small.batches, small.adapters)
         theirs = [peft.step() for _ in range(2)]
         exact = exact_losses(small.model, small.batches, small.adapters, clients)
-        found = check_losses(ours, theirs, exact, clients)
+        found = check_losses(ours, theirs, exact, clients, self.dtype)
         return replace(found, how=f"{found.how}; {small.layers} layers, no dropout")
 
 
