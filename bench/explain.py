@@ -276,8 +276,9 @@ def tables(step: Step, found: dict[str, Any], rate: dict[str, float]) -> tuple[l
     title = f"{case.model}, {step.layers} layers, {len(case.ranks)} clients ({case.mix}), {case.tokens} tokens each"
     part, gap = largest_gap(found, limit)
     frozen = limit["base products"] + limit["attention"] + limit["loss"] + limit["norm"] + limit["elementwise"]
+    how = ", without CUDA graphs," if step.device.type == "cuda" else ""
     text = (
-        f"A step{', without CUDA graphs,' if step.device.type == 'cuda' else ''} takes {1e3 * whole:.0f} ms: {whole / found['frozen_seconds']:.2f} times the frozen base "
+        f"A step{how} takes {1e3 * whole:.0f} ms: {whole / found['frozen_seconds']:.2f} times the frozen base "
         f"(forward, loss and dX, {1e3 * found['frozen_seconds']:.0f} ms in turns with it) and {whole / frozen:.2f} "
         f"times what the frozen base would take at the measured {rate['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s and "
         f"{rate['copy_bytes_per_s'] / 1e9:.1f} GB/s. The largest gap to a limit is {part}: {1e3 * gap:.0f} ms."
