@@ -6,6 +6,8 @@
         <client>/           the client's adapter in PEFT form
         state.safetensors   target weights with their low bits, strategy and optimizer state; only of the newest rounds
         round.json          where the tensors belong in the state, the round's events, a sha256 of every file
+    paused/             where a round stopped that SIGTERM interrupted, as a round's state; gone when it is over
+    quarantine/0001/    what clients sent that was refused in round 1, each with its reason (``flora_core.incoming``)
     adapter/            the global adapter in PEFT form, of strategies that have one
     model/              the final model, as transformers saves it
 
@@ -39,10 +41,12 @@ from .peft_io import save_peft_adapter
 from .update import ClientUpdate
 
 RUN, METRICS, ROUNDS, LOCK = "run.json", "metrics.jsonl", "rounds", ".lock"
-STATE, ROUND = "state.safetensors", "round.json"
+STATE, ROUND, PAUSED = "state.safetensors", "round.json", "paused"
 # Events after which a reader may want metrics.jsonl to be on the disk.
 _MILESTONES = ("evaluated", "round_end", "run_end")
 _TENSOR = "$tensor"
+# What reading a damaged state may raise.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError)
 
 
 @dataclass
@@ -196,20 +200,41 @@ class RunFolder:
             SaveError: If writing fails; what was saved before is unchanged.
         """
         folder = self.folder(number)
-        tensors: dict[str, torch.Tensor] = {}
-        skeleton = _take_out(state, tensors)
+        taken = _taken_out(state)
         # A round is redone only after its folder was found damaged, so whatever is in it may go.
         with atomic_dir(folder, replaceable=_names(folder)) as new:
             for update in updates:
                 save_peft_adapter(update, new / update.client, **adapter_options)
-            write_safetensors(new / STATE, tensors)
-            body = {"round": number, "state": skeleton, "events": _finite(events), "files": _digests(new)}
-            # Not sorted: the order of a state's entries may be that of a strategy's sums.
-            (new / ROUND).write_text(json.dumps({**body, "sha256": _sha256_of(body)}, allow_nan=False), "utf-8")
+            _write_state(new, number, *taken, events)
         for old in self._rounds():
             if old <= number - self.keep_snapshots:
                 (self.folder(old) / STATE).unlink(missing_ok=True)
+        shutil.rmtree(self.path / PAUSED, ignore_errors=True)
         return folder
+
+    def save_pause(self, number: int, state: Mapping[str, Any]) -> None:
+        """Save where a round stopped between two steps, whole or not at all.
+
+        Raises:
+            SaveError: If writing fails; the round is then redone from its beginning.
+        """
+        taken = _taken_out(state)
+        with atomic_dir(self.path / PAUSED, replaceable=_names(self.path / PAUSED)) as new:
+            _write_state(new, number, *taken, [])
+
+    def pause(self, number: int, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
+        """Where a round stopped; empty if it did not, or what was saved is of another round or damaged.
+
+        Returns:
+            The state, and a warning if it is damaged.
+        """
+        if not (self.path / PAUSED / ROUND).is_file():
+            return {}, []
+        try:
+            found = _read_state(self.path / PAUSED, device)
+        except _DAMAGE as error:
+            return {}, [f"{self.path / PAUSED} cannot be used ({error}); doing round {number} from its beginning"]
+        return (found.state if found.round == number else {}), []
 
     def folder(self, number: int) -> Path:
         """Where a round lies."""
@@ -228,29 +253,15 @@ class RunFolder:
         Returns:
             The snapshot, or None to start from the beginning; and a warning for each newer round that is damaged.
         """
-        from safetensors import SafetensorError
-
         damaged: list[str] = []
         for number in self._rounds():
             try:
-                return self._read_round(number, device), [f"{text}; going on after round {number}" for text in damaged]
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                return _read_state(self.folder(number), device), [
+                    f"{text}; going on after round {number}" for text in damaged
+                ]
+            except _DAMAGE as error:
                 damaged.append(f"{self.folder(number)} cannot be used ({error})")
         return None, [f"{text}; starting from the beginning" for text in damaged]
-
-    def _read_round(self, number: int, device: torch.device | str) -> Snapshot:
-        from safetensors.torch import load_file
-
-        folder = self.folder(number)
-        body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
-        require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
-        for name, digest in body["files"].items():
-            require((folder / name).is_file(), f"{name} is not there")
-            require(_sha256(folder / name) == digest, f"{name} is not what was saved")
-        read_header(folder / STATE)
-        # Copies: the mapped file's addresses are aligned otherwise, which products may round differently for.
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(folder / STATE).items()}
-        return Snapshot(number, _put_in(body["state"], tensors), body["events"])
 
     def restore_metrics(self, snapshot: Snapshot | None) -> list[Event]:
         """Cut metrics.jsonl back to the end of a round, so that nothing stands in it twice; a torn line is dropped.
@@ -309,6 +320,34 @@ class RunFolder:
             )
 
 
+def _write_state(
+    folder: Path, number: int, skeleton: Any, tensors: Mapping[str, torch.Tensor], events: Sequence[Event]
+) -> None:
+    """Write a state into a folder that is being made, with a sha256 of every file in it."""
+    write_safetensors(folder / STATE, tensors)
+    body = {"round": number, "state": skeleton, "events": _finite(events), "files": _digests(folder)}
+    # Not sorted: the order of a state's entries may be that of a strategy's sums.
+    (folder / ROUND).write_text(json.dumps({**body, "sha256": _sha256_of(body)}, allow_nan=False), "utf-8")
+
+
+def _read_state(folder: Path, device: torch.device | str) -> Snapshot:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
+    require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
+    for name, digest in body["files"].items():
+        require((folder / name).is_file(), f"{name} is not there")
+        require(_sha256(folder / name) == digest, f"{name} is not what was saved")
+    read_header(folder / STATE)
+    # Copies: the mapped file's addresses are aligned otherwise, which products may round differently for.
+    try:
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(folder / STATE).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{STATE} cannot be read: {error}") from error
+    return Snapshot(body["round"], _put_in(body["state"], tensors), body["events"])
+
+
 def _is_event(event: Any) -> bool:
     return isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(_round_of(event), int)
 
@@ -318,6 +357,12 @@ def _round_of(event: Event) -> int:
     if event["event"] == "run_end":
         return 1 << 62
     return event.get("round", event.get("resumed_from") or 0)
+
+
+def _taken_out(state: Mapping[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A state as JSON with names for its tensors, and the tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    return _take_out(state, tensors), tensors
 
 
 def _take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:

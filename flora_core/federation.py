@@ -9,16 +9,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NoReturn
 
 from .aggregate import get_strategy
-from .attach import ClientSpec, Cohort, attach, detach
+from .attach import ClientSpec
 from .card import model_card
 from .checkpoint import ROUND, STATE, RunFolder
 from .checks import require
@@ -29,17 +27,20 @@ from .evaluate import evaluate
 from .federation_config import FederationConfig, FederationResult, history
 from .history import Event
 from .identity import environment, identity, json_digest, tensor_digest
-from .seeds import derive, generator
+from .incoming import Remote
+from .pausing import Paused, Stopped, stopping
+from .privacy import Privacy, PrivateSum
 from .server import Server
 from .trainer import CohortTrainer
+from .training_round import TrainingRound
 from .update import ClientUpdate
-from .validate import promised, sift
+from .validate import promised
 
 # Clients that are checked together before training: their adapters are in memory at one time.
 _CHECKED_TOGETHER = 64
 
 
-class Federation:
+class Federation(TrainingRound):
     """Fine-tune one model on many clients' data.
 
     Args:
@@ -54,9 +55,12 @@ class Federation:
         callbacks: Called with every event (``flora_core.progress`` lists them).
         backend: auto, reference, triton or native.
         fuse: As in ``attach``.
+        remote: Client -> the function that has it train elsewhere (``flora_core.incoming``): asked while the others
+            train here, for ``config.deadline_s`` at most. Its spec needs no data; what it sends is not trusted.
     Raises:
         ValueError, TypeError: If the settings do not fit the clients or the strategy.
-    Deterministic: yes, on one machine with one number of threads, also over kills and resumes.
+    Deterministic: yes, on one machine with one number of threads, also over kills and resumes; but for the noise and
+        the draws of ``config.privacy``, which are secret, and for who is late.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Federation:
         callbacks: Sequence[Callable[[Event], None]] = (),
         backend: str = "auto",
         fuse: str = "auto",
+        remote: Mapping[str, Remote] | None = None,
     ):
         if not isinstance(config, FederationConfig):
             raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
@@ -83,11 +88,18 @@ class Federation:
             fuse,
         )
         self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
-        self.callbacks = tuple(callbacks)
+        self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
+        self.paused, self.stop = {}, lambda: False
         clients = list(clients)
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
         self.folder = None if config.out is None else RunFolder(config.out, config.keep_snapshots)
+        self.private = None if config.privacy is None else self._private_sum(config.privacy)
+
+    def _private_sum(self, privacy: Privacy) -> PrivateSum:
+        config = self.config
+        weights = config.weights if isinstance(config.weights, Mapping) else dict.fromkeys(self.specs, 1.0)
+        return PrivateSum(privacy, config.fraction, config.rounds, weights, self.folder and self.folder.path)
 
     def _check_settings(self, names: Sequence[str]) -> None:
         require(len(names) > 0, "clients must hold at least one ClientSpec, got none")
@@ -97,7 +109,15 @@ class Federation:
             fine = name not in (STATE, ROUND) and len(name.encode()) <= 200
             require(fine, f"client name {name[:40]!r} cannot be a folder's here; choose another, of at most 200 bytes")
         self.config.check_names(names)
+        self.config.check_strategy(self.strategy.name)
         self.strategy.check(self.config.strategy_options)
+        unknown = sorted(set(self.remote) - set(names))
+        require(not unknown, f"remote names clients that are not there: {', '.join(unknown)}; give each a ClientSpec")
+        require(
+            not self.remote or self.config.weights not in ("examples", "tokens"),
+            f"weights={self.config.weights!r} would take the word of clients elsewhere for how much they count; with "
+            "remote= use weights='uniform' or a mapping",
+        )
 
     def run(self) -> FederationResult:
         """Run all rounds that are still to be done, and save the result.
@@ -107,8 +127,13 @@ class Federation:
                 with another configuration.
             OSError: If another process works in ``out``, it holds foreign files, or saving fails; what was saved
                 stays, and the same run started again goes on from there.
+            Stopped: After SIGTERM, where there is an ``out``: the step in flight was finished and saved, and the same
+                run started again goes on there. Left alone it ends the process with exit code 0.
         """
-        with nullcontext() if self.folder is None else self.folder.locked():
+        with (
+            nullcontext() if self.folder is None else self.folder.locked(),
+            stopping(self.folder is not None) as self.stop,
+        ):
             began, notes = time.perf_counter(), self._check_clients()
             notes += self._resume()
             if self._over:
@@ -117,9 +142,28 @@ class Federation:
                 return self._result()
             self._start(notes)
             while self.round < self.config.rounds:
-                self._run_round()
+                try:
+                    self._run_round()
+                except Paused as pause:
+                    self._pause(pause)
+                if self.stop() and self.round < self.config.rounds:
+                    raise Stopped(
+                        f"stopped after round {self.round}, as was asked: the same run goes on from {self._out}"
+                    )
             self._finish(began)
         return self._result()
+
+    def _pause(self, pause: Paused) -> NoReturn:
+        """Save what a round that was stopped between two steps has, and stop."""
+        assert self.folder is not None
+        number = self.round + 1
+        self.folder.keep_choices()
+        self.folder.save_pause(number, {"clients": pause.state, "names": self.names})
+        self._stop(f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step")
+
+    def _stop(self, text: str) -> NoReturn:
+        self._tell({"event": "warning", "message": text})
+        raise Stopped(text)
 
     @property
     def _over(self) -> bool:
@@ -129,28 +173,29 @@ class Federation:
         """Check model, data and strategy with every client before training, and encode the data once; warnings."""
         notes: list[Event] = []
         self.expected: dict[str, ClientUpdate] = {}
-        specs = list(self.specs.values())
-        for first in range(0, len(specs), _CHECKED_TOGETHER):
-            with self._attached(specs[first : first + _CHECKED_TOGETHER]) as cohort:
-                trainer = CohortTrainer(cohort, self.train, self.tokenizer, callbacks=[notes.append])
-                for name in cohort.names:
-                    self.specs[name] = replace(self.specs[name], data=trainer.clients[name].examples)
-                    self.expected[name] = promised(cohort, name)
-                    require(bool(self.expected[name].adapters), f"client {name!r} has rank 0 everywhere; leave it out")
+        here = [spec for name, spec in self.specs.items() if name not in self.remote]
+        elsewhere = [replace(self.specs[name], data=[]) for name in self.specs if name in self.remote]
+        for specs, trains in ((here, True), (elsewhere, False)):
+            for first in range(0, len(specs), _CHECKED_TOGETHER):
+                notes += self._check_some(specs[first : first + _CHECKED_TOGETHER], trains)
+        self.expected = {name: self.expected[name] for name in self.specs}
         self.strategy.check_fits(list(self.expected.values()))
         config = self.config
         settings = (self.strategy.name, config.strategy_options, config.rounding, config.seed, config.check_rows)
         self.server = Server(self.model, self.expected, *settings)
-        self.round, self.optimizer, self.events = 0, {}, []
+        self.round, self.optimizer, self.events, self.paused = 0, {}, [], {}
         return notes
 
-    @contextmanager
-    def _attached(self, specs: Sequence[ClientSpec], seed: int = 0) -> Iterator[Cohort]:
-        cohort = attach(self.model, specs, self.target_modules, seed=seed, backend=self.backend, fuse=self.fuse)
-        try:
-            yield cohort
-        finally:
-            detach(self.model)
+    def _check_some(self, specs: Sequence[ClientSpec], trains: bool) -> list[Event]:
+        notes: list[Event] = []
+        with self._attached(specs) as cohort:
+            trainer = CohortTrainer(cohort, self.train, self.tokenizer, callbacks=[notes.append]) if trains else None
+            for spec in specs:
+                data = spec.data if trainer is None else trainer.clients[spec.name].examples
+                self.specs[spec.name] = replace(spec, data=data)
+                self.expected[spec.name] = mine = promised(cohort, spec.name)
+                require(bool(mine.adapters), f"client {spec.name!r} has rank 0 everywhere; leave it out")
+        return notes
 
     def _resume(self) -> list[Event]:
         """Go on after the newest whole round in the folder, if it holds this run; warnings."""
@@ -164,8 +209,11 @@ class Federation:
         else:
             self.server.restore(snapshot.state["server"])
             self.round, self.optimizer = snapshot.round, snapshot.state["optimizer"]
+        if self.private is not None:
+            self.private.open(self.round)
+        self.paused, torn = self.folder.pause(self.round + 1, self.server.device)
         self.events = self.folder.events() if self._over else self.folder.restore_metrics(snapshot)
-        return [{"message": text} for text in notes + damaged]
+        return [{"message": text} for text in notes + damaged + torn]
 
     def _identity(self) -> dict[str, Any]:
         ours = asdict(replace(self.config, out=None))
@@ -202,6 +250,10 @@ class Federation:
 
     def _start(self, notes: Sequence[Event]) -> None:
         """Tell what begins, and evaluate the model before training."""
+        require(
+            self.private is None or type(self.server) is Server,
+            "privacy is for clients that this process asks itself; a server of another kind would not send the noise",
+        )
         if self.folder is not None:
             self.folder.check_room(self._bytes_to_save())
         clients = []
@@ -234,22 +286,20 @@ class Federation:
         tensors = [*model, *(server if self.round < self.config.rounds else [])]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    def sampled(self, number: int) -> list[str]:
-        """The clients of a round, in their order: drawn by seed and round alone."""
-        names, config = list(self.specs), self.config
-        count = max(1, config.min_clients, round(config.fraction * len(names)))
-        drawn = torch.randperm(len(names), generator=generator(config.seed, "sample", number))
-        return [names[i] for i in sorted(drawn[:count].tolist())]
-
     def _run_round(self) -> None:
         number, began = self.round + 1, time.perf_counter()
-        late = {name: self.server.catch_up(name) for name in self.sampled(number)}
-        updates = self._train(number, self.sampled(number))
-        applied = len(updates) >= self.config.min_clients
+        self.names = self.paused["names"] if self.paused else self.sampled(number)
+        late = {name: self.server.catch_up(name) for name in self.names}
+        updates = self._train(number, self.names)
+        self.paused = {}
+        # A private round is released whoever took part: that nothing was would tell who did not.
+        applied = len(updates) >= self.config.min_clients if self.private is None else self.private.affordable
         if applied:
             self._apply(number, updates, {name: how for name, how in late.items() if how[1]})
         else:
-            text = f"round {number} changes nothing: {len(updates)} good updates, min_clients={self.config.min_clients}"
+            why = f"{len(updates)} good updates, min_clients={self.config.min_clients}"
+            why = why if self.private is None else "one more release would cost more than privacy.epsilon"
+            text = f"round {number} changes nothing: {why}"
             self._emit("warning", round=number, message=text)
         if number % self.config.eval_every == 0 or number == self.config.rounds:
             self._evaluate(number)
@@ -265,62 +315,24 @@ class Federation:
         folder.keep_choices()
         state = {"server": self.server.saved(), "optimizer": self.optimizer}
         events = [event for event in self.events if event.get("round") == number]
+        # What single clients sent is nobody's but the server's under privacy.
+        updates = updates if self.private is None else []
         folder.save_round(number, updates, state, [*events, end], **self.server.peft_options())
-
-    def _train(self, number: int, names: Sequence[str]) -> list[ClientUpdate]:
-        """Train a round's clients together; the good updates, with their weights."""
-        done: dict[str, Event] = {}
-        with self._attached([self.specs[n] for n in names], derive(self.config.seed, "round", number)) as cohort:
-            self.server.load_starts(cohort, number)
-            trainer = CohortTrainer(
-                cohort,
-                self.train,
-                self.tokenizer,
-                round=number - 1,
-                rounds=self.config.rounds,
-                callbacks=[lambda event: self._hear(event, done)],
-                optimizer_state=self.optimizer,
-                trainable=self.server.trainable,
-            )
-            cohorts = len(trainer.plan().cohorts)
-            self._emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=cohorts)
-            updates = trainer.run()
-        good, refused = self._judge(updates, names)
-        refused |= trainer.failures
-        kept = {**self.optimizer, **trainer.optimizer_state}
-        self.optimizer = {name: state for name, state in kept.items() if name not in refused}
-        for name in names:
-            self._emit(**done[name] | ({"refused": refused[name]} if name in refused else {}))
-        return good
-
-    def _hear(self, event: Event, done: dict[str, Event]) -> None:
-        """Pass progress on at once; what a client did is told when its update has been judged."""
-        if event["event"] == "client_done":
-            done[event["client"]] = event
-        else:
-            self._tell(event)
-
-    def _judge(
-        self, updates: Sequence[ClientUpdate], names: Sequence[str]
-    ) -> tuple[list[ClientUpdate], dict[str, str]]:
-        bound = self.server.largest if self.config.max_norm is None else min(self.server.largest, self.config.max_norm)
-        good, refused = sift(updates, {name: self.expected[name] for name in names}, bound)
-        for name, reason in refused.items():
-            warnings.warn(f"client {name!r} was refused: {reason}", RuntimeWarning, stacklevel=2)
-        for update in good:
-            update.weight = self.config.share(update)
-        return good, refused
 
     def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
         began = time.perf_counter()
-        result = self.server.apply(updates, number)
+        if self.private is None:
+            result = self.server.apply(updates, number)
+        else:
+            result = self.private.apply(self.server, updates, number)
         errors = result.certificate
         self._emit(
             "aggregated",
             round=number,
             strategy=self.strategy.name,
             clients=len(updates),
-            **errors.to_json(),
+            **(errors.to_json() if errors else {}),
+            **self._cost(),
             bytes_up=result.bytes_up,
             bytes_down=result.bytes_down,
             up=dict(result.up),
@@ -331,9 +343,12 @@ class Federation:
             seconds_of=result.seconds,
             peak_memory_bytes=peak_memory_bytes(self.server.device),
         )
-        if self.server.has_lossy_rounding and errors.application_error is not None:
+        if errors and self.server.has_lossy_rounding and errors.application_error is not None:
             text = f"rounding='nearest' lost {errors.application_error:.1%} of round {number}; 'low_bits' loses nothing"
             self._emit("warning", round=number, message=text)
+
+    def _cost(self) -> dict[str, Any]:
+        return {} if self.private is None else {"privacy": self.private.report()}
 
     def _evaluate(self, number: int) -> None:
         if self.eval_data is None:
@@ -365,6 +380,7 @@ class Federation:
             seconds=time.perf_counter() - began,
             peak_memory_bytes=peak_memory_bytes(self.server.device),
             out=self._out,
+            **self._cost(),
         )
         if self.folder is not None:
             self.folder.finish()

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from .checks import check_choice, check_number, require
 from .history import Event
 from .merge import ROUNDINGS
+from .privacy import Privacy
 from .update import ClientUpdate
 
 
@@ -33,6 +34,11 @@ class FederationConfig:
         check_rows: Rows of each weight, evenly spaced, in which a round's write is compared with what was to be
             written (the application error); None for all, at the cost of a copy of the target weights.
         max_norm: Bound on the norm of a client's update (``sqrt(sum ||s B A||^2)``); beyond it, it is refused.
+        outlier_factor: An update whose norm is more than so many times the median of its round is refused, where there
+            are at least three; None refuses none.
+        clip_update: Norm down to which larger updates are scaled; None clips none.
+        deadline_s: How long clients elsewhere are waited for in a round, in seconds; None waits for ever.
+        privacy: Differential privacy of the global model towards every client (``flora_core.privacy``).
         keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay.
         save_model: Save the global model as a whole at the end.
         strategy_options: Options of the strategy.
@@ -53,6 +59,10 @@ class FederationConfig:
     rounding: Literal["low_bits", "nearest", "stochastic"] = "low_bits"
     check_rows: int | None = 64
     max_norm: float | None = None
+    outlier_factor: float | None = None
+    clip_update: float | None = None
+    deadline_s: float | None = None
+    privacy: Privacy | None = None
     keep_snapshots: int = 2
     save_model: bool = True
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -68,15 +78,42 @@ class FederationConfig:
             check_number("eval_max_length", self.eval_max_length, 2, whole=True)
         if self.check_rows is not None:
             check_number("check_rows", self.check_rows, 1, whole=True)
-        if self.max_norm is not None:
-            check_number("max_norm", self.max_norm, 0)
-            require(self.max_norm > 0, "max_norm must be above 0, got 0; None sets no bound")
+        for name in ("max_norm", "clip_update", "deadline_s"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0)
+                require(getattr(self, name) > 0, f"{name} must be above 0, got 0; None sets no bound")
+        if self.outlier_factor is not None:
+            check_number("outlier_factor", self.outlier_factor, 1)
+        if self.privacy is not None:
+            self._check_privacy()
         if not isinstance(self.weights, Mapping):
             check_choice("weights", self.weights, ("examples", "tokens", "uniform"))
             return
         for name, weight in self.weights.items():
             check_number(f"weights[{name!r}]", weight, 0)
             require(weight > 0, f"weights[{name!r}] must be above 0, got 0; leave a client out that is not to count")
+
+    def _check_privacy(self) -> None:
+        """Refuse settings under which one client could have more, or other, influence than is accounted for."""
+        if not isinstance(self.privacy, Privacy):
+            raise TypeError(f"privacy must be a Privacy, such as Privacy(clip=1.0, epsilon=8.0), got {self.privacy!r}")
+        own = isinstance(self.weights, Mapping) or self.weights == "uniform"
+        wrong = {
+            f"weights={self.weights!r}: how much data a client has would show; use 'uniform' or a mapping": not own,
+            f"min_clients={self.min_clients}: whether a round counts would show; use 1": self.min_clients > 1,
+            f"outlier_factor={self.outlier_factor}: it ties clients to each other; use max_norm": self.outlier_factor,
+            f"clip_update={self.clip_update}: privacy has its own clip; leave it out": self.clip_update,
+            f"rounding={self.rounding!r}: the noise is written with 'low_bits'": self.rounding != "low_bits",
+        }
+        for text, is_wrong in wrong.items():
+            require(not is_wrong, f"privacy does not go with {text}")
+
+    def check_strategy(self, name: str) -> None:
+        """Check what depends on the strategy."""
+        require(
+            self.privacy is None or name == "flora",
+            f"privacy needs strategy 'flora', whose sum alone is released, in dense form; {name!r} would hand out more",
+        )
 
     def check_names(self, names: Sequence[str]) -> None:
         """Check what depends on who takes part."""

@@ -8,6 +8,8 @@ from typing import Any
 
 Event = dict[str, Any]
 Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+# Rows of the table of certificates, at most.
+MOST_ROUNDS = 12
 
 
 @dataclass
@@ -78,6 +80,16 @@ class History:
             rows.append(dict(client=name, up=up, down=down, catch_up=late))
         return [row for row in rows if row["up"] or row["down"]]
 
+    def certificate_rows(self) -> list[dict[str, Any]]:
+        """Return one row per round that was applied: its errors, the module where each is largest, bytes and cost."""
+        rows = []
+        for number, event in sorted(self.aggregated.items()):
+            errors = {f"{kind}_error": event.get(f"{kind}_error") for kind in ("aggregation", "application")}
+            cost = {name: event.get(name) for name in ("bytes_up", "bytes_down", "seconds", "peak_memory_bytes")}
+            worst = {f"{kind}_worst": worst_module(event, kind) for kind in ("aggregation", "application")}
+            rows.append({"round": number, **errors, **worst, **cost, "forms": show_forms(event)})
+        return rows
+
     def totals(self) -> dict[str, Any]:
         """Return what the whole run sent, took and lost."""
         errors = [event.get("aggregation_error") for event in self.aggregated.values()]
@@ -113,6 +125,30 @@ def show_seconds(seconds: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def show_cost(event: Event) -> str:
+    """Write what a private run has cost so far; nothing for a run that is not."""
+    cost = event.get("privacy")
+    if not cost:
+        return ""
+    return f", epsilon {cost['epsilon']:.3g} at delta {cost['delta']:g} after {cost['releases']} releases"
+
+
+def show_error(value: float | None) -> str:
+    """Write a relative error: 1.2e-07, and 0 for none at all."""
+    return "0" if value == 0 else show_number(value, ".1e")
+
+
+def show_forms(event: Event) -> str:
+    """Write how a round's change of the base travels: 40 stack, 20 dense."""
+    return ", ".join(f"{count} {kind}" for kind, count in (event.get("forms") or {}).items())
+
+
+def worst_module(event: Event, kind: str) -> tuple[str, float] | None:
+    """Return the module where a round's aggregation or application error is largest, and that error."""
+    found = {m: error for m, error in (event.get(f"{kind}_error_by_module") or {}).items() if error is not None}
+    return max(found.items(), key=lambda item: item[1]) if found else None
+
+
 def hit_rate(event: Event) -> float | None:
     """Return an evaluation's share of right answers, whichever way it counts them."""
     return event.get("exact_match", event.get("accuracy"))
@@ -142,9 +178,29 @@ def summary_tables(history: History) -> list[Table]:
         ("Clients", ["client", "rank", "examples", "rounds", "loss before", "loss after", "tokens/s"], clients),
         ("Traffic", ["client", "up", "down", "caught up"], _traffic_rows(history)),
         ("Held-out data", *_evaluation_table(history)),
+        _certificate_table(history),
         ("The whole run", ["quantity", "value"], _total_rows(history)),
     ]
     return [table for table in tables if table[2]]
+
+
+def _certificate_table(history: History) -> Table:
+    """Errors over all modules with the largest one's in brackets; of many rounds some, metrics.jsonl has them all."""
+    rows = history.certificate_rows()
+    step = -(-len(rows) // MOST_ROUNDS) or 1
+    shown = [row for row in rows if (len(rows) - row["round"]) % step == 0]
+    title = "Certificate" + (f", every {step} rounds" if step > 1 else "")
+    columns = ["round", "aggregation error", "application error", "up", "down", "base travels as", "server", "memory"]
+    return title, columns, [_certificate_cells(row) for row in shown]
+
+
+def _certificate_cells(row: dict[str, Any]) -> list[str]:
+    cells = [str(row["round"])]
+    for kind in ("aggregation", "application"):
+        worst = row[f"{kind}_worst"]
+        cells.append(show_error(row[f"{kind}_error"]) + (f" ({show_error(worst[1])})" if worst and worst[1] else ""))
+    sizes = [show_bytes(row[name]) for name in ("bytes_up", "bytes_down")]
+    return [*cells, *sizes, row["forms"] or "-", show_seconds(row["seconds"]), show_bytes(row["peak_memory_bytes"])]
 
 
 def _evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
@@ -182,9 +238,11 @@ def _traffic_rows(history: History) -> list[list[str]]:
 
 def _total_rows(history: History) -> list[list[str]]:
     totals = history.totals()
+    costs = [show_cost(event).lstrip(", ") for _, event in sorted(history.aggregated.items()) if event.get("privacy")]
     return [
-        ["aggregation error (largest)", show_number(totals["aggregation_error"], ".2e")],
-        [f"application error (largest{_rows_checked(history)})", show_number(totals["application_error"], ".2e")],
+        *([["privacy spent", costs[-1]]] if costs else []),
+        ["aggregation error (largest)", show_error(totals["aggregation_error"])],
+        [f"application error (largest{_rows_checked(history)})", show_error(totals["application_error"])],
         ["sent up, all rounds", show_bytes(totals["bytes_up"])],
         ["sent down, all rounds", show_bytes(totals["bytes_down"])],
         ["time in rounds", show_seconds(totals["seconds"])],

@@ -7,27 +7,32 @@ client's PEFT adapter lies. It may raise, never return, or return anything: that
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .attach import ClientSpec
 from .checks import require
 from .files import atomic_dir, atomic_write_json, write_safetensors
 from .headers import open_plain
+from .pausing import Paused
 from .peft_io import CONFIG, WEIGHTS, load_peft_adapter
 from .update import Adapters, ClientUpdate
 
 QUARANTINE, REASON = "quarantine", "reason.json"
 # Besides eight bytes a number: a header has about 120 bytes a tensor, a config is a few thousand.
 _ROOM_BYTES = 1 << 20
+# How often a waiting server looks whether it is to stop.
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ class Asked:
     def __init__(self, remotes: Mapping[str, Remote], tasks: Mapping[str, Task], deadline_s: float | None):
         self.deadline_s, self.began = deadline_s, time.monotonic()
         self.missing = list(tasks)
+        self.seconds: dict[str, float] = {}
         self._answers: queue.SimpleQueue[tuple[str, Any, BaseException | None]] = queue.SimpleQueue()
         for name, task in tasks.items():
             # A daemon: one that never returns keeps neither the round nor the process.
@@ -76,53 +82,85 @@ class Asked:
         except BaseException as error:
             self._answers.put((name, None, error))
 
-    def wait(self) -> tuple[dict[str, Any], dict[str, str]]:
+    def wait(self, stop: Callable[[], bool] = lambda: False) -> tuple[dict[str, Any], dict[str, str]]:
         """Wait for the answers until the deadline.
 
         Returns:
             Client -> its answer, and client -> reason for those that failed or were late.
+        Raises:
+            Paused: If ``stop`` says so; all of them are to be asked again then.
         """
         answers: dict[str, Any] = {}
         failed: dict[str, str] = {}
         while self.missing:
-            left = None if self.deadline_s is None else max(0.0, self.began + self.deadline_s - time.monotonic())
+            left = math.inf if self.deadline_s is None else self.began + self.deadline_s - time.monotonic()
             try:
-                name, answer, error = self._answers.get(timeout=left)
+                name, answer, error = self._answers.get(timeout=max(0.0, min(left, _LOOK_S)))
             except queue.Empty:
-                break
+                if stop():
+                    raise Paused({}) from None
+                if left <= _LOOK_S:
+                    break
+                continue
             self.missing.remove(name)
+            self.seconds[name] = time.monotonic() - self.began
             if error is None:
                 answers[name] = answer
             else:
                 failed[name] = f"it failed: {type(error).__name__}: {_one_line(error)}"
-        late = dict.fromkeys(self.missing, f"it sent nothing within the deadline of {self.deadline_s:g} s")
-        return answers, failed | late if self.missing else failed
+        late = f"it sent nothing within the deadline of {self.deadline_s or 0:g} s"
+        return answers, failed | dict.fromkeys(self.missing, late)
 
 
-def receive(answer: Any, expected: ClientUpdate) -> ClientUpdate:
+def receive(answer: Any, expected: ClientUpdate, device: torch.device | str = "cpu") -> ClientUpdate:
     """Make an update of a client's answer; a folder is read within the limits of what the client promised.
 
     Args:
         answer: A ``ClientUpdate``, or the folder of a PEFT adapter, which somebody else may have filled.
         expected: What ``validate.promised`` gives for the client.
+        device: Where its tensors go.
     Returns:
-        The update, under the client's own name if it was read; ``validate.sift`` judges what is in it.
+        The update, in copies that nobody else can change any more; ``validate.sift`` judges what is in it.
     Raises:
         ValueError, OSError: With the file's name, if the folder holds no adapter that can be read safely: larger than
             what was promised can be, a link, damaged, with regular expressions, ...
     """
+    name = expected.client
     if isinstance(answer, ClientUpdate):
-        return answer
+        # Else a client could have another one refused, for two updates of one name.
+        require(answer.client == name, f"it sent an update in the name of {str(answer.client)[:80]!r}")
+        return _copy(answer, device)
     fine = isinstance(answer, (str, os.PathLike))
     require(fine, f"it sent a {type(answer).__name__}, and not an update or the folder of one")
     folder = Path(answer)
     require(not folder.is_symlink(), f"{folder} must be a folder, not a link")
     limit = 8 * _numbers(expected) + _ROOM_BYTES
-    return load_peft_adapter(folder, client=expected.client, trusted=False, max_bytes=limit)
+    return _copy(load_peft_adapter(folder, client=name, trusted=False, max_bytes=limit), device)
+
+
+def _copy(update: ClientUpdate, device: torch.device | str) -> ClientUpdate:
+    require(
+        isinstance(update.adapters, Mapping), f"its adapters are a {type(update.adapters).__name__}, and no mapping"
+    )
+    require(isinstance(update.scaling, Mapping), f"its scaling is a {type(update.scaling).__name__}, and no mapping")
+    adapters: Any = {}
+    for module, pair in update.adapters.items():
+        fine = isinstance(module, str) and isinstance(pair, (tuple, list)) and len(pair) == 2
+        fine = fine and all(isinstance(factor, torch.Tensor) and not factor.is_meta for factor in pair)
+        require(fine, f"{str(module)[:80]!r} must name two factors, A and B, as tensors")
+        adapters[module] = tuple(factor.detach().to(device, copy=True) for factor in pair)
+    return replace(update, adapters=adapters, scaling=dict(update.scaling), metrics={})
 
 
 def _numbers(expected: ClientUpdate) -> int:
     return sum(factor.numel() for pair in expected.adapters.values() for factor in pair)
+
+
+def elsewhere_done(round: int, spec: ClientSpec, seconds: float | None) -> dict[str, Any]:
+    """The event of a client that trained elsewhere: what it says of itself is not taken for a fact."""
+    known = {"examples": 0, "tokens": 0, "steps": 0, "seconds": seconds or 0.0, "tokens_per_s": 0.0}
+    event = {"event": "client_done", "round": round, "client": spec.name, "rank": spec.adapter.rank}
+    return {**event, "loss_first": None, "loss_last": None, **known}
 
 
 def quarantine(
@@ -197,4 +235,4 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-__all__ = ["QUARANTINE", "REASON", "Asked", "Remote", "Task", "quarantine", "receive"]
+__all__ = ["QUARANTINE", "REASON", "Asked", "Remote", "Task", "elsewhere_done", "quarantine", "receive"]

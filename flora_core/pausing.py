@@ -30,6 +30,17 @@ class Paused(Exception):  # noqa: N818
         self.state = dict(state)
 
 
+class Stopped(SystemExit):
+    """A run stopped as SIGTERM asked, and saved where it is; an uncaught one ends the process with exit code 0."""
+
+    def __init__(self, text: str):
+        super().__init__(0)
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class CrowdedError(MemoryError):
     """Memory does not hold one sequence beside these clients' adapters, gradients and moments."""
 
@@ -83,4 +94,13 @@ def stopping(wanted: bool = True) -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGTERM, before)
 
 
-__all__ = ["CrowdedError", "Paused", "State", "client_state", "is_out_of_memory", "restore_client", "stopping"]
+__all__ = [
+    "CrowdedError",
+    "Paused",
+    "State",
+    "Stopped",
+    "client_state",
+    "is_out_of_memory",
+    "restore_client",
+    "stopping",
+]

@@ -16,12 +16,13 @@ aggregated      round, strategy, clients: number of updates used, aggregation_er
                 _by_module: {module: error}?, application_rows?: rows of each weight that it is of (None: all),
                 bytes_up, bytes_down, up?, down?: {client: bytes}, forms?: {stack, recompressed, dense or none: number
                 of modules whose change travels so}, catch_up?: {client that was away: {kind: log or snapshot, bytes}},
+                privacy?: {epsilon, delta, releases, noise_multiplier, clip}: what the run has cost so far,
                 seconds, seconds_of?: {aggregate, certify, write}, peak_memory_bytes?
 evaluated       round, examples, seconds, loss?, exact_match? (0..1), accuracy? (0..1; multiple choice has only this),
                 groups?: {skill: {examples, loss?, exact_match?, accuracy?}}: what `evaluate` returns
 round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes,
                 checkpoint?: path
-run_end         rounds, seconds, peak_memory_bytes, out?
+run_end         rounds, seconds, peak_memory_bytes, out?, privacy?
 warning         message, round?, client?
 
 Unknown kinds and unknown fields are ignored, so that the list may grow.
@@ -33,7 +34,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from .history import Event, Table, show_bytes, show_number, show_seconds
+from .history import Event, Table, show_bytes, show_cost, show_error, show_forms, show_number, show_seconds
 
 
 def sentence(event: Event) -> str | None:
@@ -76,8 +77,9 @@ def _say_client(event: Event) -> str:
 def _say_aggregated(event: Event) -> str:
     return (
         f"round {event['round']}: aggregated {event['clients']} updates, "
-        f"aggregation error {show_number(event.get('aggregation_error'), '.1e')}, "
-        f"{_written(event)}{show_bytes(event['bytes_up'])} up, {show_bytes(event['bytes_down'])} down"
+        f"aggregation error {show_error(event.get('aggregation_error'))}, {_written(event)}"
+        f"{show_bytes(event['bytes_up'])} up, {show_bytes(event['bytes_down'])} down{_travelling(event)}"
+        f" in {show_seconds(event['seconds'])}{show_cost(event)}"
     )
 
 
@@ -86,7 +88,14 @@ def _written(event: Event) -> str:
         return ""
     rows = event.get("application_rows")
     sample = f" in {rows} rows a weight" if rows else ""
-    return f"application error {event['application_error']:.1e}{sample}, "
+    return f"application error {show_error(event['application_error'])}{sample}, "
+
+
+def _travelling(event: Event) -> str:
+    """The forms of the base's change, and the bytes that clients which were away need more."""
+    late = sum(one["bytes"] for one in (event.get("catch_up") or {}).values())
+    forms = f" ({show_forms(event)})" if event.get("forms") else ""
+    return forms + (f", {show_bytes(late)} to catch up" if late else "")
 
 
 def _say_evaluated(event: Event) -> str:
@@ -105,7 +114,8 @@ def _say_round_end(event: Event) -> str:
 
 
 def _say_end(event: Event) -> str:
-    return f"finished in {show_seconds(event['seconds'])}, peak memory {show_bytes(event['peak_memory_bytes'])}"
+    text = f"finished in {show_seconds(event['seconds'])}, peak memory {show_bytes(event['peak_memory_bytes'])}"
+    return text + show_cost(event)
 
 
 _SENTENCES = {

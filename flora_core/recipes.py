@@ -163,6 +163,7 @@ class Recipe:
         check_number("seed", self.seed, 0, whole=True)
         check_choice("strategy", self.strategy, STRATEGIES)
         STRATEGIES[self.strategy].check(self.federation.strategy_options)
+        self.federation.check_strategy(self.strategy)
         if self.threads is not None:
             check_number("threads", self.threads, 1, whole=True)
         require(len(self.target_modules) > 0, "target_modules must name at least one layer")

@@ -98,8 +98,10 @@ def _wrong_modules(update: ClientUpdate, expected: ClientUpdate) -> str | None:
 
 def _wrong_factors(update: ClientUpdate, expected: ClientUpdate, module: str) -> str | None:
     pair = update.adapters[module]
-    if len(pair) != 2:
-        return f"{module} must have two factors, A and B, got {len(pair)}"
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return (
+            f"{module} must have two factors, A and B, got {len(pair) if isinstance(pair, (tuple, list)) else pair!r}"
+        )
     for name, got, want in zip("AB", pair, expected.adapters[module], strict=True):
         if not isinstance(got, torch.Tensor) or got.dtype not in FLOAT_DTYPES:
             return (
