@@ -39,10 +39,10 @@ class TailPenalty:
         for module, first in self.first.items():
             (A, B), (dA, dB) = ([factor[first:] for factor in pairs[module]] for pairs in (adapters, grads))
             a, b = A.norm(), B.norm()
-            # Where a norm is zero its factor is, and 0 is a subgradient.
+            # Where a norm is zero its factor is, and 0 is a subgradient. Divided last, zeros would meet an infinity.
             tiny = torch.finfo(A.dtype).tiny
-            dA += A * (self.weight * b / a.clamp_min(tiny))
-            dB += B * (self.weight * a / b.clamp_min(tiny))
+            dA += A / a.clamp_min(tiny) * (self.weight * b)
+            dB += B / b.clamp_min(tiny) * (self.weight * a)
 
 
 __all__ = ["TailPenalty"]

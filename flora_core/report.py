@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MANY_CLIENTS = 12
+MANY_CLIENTS = MANY_ROUNDS = 12
 _GLOBAL: dict[str, Any] = dict(color="black", linewidth=2.5, marker="o", zorder=5)
 
 
@@ -45,7 +45,7 @@ def read_history(run_dir: str | Path) -> History:
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write loss.png, accuracy.png, errors.png, bytes.png and report.html into a run's folder.
+    """Write loss.png, accuracy.png, errors.png, bytes.png, server.png and report.html into a run's folder.
 
     Args:
         run_dir: Folder with metrics.jsonl and, for the facts about the run, run.json.
@@ -62,6 +62,7 @@ def write_report(run_dir: str | Path) -> Path:
         "accuracy": plot_accuracy,
         "errors": plot_errors,
         "bytes": plot_bytes,
+        "server": plot_server,
     }
     images = []
     for name, plot in plots.items():
@@ -117,17 +118,32 @@ def plot_accuracy(history: History) -> Figure | None:
 
 
 def plot_errors(history: History) -> Figure | None:
-    """Plot each round's distance from the exact sum: what the strategy lost, and what the write lost."""
-    kinds = {"aggregation_error": "aggregation: the strategy", "application_error": "application: the write"}
-    found = {kind: {at: event[kind] for at, event in history.aggregated.items() if event.get(kind)} for kind in kinds}
-    if not any(found.values()):
+    """Plot each round's distance from the exact sum: what the strategy lost and what the write lost."""
+    kinds = ("aggregation_error", "application_error")
+    if not any(event.get(kind) is not None for event in history.aggregated.values() for kind in kinds):
         return None
-    figure, axes = _canvas("Distance from the exact sum", "relative error (rounds of error 0 have no point)")
-    for kind, label in kinds.items():
-        if found[kind]:
-            axes.plot(*zip(*found[kind].items(), strict=True), label=label, marker="o")
+    figure, axes = _canvas("Distance from the exact sum", "relative error")
     axes.set_yscale("log")
-    return _finish(figure, axes, "")
+    _plot_error(axes, history, "aggregation", "aggregation: the strategy", "tab:blue")
+    _plot_error(axes, history, "application", "application: the write", "tab:orange")
+    return _finish(figure, axes, "all modules (bars: each)")
+
+
+def _plot_error(axes: Axes, history: History, kind: str, label: str, color: str) -> None:
+    """Draw the rounds' errors, the range over modules as bars, and rounds without an error on the axis's floor."""
+    errors = {at: event.get(f"{kind}_error") for at, event in history.aggregated.items()}
+    above, none = {at: error for at, error in errors.items() if error}, [at for at, e in errors.items() if e == 0]
+    if above:
+        axes.plot(*zip(*above.items(), strict=True), label=label, color=color, marker="o")
+    if none:
+        # A logarithmic axis has no zero.
+        place: dict[str, Any] = dict(transform=axes.get_xaxis_transform(), linestyle="", marker="v", clip_on=False)
+        axes.plot(none, [0.0] * len(none), label=f"{label}, exactly 0", color=color, **place)
+    for at in above:
+        found = (history.aggregated[at].get(f"{kind}_error_by_module") or {}).values()
+        parts = [error for error in found if error]
+        if parts:
+            axes.vlines(at, min(parts), max(parts), color=color, alpha=0.4)
 
 
 def plot_bytes(history: History) -> Figure | None:
@@ -135,19 +151,40 @@ def plot_bytes(history: History) -> Figure | None:
     if not history.aggregated:
         return None
     figure, axes = _canvas("Traffic per round", "megabytes, all clients together")
-    for shift, field, label in (
-        (-0.2, "bytes_up", "up: updates to the server"),
-        (0.2, "bytes_down", "down: to the clients"),
-    ):
-        bars = axes.bar(
-            [number + shift for number in history.aggregated],
-            [event[field] / 1e6 for event in history.aggregated.values()],
-            width=0.38,
-            label=label,
-            color="tab:blue" if shift < 0 else "tab:orange",
-        )
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    rounds, events = list(history.aggregated), history.aggregated.values()
+    up, down = ([event[way] / 1e6 for event in events] for way in ("bytes_up", "bytes_down"))
+    late = [sum(one["bytes"] for one in (event.get("catch_up") or {}).values()) / 1e6 for event in events]
+    bars = [
+        axes.bar([at - 0.2 for at in rounds], up, 0.38, label="up: updates to the server"),
+        axes.bar([at + 0.2 for at in rounds], down, 0.38, label="down: to the round's clients"),
+    ]
+    if any(late):
+        axes.bar([at + 0.2 for at in rounds], late, 0.38, down, label="down: rounds that they had missed")
+    for bar in bars if len(rounds) <= MANY_ROUNDS else ():
+        axes.bar_label(bar, fmt="%.1f", fontsize=8)
     axes.margins(y=0.1)
+    return _finish(figure, axes, "")
+
+
+def plot_server(history: History) -> Figure | None:
+    """Plot what each round cost the server: time by part, and the process's peak memory so far."""
+    events = {at: event for at, event in history.aggregated.items() if event.get("seconds_of")}
+    parts = list(dict.fromkeys(part for event in events.values() for part in event["seconds_of"]))
+    if not parts:
+        return None
+    figure, axes = _canvas("The server's work per round", "seconds")
+    floor = [0.0] * len(events)
+    for part in parts:
+        spent = [event["seconds_of"].get(part, 0.0) for event in events.values()]
+        axes.bar(list(events), spent, 0.6, floor, label=part)
+        floor = [low + more for low, more in zip(floor, spent, strict=True)]
+    peaks = [(at, event["peak_memory_bytes"] / 1e9) for at, event in events.items() if event.get("peak_memory_bytes")]
+    if peaks:
+        memory = axes.twinx()
+        memory.plot(*zip(*peaks, strict=True), label="peak memory (right)", color="black", marker=".")
+        memory.set_ylabel("peak memory of the process so far (GB)")
+        memory.set_ylim(0, 1.2 * max(peak for _, peak in peaks))
+        memory.spines["top"].set_visible(False)
     return _finish(figure, axes, "")
 
 
@@ -167,9 +204,13 @@ def _canvas(title: str, unit: str) -> tuple[Figure, Axes]:
 def _finish(figure: Figure, axes: Axes, legend_title: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_xlabel("round (0: before training)" if axes.lines else "round")
+    first, last = axes.dataLim.intervalx
+    axes.set_xlabel("round (0: before training)" if first == 0 else "round")
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if last - first < 1:
+        # One round alone would stand on an axis of a tenth of a round.
+        axes.set_xlim(round(last) - 1, round(last) + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

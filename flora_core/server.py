@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,6 +22,7 @@ from .bank import AdapterConfig
 from .checks import require
 from .linear import is_conv1d
 from .merge import apply_base_delta_, merge_adapter_, new_low_bits, target_weights
+from .penalty import TailPenalty
 from .seeds import derive, generator
 from .update import ClientUpdate, RoundResult
 
@@ -105,6 +106,22 @@ class Server:
     def trainable(self) -> tuple[str, ...]:
         """The factors that the clients train in the next round."""
         return self.strategy.trainable(self.state)
+
+    def penalties(self, clients: Iterable[str]) -> dict[str, TailPenalty]:
+        """Client -> what it adds to its loss in the next round, where the strategy asks for it."""
+        found = {
+            name: self.strategy.penalty(self.state, name, self.expected[name].ranks, **self.options) for name in clients
+        }
+        return {name: penalty for name, penalty in found.items() if penalty is not None}
+
+    def refuse_penalties(self, clients: Iterable[str]) -> None:
+        """Refuse a penalty for clients that train elsewhere: what they are told has no word for it."""
+        asked = list(self.penalties(clients))
+        require(
+            not asked,
+            f"clients {', '.join(asked[:3])} train elsewhere, where a penalty on the loss cannot be added; leave the "
+            f"penalty of strategy {self.strategy.name!r} out, or train here",
+        )
 
     def catch_up(self, client: str) -> tuple[str, int]:
         """How a client gets from the newest round that it has to the global model, and the bytes of that.

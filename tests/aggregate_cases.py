@@ -42,6 +42,17 @@ def make_update(
     return ClientUpdate(client, adapters, scaling, weight)
 
 
+def bank_like_update() -> ClientUpdate:
+    """Factors that are views of one buffer, one of rank 0, a scaling that only rsLoRA gives a whole alpha."""
+    flat = torch.randn(400, generator=torch.Generator().manual_seed(0))
+    adapters = {
+        "a.q": (flat[:12].view(3, 4), flat[12:27].view(3, 5)),
+        "b.a.q": (flat[27:35].view(2, 4), flat[35:45].view(2, 5)),
+        "a.none": (torch.zeros(0, 4), torch.zeros(0, 5)),
+    }
+    return ClientUpdate("c", adapters, {"a.q": 16 / math.sqrt(3), "b.a.q": 16 / math.sqrt(2), "a.none": 0.0}, 7.0)
+
+
 def equal_ranks(dtype: torch.dtype = torch.float64) -> list[ClientUpdate]:
     """Three clients of one rank, with weights and scalings of their own."""
     return [make_update(f"c{i}", 4, seed=i, weight=w, scaling=0.5 + i, dtype=dtype) for i, w in enumerate([30, 10, 60])]

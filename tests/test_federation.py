@@ -415,6 +415,7 @@ def test_the_report_and_the_progress_take_the_events_of_a_run(tmp_path):
         "Clients",
         "Traffic",
         "Held-out data",
+        "Certificate",
         "The whole run",
     ]
 

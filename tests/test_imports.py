@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import its own floor and those below. A name stands for a package as well.
 FLOORS = [
     "checks",
-    "seeds segments update bank backends config strict files history progress",
+    "seeds segments update bank backends config strict files history progress penalty",
     "ops",
     "linear attention optimizer loss data forward attach planner",
     "trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
-    "federation distributed flower report",
-    "recipes build dry_run",
+    "federation distributed report",
+    "recipes build dry_run flower",
     "cli",
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

@@ -11,7 +11,7 @@ import pytest
 
 from flora_core.history import History, show_bytes, show_number, show_seconds, summary_tables
 from flora_core.progress import LiveProgress, PlainProgress, make_progress, print_tables, sentence
-from flora_core.report import plot_accuracy, plot_bytes, plot_errors, plot_loss, read_history, write_report
+from flora_core.report import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server, read_history, write_report
 
 
 def events(clients: int = 3, rounds: int = 2, groups: bool = True):
@@ -30,7 +30,8 @@ def events(clients: int = 3, rounds: int = 2, groups: bool = True):
                        examples=client["examples"], tokens=500, steps=4, loss_first=3.0 / number, loss_last=last,
                        seconds=2.5, tokens_per_s=200.0)  # fmt: skip
         yield dict(event="aggregated", round=number, strategy="flora", clients=clients, aggregation_error=1e-8 * number,
-                   application_error=None, bytes_up=1_500_000, bytes_down=2_500_000, seconds=0.1)  # fmt: skip
+                   application_error=None, bytes_up=1_500_000, bytes_down=2_500_000, seconds=0.1,
+                   seconds_of={"aggregate": 0.06, "write": 0.04})  # fmt: skip
         yield evaluated(number, 3.0 / (number + 1), 0.1 + 0.3 * number, groups)
         yield dict(event="round_end", round=number, rounds=rounds, applied=True, seconds=30.0, checkpoint="c",
                    peak_memory_bytes=2.0e9 + number)  # fmt: skip
@@ -133,8 +134,8 @@ def test_report_is_one_self_contained_page(tmp_path):
     run = write_run(tmp_path / "run", events())
     (run / "run.json").write_text('{"versions": {"torch": "<2>"}}')
     page = write_report(run).read_text()
-    assert {path.name for path in run.glob("*.png")} == {"loss.png", "accuracy.png", "errors.png", "bytes.png"}
-    assert page.count('src="data:image/png;base64,') == 4
+    assert {path.stem for path in run.glob("*.png")} == {"loss", "accuracy", "errors", "bytes", "server"}
+    assert page.count('src="data:image/png;base64,') == 5
     assert "http" not in page
     assert "client-1 was refused &lt;in round 2&gt;" in page
     assert "&lt;2&gt;" in page
@@ -167,10 +168,35 @@ def test_errors_of_the_rounds_are_plotted_where_there_are_any():
                    bytes_down=1, seconds=1.0) for at, error in ((1, 1e-3), (2, 2e-3), (3, None))]  # fmt: skip
     figure = plot_errors(History.of(rounds))
     assert figure is not None
-    (line,) = figure.axes[0].lines
-    assert (line.get_label(), np.asarray(line.get_xdata()).tolist(), figure.axes[0].get_yscale()) == (
-        "application: the write", [1, 2], "log")  # fmt: skip
-    assert plot_errors(History.of([{**rounds[0], "application_error": 0.0}])) is None
+    assert figure.axes[0].get_yscale() == "log"
+    lines = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in figure.axes[0].lines}
+    assert lines == {"aggregation: the strategy, exactly 0": [1, 2, 3], "application: the write": [1, 2]}
+    assert plot_errors(History.of(list(events())[:1])) is None
+
+
+def test_one_round_is_drawn_on_an_axis_of_whole_rounds(tmp_path):
+    history = History.of(list(events(rounds=1))[1:])
+    for figure in (plot_errors(history), plot_bytes(history), plot_server(history)):
+        assert figure is not None
+        figure.draw_without_rendering()
+        axes = figure.axes[0]
+        assert (axes.get_xlim(), axes.get_xlabel()) == ((0, 2), "round")
+        assert [tick for tick in axes.get_xticks() if tick % 1] == []
+
+
+def test_the_certificate_of_every_round_is_told_with_its_largest_module():
+    parts = {"x": 0.1, "y": 0.9}
+    rounds = [dict(event="aggregated", round=at, aggregation_error=0.5, aggregation_error_by_module=parts,
+                   application_error=0.0, bytes_up=1, bytes_down=1, seconds=2.0, forms={"stack": 3, "dense": 1},
+                   catch_up={"a": {"kind": "log", "bytes": 2000}}, peak_memory_bytes=5e9, clients=2)
+              for at in range(1, 31)]  # fmt: skip
+    (table,) = [one for one in summary_tables(History.of(rounds)) if one[0].startswith("Certificate")]
+    assert table[0] == "Certificate, every 3 rounds"
+    assert [row[0] for row in table[2]] == [str(at) for at in range(3, 31, 3)]
+    assert table[2][0][1:] == ["5.0e-01 (9.0e-01)", "0", "1 B", "1 B", "3 stack, 1 dense", "2.0 s", "5.0 GB"]
+    said = str(sentence(rounds[0]))
+    assert "aggregation error 5.0e-01, application error 0, 1 B up, 1 B down (3 stack, 1 dense), " in said
+    assert said.endswith("2.0 kB to catch up in 2.0 s")
 
 
 def test_bytes_are_told_for_every_client_and_errors_with_their_rows():
@@ -181,7 +207,7 @@ def test_bytes_are_told_for_every_client_and_errors_with_their_rows():
                    catch_up={"a": {"kind": "log", "bytes": 5000}}) for at in (1, 2)]  # fmt: skip
     tables = {table[0]: table[2] for table in summary_tables(History.of([start, *rounds]))}
     assert tables["Traffic"] == [["a", "2.0 kB", "4.0 kB", "10.0 kB"]]
-    assert ["application error (largest, 64 rows of each weight)", "1.00e-07"] in tables["The whole run"]
+    assert ["application error (largest, 64 rows of each weight)", "1.0e-07"] in tables["The whole run"]
     assert "application error 1.0e-07 in 64 rows a weight, 1.0 kB up" in str(sentence(rounds[0]))
 
 

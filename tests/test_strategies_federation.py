@@ -11,6 +11,7 @@ import torch
 import flora_core as flora
 from flora_core.aggregate import STRATEGIES, get_strategy
 from flora_core.optimizer import CohortAdamW
+from flora_core.penalty import TailPenalty
 from flora_core.server import Server
 from tests.federation_cases import TRAIN, make_clients, make_federation, make_model, make_tokenizer, target_weights
 
@@ -119,6 +120,45 @@ def test_a_frozen_factor_has_no_gradient_and_counts_nothing_in_the_norm():
     assert moments_B.all()
     with pytest.raises(ValueError, match=r"trainable must name 'A', 'B' or both, got \('C',\)"):
         CohortAdamW(cohort.bank, CONFIG, trainable=("C",))
+
+
+def test_hetlora_s_penalty_adds_its_gradient_to_its_client_alone(monkeypatch):
+    grads = []
+    monkeypatch.setattr(CohortAdamW, "step", lambda self, *_: grads.append(self.grad.clone()))
+    penalty = TailPenalty(0.3, {"model.layers.0.self_attn.q_proj": 2})
+    for penalties in ({}, {"a": penalty}):
+        cohort, trainer = trained(("A", "B"), max_steps=1)
+        trainer.penalties = penalties
+        trainer.run()
+    plain, more = ({name: cohort.bank.adapters(name, grad) for name in cohort.names} for grad in grads)
+    for name, module in [(name, module) for name, own in plain.items() for module in own]:
+        factors = [factor.clone().requires_grad_() for factor in cohort.bank.adapters(name)[module]]
+        A, B = factors
+        added = [torch.zeros_like(factor) for factor in factors]
+        if name == "a" and module in penalty.first:
+            added = torch.autograd.grad(0.3 * A[2:].norm() * B[2:].norm(), factors)
+            assert added[0].any()
+        for before, after, want in zip(plain[name][module], more[name][module], added, strict=True):
+            torch.testing.assert_close(after - before, want, rtol=1e-5, atol=1e-7)
+
+
+def test_a_penalty_of_nothing_adds_nothing():
+    """B is zero in the first round, and rows that a client gave up are zero in both factors."""
+    A, B = torch.ones(4, 3), torch.zeros(4, 5)
+    grads = torch.zeros(4, 3), torch.zeros(4, 5)
+    TailPenalty(1e6, {"m": 2}).add_gradients_({"m": (A, B)}, {"m": grads})
+    TailPenalty(1e6, {"m": 2}).add_gradients_({"m": (0 * A, B)}, {"m": grads})
+    assert not any(grad.any() for grad in grads)
+
+
+def test_hetlora_s_penalty_makes_clients_give_rows_up():
+    """Without it all tails grow in training; with it those of the small clients shrink, and half of their rows go."""
+    kept = [
+        run("hetlora", rounds=2, lr=3e-3, strategy_options={"prune": 0.5, "penalty": weight}).run().state["kept"]
+        for weight in (0.0, 100.0)
+    ]
+    assert kept[0] == {}
+    assert {name: set(rows.values()) for name, rows in kept[1].items()} == {"b": {1}, "c": {1}}
 
 
 @pytest.mark.parametrize("name", ["ffa", "rolora"])

@@ -23,6 +23,8 @@ BAD_OPTIONS = {
     "floor": ("flora_warm", {"floor": -1}, "floor of floor must be at least 0, got -1"),
     "weigh": ("hetlora", {"weigh": "norms"}, "weigh must be one of norm, .*did you mean 'norm'"),
     "prune": ("hetlora", {"prune": 1}, "prune must lie between 0 and 1, got 1; None prunes nothing"),
+    "penalty": ("hetlora", {"prune": 0.5, "penalty": -1}, "penalty must be at least 0, got -1"),
+    "penalty-alone": ("hetlora", {"penalty": 0.1}, "penalty=0.1 is on the tail that prune cuts off: give prune="),
     "svd": ("raflora", {"svd": "quick"}, "svd must be one of exact, fast, got 'quick'"),
     "rank": ("flexlora", {"rank": 0}, "rank must be at least 1, got 0"),
     "name": ("flora_svd", {"taau": 0.9}, "strategy 'flora_svd' has no option 'taau'; did you mean 'tau'"),

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from flora_core.aggregate import aggregate, get_strategy
-from flora_core.update import ClientUpdate
+from flora_core.aggregate.downlink import DeltaLog
+from flora_core.merge import apply_base_delta_
+from flora_core.update import ClientUpdate, RoundResult
 from tests.aggregate_cases import (
     SHAPES,
     Q,
@@ -61,7 +63,7 @@ def mean_of_models(base, updates):
 
 
 def train(start, client, seed):
-    noise = make_update(client.client, client.ranks, seed=seed).adapters
+    noise = make_update(client.client, client.ranks, seed=seed, modules=tuple(start)).adapters
     adapters = {m: (start[m][0] + 0.1 * noise[m][0], start[m][1] + 0.1 * noise[m][1]) for m in start}
     return ClientUpdate(client.client, adapters, client.scaling, client.weight)
 
@@ -108,6 +110,45 @@ def test_flora_warm_refuses_who_cannot_carry_the_shared_part():
         aggregate([*clients, small], "flora_warm", result.state)
     assert aggregate(clients, "flora_warm", floor={Q: 3}).adapter[Q][0].shape[0] == 3
     assert aggregate(clients, "flora_warm", floor={Q: 3}).adapter["layers.0.v_proj"][0].shape[0] == 0
+
+
+V = "layers.0.v_proj"
+RANKS = {"a": {Q: 8, V: 5}, "b": {Q: 4, V: 2}, "c": {Q: 3}, "d": {Q: 6, V: 3, "layers.1.q_proj": 4}}
+COMINGS = ["abcd", "ab", "ab", "bd", "c", "abcd", "ad", "abc"]
+
+
+@pytest.mark.parametrize("name", ["flora", "flora_svd", "flora_warm"])
+@pytest.mark.parametrize(("way", "snapshot_bytes"), [("snapshot", 1), ("log", 10**9)])
+def test_clients_that_come_and_go_train_on_the_global_model(name, way, snapshot_bytes):
+    """Each keeps a base of its own, brought up to date from the log or a snapshot; ranks differ by module."""
+    clients = {n: make_update(n, ranks, scaling=2.0, modules=tuple(ranks)) for n, ranks in RANKS.items()}
+    options = get_strategy(name).population_options(RANKS)
+    weights, bases = new_base(), {n: new_base() for n in clients}
+    log, result, ways = DeltaLog(snapshot_bytes), RoundResult({}), set()
+    for number, present in enumerate(COMINGS, 1):
+        current, trained = global_model(weights, result), []
+        for i, client in enumerate(clients[n] for n in present):
+            own, (kind, _, missed) = bases[client.client], log.missed(client.client)
+            ways.add(kind)
+            for m in own if kind == "snapshot" else ():
+                own[m].copy_(weights[m])
+            for late in missed:
+                apply_base_delta_(own, log.deltas[late])
+            start = {**fresh_start(client), **(start_of(result, client) or {})}
+            carried = effective(start, client)
+            for m, weight in current.items():
+                assert torch.equal(own[m], weights[m])
+                torch.testing.assert_close(own[m] + carried.get(m, 0), weight, rtol=0, atol=1e-9)
+            trained.append(train(start, client, 10 * number + i))
+        sums, _ = oracle(trained)
+        want = {m: weight + sums.get(m, 0) for m, weight in weights.items()}
+        result = aggregate(trained, name, result.state or None, **options)
+        for base in (weights, *(bases[n] for n in present)):
+            apply_base_delta_(base, result.base_delta)
+        log.record(number, sum(form.size_bytes for form in result.forms.values()), present, result.base_delta)
+        for m, weight in global_model(weights, result).items():
+            torch.testing.assert_close(weight, want[m], rtol=0, atol=1e-9)
+    assert ways == {"none", way}
 
 
 def test_flora_warm_knows_the_whole_population():

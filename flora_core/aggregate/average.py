@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..checks import check_choice, check_number, require
+from ..penalty import TailPenalty
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, averaged, on_the_wire, without
 from .certificate import norm
@@ -58,18 +59,20 @@ class HetLoRA(ZeroPad):
     Rank self-pruning (option ``prune``, the paper's gamma, below 1; None prunes nothing): the tail of a client's
     adapter are its rows from floor(gamma r) on. Where training left ``||A_tail|| ||B_tail||`` smaller than the client
     had received, the client keeps floor(gamma r) rows from then on, at least 1. Rows given up are sent as zeros, which
-    have zero gradients, so they stay zero and the shapes stay as configured. The paper also adds this product to
-    the loss of local training; the trainer's loss is the model's own, so that part is not here.
+    have zero gradients, so they stay zero and the shapes stay as configured. ``penalty`` (the paper's lambda) times
+    this product, summed over modules, is added to the client's loss: the tail shrinks where the data do not need it.
     """
 
     name = "hetlora"
 
-    def check_options(self, *, weigh: str = "norm", prune: float | None = None) -> None:
-        """Check the two options."""
+    def check_options(self, *, weigh: str = "norm", prune: float | None = None, penalty: float = 0.0) -> None:
+        """Check the three options."""
         check_choice("weigh", weigh, ("norm", "norm_and_share", "share"))
         if prune is not None:
             check_number("prune", prune, 0, 1)
             require(0 < prune < 1, f"prune must lie between 0 and 1, got {prune}; None prunes nothing")
+        check_number("penalty", penalty, 0)
+        require(not penalty or prune is not None, f"penalty={penalty} is on the tail that prune cuts off: give prune=")
 
     def aggregate(
         self,
@@ -78,8 +81,9 @@ class HetLoRA(ZeroPad):
         *,
         weigh: str = "norm",
         prune: float | None = None,
+        penalty: float = 0.0,
     ) -> RoundResult:
-        """Average, after deciding whose rank shrinks."""
+        """Average, after deciding whose rank shrinks; the penalty is a matter of local training."""
         kept = self._pruned(updates, state, prune) if prune else state.get("kept", {})
         return super().aggregate(updates, {**state, "kept": kept}, weigh=weigh)
 
@@ -98,10 +102,26 @@ class HetLoRA(ZeroPad):
             sent = self.next_adapter(state, update.client, update.ranks, update.scaling) or {}
             for module, now in update.adapters.items():
                 rank = kept.get(update.client, {}).get(module, now[0].shape[0])
-                first = max(1, math.floor(gamma * rank))
+                first = _cut(rank, gamma)
                 if module in sent and first < rank and _tail(now, first) < _tail(sent[module], first):
                     kept.setdefault(update.client, {})[module] = first
         return kept
+
+    def penalty(
+        self,
+        state: Mapping[str, Any],
+        client: str,
+        ranks: Mapping[str, int],
+        *,
+        prune: float | None = None,
+        penalty: float = 0.0,
+        **options: Any,
+    ) -> TailPenalty | None:
+        """On the tail that could be given up next."""
+        if not penalty or prune is None:
+            return None
+        left = {**ranks, **state.get("kept", {}).get(client, {})}
+        return TailPenalty(penalty, {module: _cut(rank, prune) for module, rank in left.items() if rank})
 
     def fit(
         self, state: Mapping[str, Any], pair: Pair, rank: int, client: str, module: str
@@ -113,6 +133,11 @@ class HetLoRA(ZeroPad):
             A_RK, B_RN = A_RK.clone(), B_RN.clone()
             A_RK[rows:], B_RN[rows:] = 0, 0
         return A_RK, B_RN
+
+
+def _cut(rank: int, gamma: float) -> int:
+    """Where the tail of a rank begins."""
+    return max(1, math.floor(gamma * rank))
 
 
 def _tail(pair: tuple[torch.Tensor, torch.Tensor], first: int) -> float:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from ..checks import nearest, require
+from ..penalty import TailPenalty
 from ..update import Adapters, ClientUpdate, RoundResult
 from .certificate import certify
 from .downlink import smallest_form
@@ -67,6 +68,12 @@ class Strategy:
     def trainable(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """Which factors the clients train in the round that starts from ``state``: "A", "B" or both."""
         return BOTH
+
+    def penalty(
+        self, state: Mapping[str, Any], client: str, ranks: Mapping[str, int], **options: Any
+    ) -> TailPenalty | None:
+        """What a client adds to its loss in the round that starts from ``state``; None for nothing."""
+        return None
 
     def population_options(self, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         """Options that follow from everybody who may ever take part: client -> module -> rank."""
