@@ -50,7 +50,7 @@ def run_cuda(out: Path) -> dict[str, Any]:
 
 def main() -> int:
     """Check, then time."""
-    from bench import gpu_step, gpu_times
+    from bench import gpu_merge, gpu_step, gpu_times
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -79,6 +79,8 @@ def main() -> int:
     checks = [step("ops", lambda: run_tests(options.few)), step("training step", lambda: gpu_step.check(device))]
     if not options.skip_cuda:
         checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
+    if GPU and not options.skip_cuda:
+        checks.append(step("CUDA merge", gpu_merge.run))
     # What is timed is Triton's; a red check of C++ does not keep its times back.
     green = all(check["green"] for check in checks[:2])
     if GPU and green:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,16 @@ def test_cupy(tmp_path):
 def test_examples_are_short(path):
     code = [line for line in path.read_text().splitlines() if line.strip() and not line.strip().startswith(("//", "#"))]
     assert len(code) <= 36
+
+
+def test_the_page_shows_what_the_examples_do():
+    page = (ROOT / "docs/embedding.md").read_text()
+    sources = {path.name: path.read_text() for path in EMBED.iterdir()}
+    for block in re.findall(r"```(?:c|python)\n(.*?)```", page, re.S):
+        assert any(block in source for source in sources.values()), block
+    assert {name for name in sources if name not in page} == set()
+    assert all((ROOT / path).exists() for path in re.findall(r"\$FLORA/(\S+)", page))
+    assert all((ROOT / path).exists() for path in re.findall(r"`((?:tests|docs)/[\w./]+)`", page))
 
 
 def checkout(folder: Path) -> Path:
