@@ -70,21 +70,26 @@ FLORA_INLINE Vec<T, LANES<T>> masked(Vec<T, LANES<T>> x, const uint16_t *draws, 
     }
 }
 
-// Panels of TILE_COLUMNS columns from `column` on, [panel][inner][TILE_COLUMNS]; columns that are not there are 0.
+// Panels of TILE_COLUMNS columns from `column` on, [panel][inner][TILE_COLUMNS]; columns that are not there are 0. Some
+// panels at once, for rows of right lie on pages of their own.
 template <class T, class E>
 static void pack_right_as(const Product &job, int64_t column, int64_t end, T *to) {
+    constexpr int64_t WIDTH = TILE_COLUMNS<T>, TOGETHER = 4 * WIDTH;
     const typename E::raw *data = static_cast<const typename E::raw *>(job.right.data);
-    uint16_t draws[TILE_COLUMNS<T>];
-    for (; column < end; column += TILE_COLUMNS<T>) {
-        for (int64_t p = 0; p < job.inner; ++p, to += TILE_COLUMNS<T>) {
-            if (job.drop_right) draw(job.draws, p, 1, column / 8, TILE_COLUMNS<T> / 8, draws);
+    uint16_t draws[WIDTH];
+    for (; column < end; column += TOGETHER, to += TOGETHER * job.inner) {
+        for (int64_t p = 0; p < job.inner; ++p) {
             const auto *row = data + p * job.right.inner_stride;
-            for (int v = 0; v < TILE_COLUMNS<T>; v += LANES<T>) {
-                const auto *from = row + (column + v) * job.right.outer_stride;
-                auto value = load_some<T, E>(from, job.right.outer_stride, job.columns - column - v);
-                if (job.right.via) value = through<T>(value, job.right.via);
-                if (job.drop_right) value = masked<T>(value, draws + v, job.draws);
-                store_bytes(to + v, value);
+            for (int64_t j = column; j < smaller(end, column + TOGETHER); j += WIDTH) {
+                T *at = to + (j - column) * job.inner + p * WIDTH;
+                if (job.drop_right) draw(job.draws, p, 1, j / 8, WIDTH / 8, draws);
+                for (int v = 0; v < WIDTH; v += LANES<T>) {
+                    const auto *from = row + (j + v) * job.right.outer_stride;
+                    auto value = load_some<T, E>(from, job.right.outer_stride, job.columns - j - v);
+                    if (job.right.via) value = through<T>(value, job.right.via);
+                    if (job.drop_right) value = masked<T>(value, draws + v, job.draws);
+                    store_bytes(at + v, value);
+                }
             }
         }
     }
@@ -95,10 +100,14 @@ static void pack_right(const Product &job, int64_t column, int64_t end, T *to) {
     with_element(job.right.dtype, [&](auto e) { pack_right_as<T, decltype(e)>(job, column, end, to); });
 }
 
-// [inner][rows], each inner index scaled by its coefficient.
+// [inner][rows], each inner index scaled by its coefficient. What a vector writes beyond its rows, the next inner index
+// overwrites; the last one's needs SLACK bytes behind the panel.
+constexpr int64_t SLACK = VECTOR_BYTES;
+
 template <class T, class E>
 static void pack_left_as(const Product &job, int64_t row, int rows, T *to) {
     const auto *data = static_cast<const typename E::raw *>(job.left.data) + row * job.left.outer_stride;
+    bool wide = job.left.outer_stride == 1 && rows <= LANES<T> && job.rows - row >= LANES<T>;
     for (int64_t p = 0; p < job.inner; ++p, to += rows) {
         T factor = static_cast<T>(job.scale);
         if (job.coef) {
@@ -108,7 +117,9 @@ static void pack_left_as(const Product &job, int64_t row, int rows, T *to) {
             });
         }
         const auto *from = data + p * job.left.inner_stride;
-        for (int i = 0; i < rows; ++i) to[i] = load_one<T, E>(from + i * job.left.outer_stride) * factor;
+        if (wide) store_bytes(to, load<T, E>(from) * factor);
+        else
+            for (int i = 0; i < rows; ++i) to[i] = load_one<T, E>(from + i * job.left.outer_stride) * factor;
     }
 }
 
@@ -119,9 +130,9 @@ static void pack_left(const Product &job, int64_t row, int rows, T *to) {
 
 // ---- a tile --------------------------------------------------------------------------------------------------------
 
-// sum[ROWS][TILE_COLUMNS] = or += left[inner][ROWS]^T right[inner][TILE_COLUMNS].
-template <class T, int ROWS>
-static void multiply(const T *left, const T *right, int64_t inner, T *sum, bool first) {
+// put(i, v, vector v of row i of left[inner][ROWS]^T right[inner][TILE_COLUMNS]), for each row and vector.
+template <class T, int ROWS, class Put>
+FLORA_INLINE void multiply_into(const T *left, const T *right, int64_t inner, Put put) {
     typedef Vec<T, LANES<T>> V;
     constexpr int VECTORS = TILE_VECTORS<T>;
     V acc[ROWS][VECTORS] = {};
@@ -140,11 +151,29 @@ static void multiply(const T *left, const T *right, int64_t inner, T *sum, bool 
 #pragma GCC unroll 16
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) {
-            T *to = sum + i * TILE_COLUMNS<T> + v * LANES<T>;
-            store_bytes(to, first ? acc[i][v] : load_bytes<V>(to) + acc[i][v]);
-        }
+        for (int v = 0; v < VECTORS; ++v) put(i, v, acc[i][v]);
     }
+}
+
+// sum[ROWS][TILE_COLUMNS] = or += left^T right.
+template <class T, int ROWS>
+static void multiply(const T *left, const T *right, int64_t inner, T *sum, bool first) {
+    auto put = [&](int i, int v, Vec<T, LANES<T>> value) __attribute__((always_inline)) {
+        T *to = sum + i * TILE_COLUMNS<T> + v * LANES<T>;
+        store_bytes(to, first ? value : load_bytes<Vec<T, LANES<T>>>(to) + value);
+    };
+    multiply_into<T, ROWS>(left, right, inner, put);
+}
+
+// out += left^T right for a whole tile of contiguous rows, straight from registers.
+template <class T, class E>
+static void multiply_onto(const T *left, const T *right, int64_t inner, void *out, int64_t stride) {
+    typedef typename E::raw R;
+    auto put = [&](int i, int v, Vec<T, LANES<T>> value) __attribute__((always_inline)) {
+        R *to = static_cast<R *>(out) + i * stride + v * LANES<T>;
+        store<T, E>(to, load<T, E>(to) + value);
+    };
+    multiply_into<T, TILE_ROWS>(left, right, inner, put);
 }
 
 template <class T, int ROWS = TILE_ROWS>
@@ -250,6 +279,18 @@ static Finish<T> finish_for(const Product &job) {
     return found;
 }
 
+// For whole tiles of a plain sum of one piece; else NULL.
+template <class T>
+using Onto = void (*)(const T *, const T *, int64_t, void *, int64_t);
+
+template <class T>
+static Onto<T> onto_for(const Product &job) {
+    Onto<T> found = nullptr;
+    if (job.mode == ADD && job.column_stride == 1 && job.inner <= PIECE)
+        with_element(job.out_dtype, [&](auto e) { found = multiply_onto<T, decltype(e)>; });
+    return found;
+}
+
 // The tile comes into cache while its sum is made.
 template <class T>
 FLORA_INLINE void prefetch_tile(const Product &job, int64_t row, int rows, int64_t column, int element) {
@@ -262,35 +303,44 @@ FLORA_INLINE void prefetch_tile(const Product &job, int64_t row, int rows, int64
     for (int i = 0; i < rows; ++i, low += job.low_row_stride) __builtin_prefetch(low, 1);
 }
 
-// Row panels that share one right panel while it lies in L1.
+// Row panels that share one right panel while it lies in L1. More would push W's lines, two tiles to a line, out of L2.
 constexpr int GROUP = 8;
 
 // Tiles of a group of row panels of `height` rows each, row .. last, and the columns column .. end, whose right panels
-// start at `right`. Left panels follow each other.
+// start at `right`. Left panels follow each other. A sum of one piece meets memory at once.
 template <class T>
 static void group_of_tiles(const Product &job, const T *left, int64_t row, int64_t last, int height, const T *right,
                            int64_t column, int64_t end) {
     constexpr int TILE = TILE_ROWS * TILE_COLUMNS<T>;
     alignas(64) T sums[GROUP * TILE];
     Finish<T> finish_it = finish_for<T>(job);
+    Onto<T> onto = onto_for<T>(job);
     int element = job.out_dtype == FLORA_FP64 ? 8 : job.out_dtype == FLORA_FP32 ? 4 : 2;
+    bool whole = job.inner <= PIECE;
     if (job.inner == 0) __builtin_memset(sums, 0, sizeof(sums));
+    auto finish_at = [&](int64_t i, const T *sum) {
+        finish_it(job, sum, i, static_cast<int>(smaller(height, last - i)), column,
+                  smaller(TILE_COLUMNS<T>, end - column));
+    };
     for (; column < end; column += TILE_COLUMNS<T>, right += job.inner * TILE_COLUMNS<T>) {
-        for (int64_t p = 0; p < job.inner; p += PIECE) {
+        for (int64_t p = 0; p < larger(job.inner, 1); p += PIECE) {
             int64_t piece = smaller(PIECE, job.inner - p);
             T *sum = sums;
-            for (int64_t i = row; i < last; i += height, sum += TILE) {
+            for (int64_t i = row; i < last; i += height, sum += whole ? 0 : TILE) {
                 int rows = static_cast<int>(smaller(height, last - i));
                 if (p == 0) prefetch_tile<T>(job, i, rows, column, element);
                 const T *panel = left + (i - row) * job.inner;
-                multiply_rows<T>(rows, panel + p * rows, right + p * TILE_COLUMNS<T>, piece, sum, p == 0);
+                if (onto && rows == TILE_ROWS && end - column >= TILE_COLUMNS<T>) {
+                    void *out = static_cast<char *>(job.out) + (i * job.row_stride + column) * element;
+                    onto(panel, right, piece, out, job.row_stride);
+                    continue;
+                }
+                if (piece) multiply_rows<T>(rows, panel + p * rows, right + p * TILE_COLUMNS<T>, piece, sum, p == 0);
+                if (whole) finish_at(i, sum);
             }
         }
         const T *sum = sums;
-        for (int64_t i = row; i < last; i += height, sum += TILE) {
-            int rows = static_cast<int>(smaller(height, last - i));
-            finish_it(job, sum, i, rows, column, smaller(TILE_COLUMNS<T>, end - column));
-        }
+        for (int64_t i = row; i < last && !whole; i += height, sum += TILE) finish_at(i, sum);
     }
 }
 

@@ -70,7 +70,8 @@ template <class T>
 static Need need(const Product &job, int threads) {
     Blocks cut_ = cut<T>(job, threads);
     size_t inner = static_cast<size_t>(larger(job.inner, 1)) * sizeof(T);
-    return {aligned(inner * static_cast<size_t>(cut_.columns)), aligned(inner * static_cast<size_t>(cut_.task_rows))};
+    size_t left = inner * static_cast<size_t>(cut_.task_rows) + SLACK;
+    return {aligned(inner * static_cast<size_t>(cut_.columns)), aligned(left)};
 }
 
 struct Buffers {

@@ -136,6 +136,10 @@ FLORA_INLINE Vec<uint16_t, L> floats_to_halves(Vec<float, L> floats) {
 
 template <int L>
 FLORA_INLINE Vec<float, L> bf16_to_floats(Vec<uint16_t, L> halves) {
+#if defined(__AVX512F__)  // GCC would widen in two halves
+    if constexpr (L == 16)
+        return bits_as<Vec<float, L>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits_as<__m256i>(halves)), 16));
+#endif
     return bits_as<Vec<float, L>>(__builtin_convertvector(halves, Vec<uint32_t, L>) << 16);
 }
 
@@ -143,6 +147,13 @@ FLORA_INLINE Vec<float, L> bf16_to_floats(Vec<uint16_t, L> halves) {
 template <int L>
 FLORA_INLINE Vec<uint16_t, L> floats_to_bf16(Vec<float, L> floats) {
     Vec<uint32_t, L> bits = bits_as<Vec<uint32_t, L>>(floats), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+#if defined(__AVX512F__)
+    if constexpr (L == 16) {
+        __mmask16 nan = _mm512_cmp_ps_mask(bits_as<__m512>(floats), bits_as<__m512>(floats), _CMP_UNORD_Q);
+        __m512i kept = _mm512_mask_mov_epi32(bits_as<__m512i>(rounded), nan, _mm512_set1_epi32(0x7FC0));
+        return bits_as<Vec<uint16_t, L>>(_mm512_cvtepi32_epi16(kept));
+    }
+#endif
     Vec<uint32_t, L> nan = (Vec<uint32_t, L>)(floats != floats);
     return __builtin_convertvector((nan & 0x7FC0) | (~nan & rounded), Vec<uint16_t, L>);
 }
