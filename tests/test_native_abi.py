@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests import abi
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -95,3 +100,119 @@ def test_only_the_interface_is_exported(library):
     assert {name for name in names if not name.startswith("flora_")} <= {"_init", "_fini"}
     header = (CSRC / "include/flora_kernels.h").read_text()
     assert all(name in header for name in names if name.startswith("flora_"))
+
+
+# Every bad argument of a merge: what it does to the item, the options or exec, and what the library says.
+
+
+class Merge:
+    """A sound merge in one buffer, to be spoilt: W (6, 10) and its factors, P = 3."""
+
+    def __init__(self):
+        random = torch.Generator().manual_seed(0)
+        self.buffer = torch.randn(256, generator=random)
+        self.weight, self.before = self.buffer[:60].view(6, 10), self.buffer[:60].clone()
+        A, B = self.buffer[64:94].view(3, 10), self.buffer[96:114].view(3, 6)
+        self.item = abi.merge_item(self.weight, A, B, self.buffer[116:119])
+        self.options = abi.Options(ctypes.sizeof(abi.Options), 0, 1)
+        self.exec = abi.Exec(ctypes.sizeof(abi.Exec))
+
+    def run(self, library: ctypes.CDLL, spoil: Callable[[Merge], None]) -> tuple[int, str]:
+        """Ask for the workspace, spoil, run."""
+        need = ctypes.c_size_t()
+        arguments = ctypes.byref(self.item), ctypes.c_int64(1), ctypes.byref(self.options)
+        assert library.flora_merge_many_workspace(ctypes.byref(self.exec), *arguments, ctypes.byref(need)) == 0
+        self.room = torch.zeros(need.value + 512, dtype=torch.uint8)
+        self.exec.workspace = -(-self.room.data_ptr() // 256) * 256
+        self.exec.workspace_bytes = need.value
+        spoil(self)
+        return library.flora_merge_many(ctypes.byref(self.exec), *arguments), library.flora_last_error().decode()
+
+
+def put(path: str, value: int | Callable[[int], int]) -> Callable[[Merge], None]:
+    """Set a field such as item.weight.rows, or change what it holds."""
+
+    def spoil(merge: Merge) -> None:
+        *owners, name = path.split(".")
+        owner = functools.reduce(getattr, owners, merge)
+        setattr(owner, name, value(getattr(owner, name)) if callable(value) else value)
+
+    return spoil
+
+
+def onto_weight(merge: Merge) -> None:
+    merge.item.B.data = merge.item.weight.data + 4
+
+
+def workspace_onto_weight(merge: Merge) -> None:
+    merge.exec.workspace = merge.buffer.data_ptr() // 256 * 256
+
+
+BAD_ARGUMENT, OVERLAP, BAD_WORKSPACE, NO_DEVICE = 1, 2, 3, 5
+SPOILT = [
+    (put("item.weight.data", 0), BAD_ARGUMENT, "weight.data must not be NULL"),
+    (put("item.A.data", 0), BAD_ARGUMENT, "A.data must not be NULL"),
+    (put("item.coef.data", 0), BAD_ARGUMENT, "coef.data must not be NULL"),
+    (put("item.B.data", lambda at: at + 1), BAD_ARGUMENT, "B.data must be aligned to its element of 4 bytes"),
+    (put("item.weight.data", lambda at: at + 2), BAD_ARGUMENT, "weight.data must be aligned to its element"),
+    (put("item.weight.rows", -1), BAD_ARGUMENT, "weight must have no negative size, got -1 x 10"),
+    (put("item.A.rows", 4), BAD_ARGUMENT, "B must have 4 x 6 elements (-1 is any), got 3 x 6"),
+    (put("item.coef.size", -3), BAD_ARGUMENT, "coef must have 3 elements, got -3"),
+    (put("item.weight.row_stride", 2**61), BAD_ARGUMENT, "weight reaches beyond memory"),
+    (put("item.A.column_stride", -(2**62)), BAD_ARGUMENT, "A reaches beyond memory"),
+    (
+        put("item.weight.dtype", 77),
+        BAD_ARGUMENT,
+        "weight.dtype must be fp32, bf16, fp16, fp64, got an unknown code (77)",
+    ),
+    (put("item.A.dtype", 5), BAD_ARGUMENT, "A.dtype must be fp32, bf16, fp16, fp64, got int16 (5)"),
+    (put("item.weight.reserved", 1), BAD_ARGUMENT, "weight.reserved must be 0, got 1"),
+    (put("item.struct_size", 8), BAD_ARGUMENT, "items[i].struct_size must be"),
+    (put("options.rounding", 7), BAD_ARGUMENT, "options.rounding must be FLORA_NEAREST or FLORA_STOCHASTIC, got 7"),
+    (put("options.rounding", 1), BAD_ARGUMENT, "weight.dtype must be bf16 for stochastic rounding, got fp32"),
+    (put("options.accumulate", 2), BAD_ARGUMENT, "options.accumulate must be FLORA_FP32 or FLORA_FP64, got 2"),
+    (put("exec.device", 9), BAD_ARGUMENT, "exec.device must be FLORA_CPU or FLORA_CUDA, got 9"),
+    (put("exec.device_index", 1), BAD_ARGUMENT, "exec.device_index must be 0 on the CPU"),
+    (put("exec.num_threads", -1), BAD_ARGUMENT, "exec.num_threads must be between 0 and 4096, got -1"),
+    (put("exec.isa", 9), BAD_ARGUMENT, "exec.isa must be one of FLORA_ISA_*, got 9"),
+    (put("exec.struct_size", 7), BAD_ARGUMENT, "exec.struct_size must be"),
+    (put("exec.workspace", 0), BAD_WORKSPACE, "exec.workspace must have"),
+    (put("exec.workspace", lambda at: at + 8), BAD_WORKSPACE, "exec.workspace must be aligned to 256 bytes"),
+    (put("exec.workspace_bytes", lambda size: size - 1), BAD_WORKSPACE, "exec.workspace_bytes must be at least"),
+    (put("item.weight.row_stride", 0), OVERLAP, "weight is written and must have a place for each element"),
+    (onto_weight, OVERLAP, "weight is written and must share no memory with B"),
+    (workspace_onto_weight, OVERLAP, "exec.workspace is written and must share no memory with weight"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "status", "words"), SPOILT, ids=[words for _, _, words in SPOILT])
+def test_a_bad_argument_is_named_and_changes_nothing(spoil, status, words, library):
+    merge = Merge()
+    assert merge.run(library, lambda _: None)[0] == 0
+    assert not torch.equal(merge.weight.flatten(), merge.before)
+    merge = Merge()
+    found, message = merge.run(library, spoil)
+    assert found == status
+    assert words in message
+    assert torch.equal(merge.weight.flatten(), merge.before)
+
+
+def test_one_bad_item_of_many_keeps_all_from_being_written(library):
+    good, bad = Merge(), Merge()
+    bad.item.coef.dtype = 77
+    table, need = (abi.Item * 2)(good.item, bad.item), ctypes.c_size_t()
+    rest = table, ctypes.c_int64(2), ctypes.byref(good.options)
+    assert library.flora_merge_many_workspace(ctypes.byref(good.exec), *rest, ctypes.byref(need)) == BAD_ARGUMENT
+    assert library.flora_merge_many(ctypes.byref(good.exec), *rest) == BAD_ARGUMENT
+    assert b"items[1].coef.dtype" in library.flora_last_error()
+    assert torch.equal(good.weight.flatten(), good.before)
+
+
+def test_a_gpu_that_is_not_here_is_said(library):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    merge = Merge()
+    found, message = merge.run(library, put("exec.device", 1))
+    assert found == NO_DEVICE
+    assert "built without CUDA" in message or "no GPU can be used here" in message
+    assert torch.equal(merge.weight.flatten(), merge.before)

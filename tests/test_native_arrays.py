@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,16 +93,20 @@ def test_jax_arrays_are_read_and_never_written():
 def test_what_is_not_writable_is_refused():
     a = arrays()
     a["weight_NK"].flags.writeable = False
+    before = a["weight_NK"].copy()
     with pytest.raises(ValueError, match="weight is read-only and would be written"):
         native.merge_(**a)
+    assert np.array_equal(a["weight_NK"], before)
 
 
 def test_what_needs_grad_is_refused_outside_no_grad():
     t = {name: torch.from_numpy(array) for name, array in arrays().items()}
     for name in ("weight_NK", "A_PK"):
         needy = {**t, name: t[name].clone().requires_grad_()}
+        before = needy["weight_NK"].detach().clone()
         with pytest.raises(ValueError, match=rf"{name[:-3].strip('_')} requires grad, .*torch.no_grad"):
             native.merge_(**needy)
+        assert torch.equal(needy["weight_NK"], before)
     with torch.no_grad():
         native.merge_(**needy)
 
@@ -155,14 +161,16 @@ def test_tensors_on_other_devices_are_refused():
 
 
 def test_an_output_may_not_overlap_anything():
-    buffer = torch.zeros(400)
+    buffer = torch.randn(400)
     view = dict(weight_NK=buffer[:60].view(6, 10), A_PK=buffer[100:130].view(3, 10), B_PN=buffer[200:218].view(3, 6))
     view["coef_P"] = buffer[300:303]
     native.merge_(**view)
+    before = buffer.clone()
     for name, start in (("A_PK", 59), ("B_PN", 45), ("coef_P", 0)):
         size = view[name].numel()
         with pytest.raises(ValueError, match=f"weight is written and must share no memory with {name[:-3].strip('_')}"):
             native.merge_(**{**view, name: buffer[start : start + size].view(view[name].shape)})
+    assert torch.equal(buffer, before)
     with pytest.raises(
         ValueError, match="weight is written and must have a place for each element, got strides 0 and 1"
     ):
@@ -223,3 +231,78 @@ def test_auto_takes_native_on_a_cpu_and_says_so():
     t = {name: torch.from_numpy(array) for name, array in arrays().items()}
     ops.stacked_merge_many_([MergeItem(W, t["A_PK"], t["B_PN"], t["coef_P"])], backend="native")
     assert close(W.numpy(), product(arrays()), torch.float32)
+
+
+class OnCuda:
+    """An array that says it lies on the first GPU, with DLPack's structs written by hand; its memory is NumPy's."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.asked = array, {}
+        self.shape, self.strides = ((ctypes.c_int64 * array.ndim)(*axes) for axes in (array.shape, self._steps()))
+
+    def _steps(self) -> list[int]:
+        return [step // self.array.itemsize for step in self.array.strides]
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, **options: Any) -> Any:
+        self.asked = options
+        bits = 8 * self.array.itemsize
+        # DLManagedTensor: data, device (2), axes, dtype (code, bits, lanes), shape, strides, offset, context, deleter.
+        words = (self.array.ctypes.data, 2, self.array.ndim | (2 | bits << 8 | 1 << 16) << 32)
+        self.managed = (ctypes.c_uint64 * 8)(*words, *map(ctypes.addressof, (self.shape, self.strides)), 0, 0, 0)
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the array is not really there")
+
+
+@needs_no_gpu
+def test_cuda_arrays_reach_the_cuda_kernels_on_the_stream_of_their_framework(monkeypatch):
+    """As far as they can get where there is no GPU: the library says that it has none, and nothing is written."""
+    a = arrays()
+    on_cuda = {name: OnCuda(array) for name, array in a.items()}
+    before = a["weight_NK"].copy()
+    monkeypatch.setattr(native, "_stream_of", lambda array: 7 if array is on_cuda["weight_NK"] else 99)
+    with pytest.raises(RuntimeError, match=r"built without CUDA|no GPU can be used here"):
+        native.merge_(**on_cuda)
+    assert np.array_equal(a["weight_NK"], before)
+    assert all(array.asked["stream"] == 7 for array in on_cuda.values())
+
+
+@needs_no_gpu
+def test_arrays_on_two_devices_are_refused():
+    a = arrays()
+    for name in ("A_PK", "B_PN", "coef_P"):
+        before = a["weight_NK"].copy()
+        with pytest.raises(
+            ValueError, match=f"^{name.rpartition('_')[0]} must be on the device of weight; move it there"
+        ):
+            native.merge_(**{**a, name: OnCuda(a[name])})
+        assert np.array_equal(a["weight_NK"], before)
+
+
+@needs_no_gpu
+def test_ops_whose_tables_lie_on_the_host_refuse_cuda_arrays_by_name():
+    tokens, ranks = Segments.from_lengths([5]), Segments.from_lengths([3])
+    x, A, out, B, y = (OnCuda(np.zeros(size, np.float32)) for size in ((5, 10), (3, 10), 15, (3, 6), (5, 6)))
+    words = "must be on the CPU: from Python, {} runs there only; .* backend='triton'"
+    with pytest.raises(ValueError, match="x_MK " + words.format("shrink")):
+        native.shrink(x, A, tokens, ranks, out=out)
+    with pytest.raises(ValueError, match="y_MN " + words.format("expand")):
+        native.expand_(y, out, B, tokens, ranks)
+    flat = [OnCuda(np.zeros(4, np.float32)) for _ in range(4)]
+    with pytest.raises(ValueError, match="param " + words.format("adamw")):
+        native.cohort_adamw_(*flat, [slice(0, 4)], OnCuda(np.zeros((1, 7))), [0])
+
+
+@pytest.mark.parametrize("other", ["A_PK", "B_PN", "coef_P"])
+def test_tensors_on_two_devices_are_refused(other):
+    t = {name: torch.from_numpy(array) for name, array in arrays().items()}
+    before = t["weight_NK"].clone()
+    with pytest.raises(ValueError, match=f"^{other.rpartition('_')[0]} must be on cpu, got meta"):
+        native.merge_(**{**t, other: t[other].to("meta")})
+    assert torch.equal(t["weight_NK"], before)
