@@ -1,20 +1,24 @@
-"""A training step on the Triton backend against PEFT: gradients of every client, and its bits a second time."""
+"""Training steps on the Triton backend: every client's gradients against PEFT, their bits again, and CUDA graphs."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
+from contextlib import nullcontext
 from typing import Any, cast
 
+import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import flora_core as flora
+from flora_core import graphs, trainer
 from flora_core.forward import lay_out
 from tests import models
+from tests.graph_device import Told, attend_by_offsets
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS, LENGTHS = (5, 2, 16), ((9, 4), (1,), (17,))
@@ -103,4 +107,56 @@ def check(device: str) -> dict[str, Any]:
     return {"green": ratio <= 1 and repeats, "error / budget": ratio, "repeats bit for bit": repeats}
 
 
-__all__ = ["check"]
+Factors = dict[str, torch.Tensor]
+
+
+def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
+    """Train a cohort, by Triton in static shapes (called, replayed) or by the reference as it is (ordinary, exact).
+
+    Gives all factors and losses, and what became of graphs.
+    """
+    shape = dict(hidden_size=64, head_dim=16, intermediate_size=48, num_hidden_layers=1, pad_token_id=0)
+    model = models.tiny("llama", dtype, **shape).to(device)
+    static, dtype = way in ("called", "replayed"), torch.float64 if way == "exact" else dtype
+    adapters = [flora.AdapterConfig(rank, 2 * rank, dropout=0.1 * (rank > 3)) for rank in (3, 16, 7)]
+    lengths = (9, 4), (8, 12, 5, 9), (13,) * 4  # the first is done early
+    clients = [
+        flora.ClientSpec(f"c{i}", models.examples(i, lengths[i]), adapters[i], {"clip_norm": 0.5} if i else None)
+        for i in range(3)
+    ]
+    backend = "triton" if static else "reference"
+    cohort = flora.attach(model.to(dtype), clients, ["q_proj", "v_proj"], backend=backend)
+    for i, name in enumerate(cohort.names):
+        cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
+    wanted = static and (device == "cuda" or "auto")
+    runner = flora.CohortTrainer(cohort, flora.TrainConfig(lr=1e-2, batch_size=1, cuda_graphs=wanted))
+    with pytest.MonkeyPatch.context() as patch, models.exact64() if way == "exact" else nullcontext():
+        # Few sizes, so that they come again in a short training.
+        patch.setattr(graphs, "round_up", lambda count, _: max(32, 1 << (count - 1).bit_length()))
+        if way == "called":
+            patch.setattr(trainer, "executor_for", lambda _: graphs.Eager())
+        if device == "cpu" and static:
+            attend_by_offsets(patch)
+            patch.setattr(trainer, "why_not", lambda *_: None)
+            patch.setattr(trainer, "executor_for", lambda _: Told())
+        updates = runner.run()
+    factors = {
+        f"{u.client} {m} {'AB'[i]}": t for u in updates for m, ab in u.adapters.items() for i, t in enumerate(ab)
+    }
+    losses = {f"{name} losses": torch.tensor(client.losses) for name, client in runner.clients.items()}
+    return {**factors, **losses}, runner.cuda_graphs
+
+
+def check_graphs(device: str) -> dict[str, Any]:
+    """Whether replays have the bits of calls, and their training the error of ordinary steps against float64."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    (exact, _), (low, _), (replayed, told) = (train(device, way, dtype) for way in ("exact", "ordinary", "replayed"))
+    # Without a GPU a replay is a call.
+    called = train(device, "called", dtype)[0] if device == "cuda" else replayed
+    same = all(torch.equal(called[key], replayed[key]) for key in called)
+    ratio = error(replayed, exact) / (2 * (error(low, exact) + torch.finfo(dtype).eps))
+    green = same and ratio <= 1 and told.startswith("on: ")
+    return {"green": green, "replays are calls bit for bit": same, "error / budget": ratio, "graphs": told}
+
+
+__all__ = ["check", "check_graphs"]

@@ -7,7 +7,11 @@ Letters: M rows of a pass, C clients.
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,23 +21,13 @@ import flora_core as flora
 from flora_core import graphs
 from flora_core import trainer as trainer_module
 from flora_core.data.template import IGNORE, Example
-from flora_core.graphs import Graphs, Shape, round_up, shape_of
+from flora_core.graphs import Shape, round_up, shape_of
 from flora_core.loss import client_losses
 from flora_core.segments import DeviceSegments, Segments
 from tests import models
+from tests.graph_device import Told, attend_by_offsets
 
-
-class Told(Graphs):
-    """``Graphs`` over a device whose captures are the functions themselves."""
-
-    def __init__(self):
-        super().__init__(self)
-
-    def call(self, function: Callable[[], None]) -> None:
-        function()
-
-    def capture(self, function: Callable[[], None]) -> Callable[[], None]:
-        return function
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -216,3 +210,21 @@ def test_clients_without_labels_or_tokens(static: list[Any]):
     trainer, updates = train("llama", clients, batch_size=1)
     assert trainer.clients["silent"].losses == [0.0, 0.0]
     assert all(torch.isfinite(A).all() for A, _ in updates["silent"].adapters.values())
+
+
+def test_attention_by_offsets_on_the_device(static: list[Any], monkeypatch: pytest.MonkeyPatch):
+    """Sequences by a table of offsets, which may end with empty ones, are the sequences by their lengths."""
+    _, expected = train("llama", models.clients(), cuda_graphs=False)
+    attend_by_offsets(monkeypatch)
+    _, updates = train("llama", models.clients())
+    assert max(largest_error(expected[name], updates[name]) for name in updates) <= 1e-9
+
+
+def test_no_length_on_the_host():
+    """Triton's kernels under the interpreter: clients and sequences are found by tables on the device alone."""
+    code = "from bench.gpu_step import check_graphs; found = check_graphs('cpu'); print(found); assert found['green']"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    words = [sys.executable, "-c", f"import tests.triton_interpreter; {code}"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
