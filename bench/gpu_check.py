@@ -2,6 +2,7 @@
 
 1. Every Triton op against float64 on ragged cases, on the device (tests/triton_ops.py).
 2. A training step of a small Llama on the Triton backend against PEFT, client by client, and its bits a second time.
+   Steps replayed from CUDA graphs against the same steps called, bit for bit, and against float64.
 3. The CUDA C++ kernels (tests/gpu_check.py), where nvcc is.
 4. Only if these are green: LoRA linears against the frozen linear, PEFT and grouped_mm; AdamW against torch's.
 
@@ -77,6 +78,7 @@ def main() -> int:
 
     device = "cuda" if GPU else "cpu"
     checks = [step("ops", lambda: run_tests(options.few)), step("training step", lambda: gpu_step.check(device))]
+    checks.append(step("CUDA graphs", lambda: gpu_step.check_graphs(device)))
     if not options.skip_cuda:
         checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
     if GPU and not options.skip_cuda:
