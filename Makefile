@@ -1,4 +1,4 @@
-# make demo | test | test-all | bench | bench-gpu | lint | clean. Each makes its own environment first, once.
+# make demo | test | test-all | soak | bench | bench-gpu | lint | clean. Each makes its own environment first, once.
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
@@ -42,7 +42,7 @@ endif
 # OpenMP teams larger than the machine's free cores are many times slower, not faster.
 LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 
-.PHONY: demo test test-all bench bench-gpu lint clean environment install
+.PHONY: demo test test-all soak bench bench-gpu lint clean environment install
 
 demo: environment
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
@@ -53,6 +53,12 @@ test: environment
 test-all: environment
 	mkdir -p docs/logs
 	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=25 2>&1 | tee docs/logs/test-all.txt
+
+# What takes longest of the full size: kills, mixed faults and mutated files, each seeded.
+soak: environment
+	mkdir -p docs/logs
+	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=10 tests/test_faults.py tests/test_hostile.py tests/test_kill_resume.py \
+	    tests/test_memory.py tests/test_privacy.py tests/test_remote.py tests/test_robust.py 2>&1 | tee docs/logs/soak.txt
 
 # A red check or a missed run still leaves the results that came before it, and the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list

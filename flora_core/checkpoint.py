@@ -33,7 +33,7 @@ import torch
 
 from . import tuning
 from .checks import require
-from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
+from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, explained, write_safetensors
 from .headers import parse_json, read_header
 from .history import Event, show_bytes
 from .identity import differences
@@ -77,12 +77,16 @@ class RunFolder:
         Raises:
             BlockingIOError: If another process works in it.
             FileExistsError: If it holds what is not a run's.
+            SaveError: If nothing can be written there.
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file, and the results need a folder: choose another out")
-        self.path.mkdir(parents=True, exist_ok=True)
+        with explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         self._check_own()
-        with open(self.path / LOCK, "a+") as file:
+        with explained(self.path):
+            file = open(self.path / LOCK, "a+")  # noqa: SIM115 (closed below)
+        with file:
             _lock(file, self.path)
             yield
 

@@ -20,6 +20,9 @@ from typing import Any
 
 import pytest
 
+from flora_core.files import SaveError
+from flora_core.pausing import Stopped
+
 ROOT = Path(__file__).resolve().parents[1]
 # Each needs other parts of the state: nothing; low bits, moments and masks; a global adapter and who was drawn.
 CASES: dict[str, dict[str, Any]] = {
@@ -32,7 +35,12 @@ _TIMES = {"seconds", "seconds_of", "tokens_per_s", "peak_memory_bytes", "out", "
 
 
 def run_once(request: dict[str, Any]) -> int:
-    """In a fork: one run; it kills itself before its file operation number ``kill_at``. The number of operations."""
+    """In a fork: one run; it kills itself before its file operation number ``kill_at``. The number of operations.
+
+    ``largest_file`` is what a full disk is like.
+    """
+    import resource
+
     import torch
 
     from tests.federation_cases import make_clients, make_federation
@@ -47,6 +55,8 @@ def run_once(request: dict[str, Any]) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(watch)
+    if request.get("largest_file"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], -1))
     changes = {"rounds": 4, **request["changes"]}
     dtype, dropout = getattr(torch, changes.pop("base", "float32")), changes.pop("dropout", 0.0)
     model, tokenizer = load(request["model"], dtype)
@@ -80,12 +90,18 @@ def fork_and_wait(request: dict[str, Any]) -> tuple[int, float, str]:
     pid = os.fork()
     if pid == 0:
         os.dup2(2, 1)
-        os.write(writing, str(run_once(request)).encode())
+        try:
+            os.write(writing, str(run_once(request)).encode())
+        except (Stopped, SaveError) as end:
+            os.write(writing, b"0" if isinstance(end, Stopped) else b"-1")
         os._exit(0)
     os.close(writing)
-    ended = status = 0
+    ended = status = termed = 0
     while not ended:
         ended, status = os.waitpid(pid, os.WNOHANG)
+        if not ended and not termed and time.monotonic() - began > (request.get("term_after") or math.inf):
+            os.kill(pid, signal.SIGTERM)
+            termed = 1
         if not ended and time.monotonic() - began > (request["kill_after"] or math.inf):
             os.kill(pid, signal.SIGKILL)
             ended, status = os.waitpid(pid, 0)
@@ -115,7 +131,7 @@ class Runner:
             )
 
     def run(self, out: Path, changes: dict[str, Any], **kill: Any) -> tuple[bool, float, int]:
-        """One run, killed or not: whether it was killed, its seconds, its file operations."""
+        """One run: whether it was killed, its seconds, its file operations (0: stopped as asked, -1: no room)."""
         request = {"out": str(out), "model": str(self.model), "changes": changes, "kill_after": None, **kill}
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -155,7 +171,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(case, runner, tmp_pat
     assert not killed
     wanted, out, kills, attempts = left_behind(tmp_path / "whole"), tmp_path / "0", 0, 0
     assert {"model/model.safetensors", "rounds/0004/state.safetensors"} <= set(wanted)
-    total = scale(3, 20, "kills")
+    total = scale(3, 34, "kills")
     while kills < total or killed:
         attempts += 1
         if kills == total:
