@@ -17,6 +17,8 @@ _MODULES = {
     "native": "flora_kernels.native",
 }
 _TRITON = "flora_kernels.triton"
+# What the kernels are compiled for, and bfloat16 in hardware.
+_OLDEST = (8, 0)
 
 
 def _interpreted() -> bool:
@@ -26,9 +28,15 @@ def _interpreted() -> bool:
 
 def _no_gpu(module: str) -> str | None:
     """Why a module that needs a GPU is not worth importing here."""
-    if module != _TRITON or _interpreted() or torch.cuda.is_available():
+    if module != _TRITON or _interpreted():
         return None
-    return "no GPU here and TRITON_INTERPRET is not set"
+    if not torch.cuda.is_available():
+        return "no GPU here and TRITON_INTERPRET is not set"
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    if torch.version.hip is None and capability < _OLDEST:
+        told = ["{}.{}".format(*pair) for pair in (_OLDEST, capability)]
+        return f"it needs a GPU of compute capability {told[0]} or later, {name} has {told[1]}; use backend='reference'"
+    return None
 
 
 @functools.cache
@@ -72,7 +80,7 @@ def able(op: str, tensor: torch.Tensor | None = None) -> list[str]:
     on_gpu = tensor is not None and tensor.device.type == "cuda"
     order = ("triton", "native", "reference") if on_gpu else ("native", "triton", "reference")
     reasons = availability()
-    return [name for name in order if reasons[name] is None and _unfit(name, op, tensor, auto=True) is None]
+    return [name for name in order if reasons.get(name, "") is None and _unfit(name, op, tensor, auto=True) is None]
 
 
 def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[ModuleType, str]:

@@ -10,6 +10,7 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -88,7 +89,8 @@ def ulp(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 @contextmanager
 def nan_filled() -> Iterator[None]:
     """Fill whatever is allocated with NaN, so that a result that is not wholly written shows."""
-    # torch fills fresh memory with NaN while deterministic algorithms are on.
+    # torch fills fresh memory with NaN while deterministic algorithms are on; cuBLAS then wants a workspace of its own.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

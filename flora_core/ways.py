@@ -12,6 +12,7 @@ Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clien
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -54,6 +55,12 @@ def augmented(k: Any, x_MK, weight, bias, s_flat, B_PN, tokens, ranks, scaling_C
     return F.linear(wide_x, wide_w, bias)
 
 
+@functools.lru_cache(maxsize=256)
+def _copied(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """Host numbers on a device, copied once: a graph that is captured may not wait for a copy."""
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
 def _without_sick_clients(B_PN: torch.Tensor, ranks: Segments, scaling_C: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
     """B^T without the columns of clients in whose B something is not finite, and NaN for their scale.
 
@@ -65,7 +72,8 @@ def _without_sick_clients(B_PN: torch.Tensor, ranks: Segments, scaling_C: Number
     sick_P = F.pad((~B_PN.isfinite().all(1)).long().cumsum(0), (1, 0))
     finite_C = sick_P[offsets[1:]] == sick_P[offsets[:-1]]
     owner_P = torch.bucketize(torch.arange(ranks.total, device=device), offsets[1:], right=True)
-    scaling = torch.as_tensor(scaling_C, dtype=wide, device=device)
+    scaling = scaling_C if isinstance(scaling_C, torch.Tensor) else _copied(tuple(scaling_C), device)
+    scaling = scaling.to(device, wide)
     return torch.where(finite_C[owner_P], B_PN.T, 0), torch.where(finite_C, scaling, float("nan"))
 
 

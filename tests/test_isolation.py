@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import flora_core as flora
+from flora_core import backends
 from flora_core import trainer as trainer_module
 from flora_core.loss import client_losses
+from flora_core.ways import WAYS
 from tests import models
 from tests.models import FAMILIES
 
@@ -63,9 +65,10 @@ def run(
     prepare: Callable[[flora.Cohort], None] = lambda cohort: None,
     packs: bool = True,
     base: torch.dtype = torch.float32,
+    fuse: str = "auto",
     **config: Any,
 ) -> tuple[dict[str, flora.ClientUpdate], flora.CohortTrainer]:
-    cohort = flora.attach(models.tiny(family, base), specs, FAMILIES[family].targets)
+    cohort = flora.attach(models.tiny(family, base), specs, FAMILIES[family].targets, fuse=fuse)
     cohort.packs = cohort.packs and packs
     for i, name in enumerate(cohort.names):
         cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
@@ -156,6 +159,20 @@ def test_isolation_holds_however_the_cohort_runs(how: str, monkeypatch: pytest.M
     poison(monkeypatch, NAN, range(9))
     with pytest.warns(RuntimeWarning, match="was stopped"):
         check_others(run("llama", clients(), base=base, **config), healthy)
+
+
+@pytest.mark.parametrize("fuse", [way for way in WAYS if way != "separate"])
+def test_isolation_holds_in_every_way_to_fuse(fuse: str, monkeypatch: pytest.MonkeyPatch):
+    """By the reference, which has all of them; the one way left out is what every other test here takes."""
+    monkeypatch.setattr(backends, "availability", lambda: {"reference": None})
+
+    def spoil(cohort: flora.Cohort) -> None:
+        for _, B in cohort.bank.adapters(SICK).values():
+            B[1, 2] = NAN
+
+    healthy = run("llama", clients(max_steps=1), fuse=fuse)
+    with pytest.warns(RuntimeWarning, match="loss is not finite at step 1"):
+        check_others(run("llama", clients(), spoil, fuse=fuse), healthy)
 
 
 def test_a_learning_rate_that_blows_a_client_up():

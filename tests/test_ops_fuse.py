@@ -6,7 +6,7 @@ Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clien
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from flora_core import testing, tuning, ways
+from flora_core import backends, testing, tuning, ways
 from flora_core.checkpoint import RunFolder
 from flora_core.testing import DTYPES, LINEAR_SHAPES, make_linear, run_linear
 from flora_core.tuning import Choices, Shape
@@ -42,16 +42,25 @@ def test_ternary_integers_are_exact(fuse):
         assert torch.equal(out[name].double(), exact), name
 
 
-@in_each_way
+def backends_and_ways() -> Iterator[Any]:
+    """Every way of every backend that runs here; Triton's are run by tests/triton_ops.py."""
+    for backend in testing.backends("shrink"):
+        if backend != "triton":
+            kernels, _ = backends.resolve(backend, "shrink")
+            yield from (pytest.param(backend, way, id=f"{backend}-{way}") for way in ways.possible(kernels))
+
+
+@pytest.mark.parametrize(("backend", "fuse"), list(backends_and_ways()))
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["x", "A", "B", "dy"])
-def test_a_fault_stays_with_its_client(where, value, fuse):
-    inputs = make_linear(MIXED, dropout=where == "x")
-    clean = run_linear(inputs, "reference", fuse)
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_a_fault_stays_with_its_client(dropout, where, value, backend, fuse):
+    inputs = make_linear(MIXED, dropout=dropout)
+    clean = run_linear(inputs, backend, fuse)
     for spoilt in range(3):
         tensor = getattr(inputs, where).clone()
         tensor[(inputs.tokens if where in ("x", "dy") else inputs.ranks)[spoilt]] = value
-        out = run_linear(replace(inputs, **{where: tensor}), "reference", fuse)
+        out = run_linear(replace(inputs, **{where: tensor}), backend, fuse)
         for name, result in out.items():
             for client, rows in enumerate(inputs.parts[name]):
                 assert client == spoilt or torch.equal(result[rows], clean[name][rows]), f"{name} of client {client}"

@@ -5,6 +5,7 @@ The interpreter has to be chosen before a kernel is defined, so each group of te
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,9 +26,9 @@ FEW_MERGES = "triton and (integers_are_exact and contiguous or many_is_one or re
 FEW = f"{FEW_MERGES} or triton and (powers_of_two or without_an_owner or step_0 or on_the_others)"
 
 
-def interpreted(*words: str) -> str:
-    """Run something under the interpreter; what it says."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+def interpreted(*words: str, first: str = "") -> str:
+    """Run something under the interpreter, with a folder of packages that goes first; what it says."""
+    path = os.pathsep.join([first, str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -49,6 +50,20 @@ def test_lora_ops_under_the_interpreter(scale):
 
 def test_merge_and_adamw_under_the_interpreter(scale):
     interpreted_tests(scale, FEW, "triton", "tests/test_stacked_merge.py", "tests/test_cohort_adamw.py")
+
+
+def test_another_version_of_triton_gives_the_same_bits(scale):
+    other = os.environ.get("FLORA_OTHER_TRITON")
+    if not other:
+        pytest.skip(
+            "FLORA_OTHER_TRITON names no folder with another Triton: "
+            "pip install --target FOLDER triton==3.6.0 'numpy<2.4' (3.6.0's interpreter fails with a newer NumPy)"
+        )
+    few = [] if scale(0, 1, "digests of every op") else ["--few"]
+    mine, theirs = (json.loads(interpreted("-m", "tests.triton_digest", *few, first=path)) for path in ("", other))
+    assert mine["versions"]["triton"] != theirs["versions"]["triton"], f"{other} holds this very version"
+    assert mine["digests"], "nothing was compared"
+    assert mine["digests"] == theirs["digests"]
 
 
 def test_the_interpreter_s_bf16_is_right():
@@ -127,6 +142,21 @@ def test_without_a_gpu_the_reason_is_told():
     inputs = make_linear(LINEAR_SHAPES[1])
     with pytest.raises(ValueError, match=r"'triton' is not to be had here \(no GPU here.*available: reference"):
         run_linear(inputs, "triton")
+
+
+@pytest.mark.parametrize(("capability", "hip"), [((7, 5), None), ((8, 0), None), ((9, 4), "6"), ((7, 0), "6")])
+def test_a_gpu_that_is_too_old_is_refused_by_name(capability, hip, no_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    if capability >= (8, 0) or hip:
+        assert backends.availability()["triton"] is None
+        return
+    assert "Tesla T4 has 7.5" in backends.resolve("auto", "shrink")[1]
+    words = "'triton' is not to be had here .*capability 8.0 or later, Tesla T4 has 7.5; use backend='reference'"
+    with pytest.raises(ValueError, match=words):
+        run_linear(make_linear(LINEAR_SHAPES[1]), "triton")
 
 
 def test_with_a_gpu_tensors_on_the_cpu_are_refused_or_go_to_the_reference(monkeypatch):
