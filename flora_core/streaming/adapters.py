@@ -47,7 +47,7 @@ class Adapter:
         return ClientUpdate(self.name, pairs, {module: self.scaling[module] for module in mine}, self.weight)
 
 
-def open_adapters(weights: Mapping[str | os.PathLike[str], float]) -> list[Adapter]:
+def open_adapters(weights: Mapping[Any, float]) -> list[Adapter]:
     """Read the configs and headers of adapters; the factors stay on disk.
 
     Raises:

@@ -40,7 +40,7 @@ class ExportReport:
 
 def export_adapter(
     base_dir: str | os.PathLike[str],
-    adapters: Mapping[str | os.PathLike[str], float],
+    adapters: Mapping[Any, float],
     out_dir: str | os.PathLike[str],
     *,
     strategy: str = "flora",

@@ -63,7 +63,7 @@ class MergeReport:
 
 def merge_into_checkpoint(
     base_dir: str | os.PathLike[str],
-    adapters: Mapping[str | os.PathLike[str], float],
+    adapters: Mapping[Any, float],
     out_dir: str | os.PathLike[str],
     *,
     strategy: str = "flora",

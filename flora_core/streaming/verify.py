@@ -4,7 +4,7 @@ A stored weight y of the exact x = W + sum is certified if, element by element,
 
     |y - x| <= u |x| + (1 + u) s,    s = g (|W_nk| + ||c B_n|| ||A_k||),    g = (P + 4) v / (1 - (P + 4) v)
 
-u: half the spacing of the stored dtype relative to its numbers (2^-9 for bfloat16, 2^-12 for float16, 2^-24 for
+u: half the spacing of the stored dtype relative to its numbers (2^-8 for bfloat16, 2^-11 for float16, 2^-24 for
 float32; half its smallest number near zero); v: that of the dtype that is summed in, float32 (float64 for float64).
 The first term is the one rounding of the result, the second bounds any order of summing P products.
 Letters: K in_features, N out_features, P the sum of ranks.
