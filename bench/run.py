@@ -29,7 +29,7 @@ class Question:
 
     Args:
         about: What it asks.
-        standard: Which of its tests a ``cpu`` run takes; None for all of them, empty for none.
+        standard: Which of its tests a ``cpu`` or ``quick`` run takes; None for all of them, empty for none.
         gpu: Whether a ``gpu`` run takes it.
         quick: Whether a ``quick`` run takes it.
     """
@@ -78,10 +78,10 @@ def tests(names: Sequence[str], selection: str) -> list[str]:
         path = str(HERE / f"test_{name}.py")
         if selection == "all":
             found.append(path)
-        elif selection == "cpu":
+        elif selection == "gpu":
+            found += [path] * question.gpu
+        elif selection == "cpu" or question.quick:
             found += [path] if question.standard is None else [f"{path}::{test}" for test in question.standard]
-        elif question.gpu if selection == "gpu" else question.quick:
-            found.append(path)
     return found
 
 

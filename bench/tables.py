@@ -129,7 +129,8 @@ def case_name(data: Data) -> str:
     drop = f"dropout {s['dropout']:g}" if s.get("dropout") else ""
     clients = f"{s['clients']} clients ({s['mix']})" if "clients" in s and "mix" in s else ""
     tokens = f"{s['tokens']} tokens each" if "tokens" in s else ""
-    return ", ".join(part for part in (s.get("model", ""), where, layers, clients, tokens, drop) if part)
+    kind = f"{s['shapes']}, {s['dtype']}" if "shapes" in s and "dtype" in s else ""
+    return ", ".join(part for part in (s.get("model", ""), kind, where, layers, clients, tokens, drop) if part)
 
 
 def missing_rows(found: dict[str, Data]) -> list[list[str]]:
@@ -155,17 +156,37 @@ def outcome_rows(folder: Path) -> list[list[str]]:
 
 
 def summary(found: dict[str, Data]) -> list[Table]:
-    """Tables for a terminal."""
-    compared = [data for data in found.values() if is_compared(data)]
-    rows = [[data["name"], *row[1:4], row[5]] for data in compared for row in speed_rows(data)]
-    rows = [[cell.replace("**", "") for cell in row] for row in rows]
+    """Tables for a terminal: who is how fast, who did not take part, what else was measured."""
+    compared = {name: data for name, data in found.items() if is_compared(data)}
+    rows = [row for data in compared.values() for row in _short_rows(data)]
     tables: list[Table] = []
     if rows:
-        tables.append(("Benchmarks", ["result", "ours", "rival", "ours is", "error"], rows))
-    others = [[name, str(data.get("finished", ""))] for name, data in found.items() if not is_compared(data)]
+        tables.append(("Benchmarks", ["result", "ours", "rival", "takes", "ours is", "error"], rows))
+    absent = missing_rows(compared)
+    if absent:
+        tables.append(("Rivals that did not take part", ["rival", "reason", "where"], absent))
+    others = [[name, "yes" if data.get("finished") else "no"] for name, data in found.items() if name not in compared]
     if others:
-        tables.append(("Other results (python -m bench.publish writes their tables)", ["result", "finished"], others))
+        tables.append(("Other results: python -m bench.publish writes their tables", ["result", "finished"], others))
     return tables or [("Benchmarks", ["result"], [["nothing was measured"]])]
+
+
+def _short_rows(data: Data) -> list[list[str]]:
+    """One row a rival, the result's name and our time in the first alone."""
+    if "speedups" not in data:
+        return [[data["name"], "", "", "", why_no_speedup(data), ""]]
+    first, check = [data["name"], _median(data["times"][our_name(data)])], f"{data['check']['ratio']:.2f} of the budget"
+    rows = []
+    for rival, speedup in data["speedups"].items():
+        cells = [rival, _median(data["times"][rival]), ratio(speedup["times"], rival).replace("**", ""), check]
+        rows.append([*first, *cells])
+        first, check = ["", ""], ""
+    return rows
+
+
+def _median(timing: Data) -> str:
+    factor, unit = duration(timing["median_s"])
+    return f"{timing['median_s'] * factor:.3g} {unit}"
 
 
 __all__ = [

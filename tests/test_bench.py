@@ -400,6 +400,18 @@ def test_losses_and_the_limit_are_worded_as_what_they_are():
     assert tables.ratio(0.4, FROZEN) == "**2.50 times the limit**"
 
 
+def test_terminal_tables_tell_speed_who_is_missing_and_what_failed(tmp_path, monkeypatch):
+    good = timed(tmp_path, "good", 0, monkeypatch)
+    good["missing"] = {"Unsloth": "needs a GPU"}
+    failed = {"name": "bad", "question": "?", "failed": "out of memory: no room", "settings": {}}
+    speed, missing, others = tables.summary({"good": good, "bad": failed, "memory": {"finished": True}})
+    assert (speed[2][0][0], speed[2][0][2]) == ("good", "PEFT")
+    assert "times faster" in speed[2][0][4]
+    assert speed[2][1][4] == "failed: out of memory: no room"
+    assert missing[2] == [["Unsloth", "needs a GPU", "good"]]
+    assert others[2] == [["memory", "yes"]]
+
+
 # The command.
 
 
