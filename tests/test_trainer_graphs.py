@@ -6,6 +6,7 @@ Letters: M rows of a pass, C clients.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import subprocess
@@ -228,3 +229,20 @@ def test_no_length_on_the_host():
     words = [sys.executable, "-c", f"import tests.triton_interpreter; {code}"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+def test_a_workspace_for_any_lengths():
+    """Launchers that know only the total take at least what any cut of it needs."""
+    common, wgrad = (pytest.importorskip(f"flora_kernels.triton.{name}") for name in ("common", "wgrad"))
+    needs = common.s_numel, wgrad._part_rows
+    random, ranks = torch.Generator().manual_seed(0), Segments([16, 3, 0, 64, 0])
+    for total in (wgrad.CHUNK, wgrad.CHUNK + 1, 5 * wgrad.CHUNK - 1, 20000):
+        offsets = torch.tensor([0, total], dtype=torch.int32)
+        most = [f(DeviceSegments(offsets, total), ranks) for f in needs]
+        for _ in range(50):
+            inner = torch.randint(total + 1, (4,), generator=random).sort().values.tolist()
+            bounds = [0, *inner, total]
+            tokens = Segments([b - a for a, b in itertools.pairwise(bounds)])
+            for bound, f in zip(most, needs, strict=True):
+                assert f(tokens, ranks) <= bound
+    assert wgrad._part_rows(DeviceSegments(offsets, wgrad.CHUNK - 1), ranks) == 0
