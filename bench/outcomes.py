@@ -1,7 +1,8 @@
-"""How every benchmark of the last run ended, written after each, so that the page can say what is missing and why."""
+"""How every benchmark ended when it last ran, written after each, so that the page can say what is missing and why."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,21 @@ from flora_core.files import atomic_write_json
 
 
 class Outcomes:
-    """One run's list of (test, outcome, reason, seconds); the file appears with the first of them."""
+    """Test -> outcome, reason, seconds and commit; what ran before stays until it runs again."""
 
     def __init__(self, path: Path):
-        self.path, self.data = path, {"tests": {}}
+        self.path, self.seen = path, set[str]()
 
     def add(self, test: str, report: Any) -> None:
         """Note a pytest report; set-up and tear-down count only where they decide."""
-        failed = self.data["tests"].get(test, {}).get("outcome") == "failed"
+        known: dict[str, Any] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        failed = test in self.seen and known[test]["outcome"] == "failed"
         if failed or (report.when != "call" and report.outcome == "passed"):
             return
-        self.data.setdefault("environment", environment())
         found = {"outcome": report.outcome, "reason": _reason(report), "seconds": round(report.duration, 1)}
-        self.data["tests"][test] = found
+        self.seen.add(test)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(self.path, self.data)
+        atomic_write_json(self.path, {**known, test: {**found, "commit": environment()["commit"]}})
 
 
 def _reason(report: Any) -> str:

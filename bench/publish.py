@@ -164,7 +164,7 @@ def grids(found: dict[str, Data]) -> list[str]:
 def body(found: dict[str, Data], gpu: dict[str, Data] | None = None, images: Path = IMAGES) -> str:
     """Everything between the marks."""
     steps = [data for name, data in found.items() if name.startswith("cohort_step")]
-    merges = [data for name, data in found.items() if name.startswith("merge")]
+    merges = [data for name, data in found.items() if name.startswith(("merge", "stream_merge"))]
     parts = []
     if steps:
         parts += ["### Cohort step", step_table(steps)]
@@ -244,7 +244,8 @@ def headlines(found: dict[str, Data]) -> str:
     for name, data in found.items():
         if name.startswith("demo") and data.get("finished"):
             first, last = data["rows"][0], data["rows"][-1]
-            text = f"{first['exact_match']:.0%} to {last['exact_match']:.0%}, loss {first['loss']:.1f} to {last['loss']:.1f}"
+            exact, losses = ([row[key] for row in (first, last)] for key in ("exact_match", "loss"))
+            text = f"{exact[0]:.0%} to {exact[1]:.0%}, loss {losses[0]:.1f} to {losses[1]:.1f}"
             what = (
                 f"the demo's exact answers with seed {data['settings']['seed']}, in {data['seconds'] / 60:.1f} minutes"
             )

@@ -57,6 +57,7 @@ QUESTIONS = {
     "data_loading": Question("from records to batches"),
     "saved_activations": Question("bytes kept for backward"),
     "cpu_merge": Question("the merge kernel of the CPU against torch's products"),
+    "stream_merge": Question("merging adapters into a checkpoint on disk", (), quick=False),
     "demo": Question("the demo as a newcomer runs it, by seed", (), quick=False),
     "strategies": Question("what a server pays for each strategy with 1,000 clients", (), quick=False),
 }

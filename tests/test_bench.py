@@ -192,16 +192,21 @@ def test_outcomes_tell_what_was_skipped_and_keep_the_first_failure(tmp_path):
 
     path = tmp_path / "outcomes" / "cpu.json"
     outcomes = Outcomes(path)
-    outcomes.add("bench/a.py::b", Report())
+    first = "bench/test_optimizer.py::b"
+    outcomes.add(first, Report())
     Report.when, Report.outcome, Report.longrepr = "call", "failed", "out of\nmemory"
-    outcomes.add("c", Report())
+    outcomes.add("bench/test_merge.py::c", Report())
     Report.longrepr = "tear-down"
-    outcomes.add("c", Report())
+    outcomes.add("bench/test_merge.py::c", Report())
+    outcomes.add("bench/gone.py::d", Report())
     rows = tables.outcome_rows(tmp_path)
     assert rows == [
-        ["a.py::b", "skipped", "out of time: 1 minutes were over before its turn"],
-        ["c", "failed", "out of memory"],
+        ["test_merge.py::c", "failed", "out of memory"],
+        ["test_optimizer.py::b", "skipped", "out of time: 1 minutes were over before its turn"],
     ]
+    Report.when, Report.outcome = "call", "passed"
+    Outcomes(path).add(first, Report())  # a later run
+    assert [row[0] for row in tables.outcome_rows(tmp_path)] == ["test_merge.py::c"]
 
 
 # Spreads: two runs agree, a slower engine is seen, drift of the machine is not.
