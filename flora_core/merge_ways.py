@@ -95,7 +95,8 @@ def told(weight: torch.Tensor) -> str:
     if weight.device.type != "cuda":
         return f"{names[0]} (nothing is measured on a {weight.device.type.upper()})"
     if len(names) > 1 and names[1] == "native":
-        return choices_for(weight.device).told(*weight.shape, weight.dtype, "merge")
+        N, K = weight.shape
+        return choices_for(weight.device).told(N, K, weight.dtype, "merge")
     return f"{names[0]} (the only one that is here)"
 
 
