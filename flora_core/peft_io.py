@@ -93,7 +93,8 @@ def load_peft_adapter(
         # Clones: the file's own memory is mapped, and is gone when somebody truncates the file.
         adapters[module] = (A_RK.clone(), B_NR.T.clone(memory_format=torch.contiguous_format))
         scaling[module] = scaling_of(config, module, A_RK.shape[0])
-    return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight)
+    base = config.get("base_model_name_or_path") or None
+    return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight, base=base)
 
 
 def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import strict
-from .aggregate import STRATEGIES
+from .aggregate import get_strategy, load_strategy
 from .bank import AdapterConfig
-from .checks import check_choice, check_number, nearest, require
+from .checks import check_number, nearest, require
 from .config import TrainConfig
 from .federation import FederationConfig
 
@@ -138,7 +138,8 @@ class Recipe:
     Args:
         model: A folder or hub name of a transformers causal LM, or smollm2-135m-instruct, the demo's.
         target_modules: Names or suffixes of the layers that get adapters, or one regex over their whole paths.
-        strategy: How updates are aggregated; its options are federation.strategy_options.
+        strategy: How updates are aggregated, one of your own as FILE.py:NAME; its options are
+            federation.strategy_options.
         out: Folder of the results; a run that stopped there is continued.
         seed: Seed of everything random, also of `train` and `federation`.
         device: auto, cpu, cuda, cuda:1, ...
@@ -161,8 +162,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_number("seed", self.seed, 0, whole=True)
-        check_choice("strategy", self.strategy, STRATEGIES)
-        STRATEGIES[self.strategy].check(self.federation.strategy_options)
+        self.strategy = load_strategy(self.strategy)
+        get_strategy(self.strategy).check(self.federation.strategy_options)
         self.federation.check_strategy(self.strategy)
         if self.threads is not None:
             check_number("threads", self.threads, 1, whole=True)

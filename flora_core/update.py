@@ -24,6 +24,7 @@ class ClientUpdate:
         scaling: Module path -> s; the module's update is ``s * B_RN.T @ A_RK``.
         weight: Share in the aggregation before normalising: the number of examples unless set otherwise.
         metrics: ``loss_first``, ``loss_last``, ``tokens``, ``examples``, ``seconds``, ...
+        base: The name of the base model that it was trained on, where that is known.
     """
 
     client: str
@@ -31,6 +32,7 @@ class ClientUpdate:
     scaling: dict[str, float]
     weight: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
+    base: str | None = None
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -65,7 +65,21 @@ def test_bad_rounds_are_refused(case, name):
         aggregate(updates, name)
 
 
+def test_updates_of_several_bases_are_refused_where_bases_are_known():
+    updates = [update(name) for name in "abc"]
+    updates[0].base, updates[2].base = "llama", "vicuna"
+    words = r"updates must be of one base model, got 'llama' from 'a'; 'vicuna' from 'c'; .*set update.base alike"
+    with pytest.raises(ValueError, match=words):
+        aggregate(updates)
+    updates[2].base = "llama"
+    assert aggregate(updates).certificate.aggregation_error == 0
+
+
 def test_wrong_types_are_refused():
+    with pytest.raises(TypeError, match="a sequence of ClientUpdate, got one alone; put it into a list"):
+        aggregate(update())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"state must be what RoundResult\.state was, or None, got int"):
+        aggregate([update()], state=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="updates must hold ClientUpdate objects, got dict"):
         aggregate([{}])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"module 'q_proj': A must be a torch.Tensor, got list"):

@@ -119,6 +119,7 @@ def test_peft_s_adapter_goes_in_and_out_with_the_same_logits(family, case, tmp_p
     theirs.save_pretrained(tmp_path / "client-a")
     want = logits(theirs)
     update = load_peft_adapter(tmp_path / "client-a")
+    assert update.base == (theirs.peft_config["default"].base_model_name_or_path or None)
     assert (update.client, update.weight) == ("client-a", 1.0)
     adapted = {n.removeprefix("base_model.model."): m for n, m in theirs.named_modules() if hasattr(m, "lora_A")}
     assert update.ranks == {name: module.r["default"] for name, module in adapted.items()}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-import runpy
 from pathlib import Path
 
 import pytest
 
-from flora_core.aggregate import STRATEGIES, aggregate
+from flora_core.aggregate import STRATEGIES, aggregate, load_strategy
 from tests.aggregate_cases import (
     make_update,
     mixed_ranks,
@@ -52,7 +51,13 @@ def test_the_strategy_in_the_docs_works_as_it_says(monkeypatch, tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
     (tmp_path / "mine.py").write_text(code)
-    runpy.run_path(str(tmp_path / "mine.py"))
+    with pytest.raises(ValueError, match=r"(?s)unknown strategy 'damped'.*exact.*flora"):
+        load_strategy("damped")
+    assert load_strategy(f"{tmp_path / 'mine.py'}:damped") == load_strategy("damped") == "damped"
+    with pytest.raises(
+        ValueError, match=r"strategy 'other.py:damped' is FILE.py:NAME, and 'other.py' is no Python file"
+    ):
+        load_strategy("other.py:damped")
     result = aggregate(mixed_ranks(), "damped")
     assert result.certificate.aggregation_error == pytest.approx(0.5, abs=1e-12)
     with pytest.raises(ValueError, match="rate must be between 0 and 1, got 2"):

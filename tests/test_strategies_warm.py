@@ -145,7 +145,7 @@ def test_clients_that_come_and_go_train_on_the_global_model(name, way, snapshot_
         result = aggregate(trained, name, result.state or None, **options)
         for base in (weights, *(bases[n] for n in present)):
             apply_base_delta_(base, result.base_delta)
-        log.record(number, sum(form.size_bytes for form in result.forms.values()), present, result.base_delta)
+        log.record(number, sum(size for _, size in result.forms.values()), present, result.base_delta)
         for m, weight in global_model(weights, result).items():
             torch.testing.assert_close(weight, want[m], rtol=0, atol=1e-9)
     assert ways == {"none", way}

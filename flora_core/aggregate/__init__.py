@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import average, frozen, product, redistribute, warm  # noqa: F401 (their strategies register themselves)
 from .certificate import Certificate, Deviation, certify, norm, sample_rows, total, write_deviation
-from .strategy import STRATEGIES, Strategy, aggregate, get_strategy, register, table
+from .strategy import STRATEGIES, Strategy, aggregate, get_strategy, load_strategy, register, table
 
 __all__ = [
     "STRATEGIES",
@@ -14,6 +14,7 @@ __all__ = [
     "aggregate",
     "certify",
     "get_strategy",
+    "load_strategy",
     "norm",
     "register",
     "sample_rows",

@@ -37,7 +37,7 @@ class FedIT(AdapterStrategy):
 
 @register
 class ZeroPad(FedIT):
-    """Pad every adapter with zero rows to the largest rank, then average as fedit.
+    """Pad every adapter with zero rows to the largest rank, then average as fedit (a baseline of arXiv 2409.05976).
 
     A client of larger rank than any so far gets, beyond the global adapter's rows, fresh rows of A with zero rows of
     B: its effective model is the global one, and the rows can learn.

@@ -33,8 +33,8 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
     """Refuse a round that cannot be aggregated, naming client, module, what was expected and what came.
 
     Raises:
-        ValueError: For no updates, a name that comes twice, a bad weight, ranks or shapes that do not fit
-            together, values that are not finite, or tensors of one module on several devices.
+        ValueError: For no updates, a name that comes twice, several bases, a bad weight, ranks or shapes that do not
+            fit together, values that are not finite, or tensors of one module on several devices.
         TypeError: For anything that is not a ``ClientUpdate`` of floating-point tensors.
     """
     require(len(updates) > 0, "updates must hold at least one ClientUpdate, got none; skip the round instead")
@@ -43,10 +43,24 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
             raise TypeError(f"updates must hold ClientUpdate objects, got {type(update).__name__}")
     twice = [name for name, count in Counter(update.client for update in updates).items() if count > 1]
     require(not twice, f"client names must differ, got more than one update of {', '.join(map(repr, twice))}")
+    _check_bases(updates)
     _check_weights(updates)
     for update in updates:
         check_adapters(update)
     _check_shapes(updates)
+
+
+def _check_bases(updates: Sequence[ClientUpdate]) -> None:
+    """Check that nobody is known to have trained on another base; equal shapes would hide it."""
+    bases: dict[str, list[str]] = defaultdict(list)
+    for update in updates:
+        if update.base is not None:
+            bases[update.base].append(update.client)
+    parts = [f"{base!r} from {_names(clients)}" for base, clients in bases.items()]
+    require(
+        len(bases) <= 1,
+        f"updates must be of one base model, got {'; '.join(parts)}; if these name the same one, set update.base alike",
+    )
 
 
 def _check_weights(updates: Sequence[ClientUpdate]) -> None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..checks import nearest, require
@@ -180,6 +182,21 @@ def get_strategy(name: str) -> Strategy:
     return STRATEGIES[name]
 
 
+def load_strategy(text: str) -> str:
+    """Give the name in ``FILE.py:NAME`` after running the file, which registers it; a plain name comes back as it is.
+
+    Raises:
+        ValueError: If there is no such file, or no strategy of this name is registered then.
+    """
+    path, colon, name = text.rpartition(":")
+    if colon:
+        spec = spec_from_file_location(Path(path).stem, path) if Path(path).is_file() else None
+        if spec is None or spec.loader is None:
+            raise ValueError(f"strategy {text!r} is FILE.py:NAME, and {path!r} is no Python file; give its path")
+        spec.loader.exec_module(module_from_spec(spec))
+    return get_strategy(name).name
+
+
 def aggregate(
     updates: Sequence[ClientUpdate],
     strategy: str = "flora",
@@ -206,8 +223,12 @@ def aggregate(
     """
     chosen = get_strategy(strategy)
     chosen.check(options)
+    if not isinstance(state, Mapping | None):
+        raise TypeError(f"state must be what RoundResult.state was, or None, got {type(state).__name__}")
     owner = (state or {}).get("strategy", strategy)
     require(owner == strategy, f"state must be that of strategy {strategy!r}, got {owner!r}; start with state=None")
+    if isinstance(updates, ClientUpdate):
+        raise TypeError("updates must be a sequence of ClientUpdate, got one alone; put it into a list")
     updates = list(updates)
     check_updates(updates)
     chosen.check_fits(updates)
