@@ -4,16 +4,18 @@
 2. A training step of a small Llama on the Triton backend against PEFT, client by client, and its bits a second time.
    Steps replayed from CUDA graphs against the same steps called, bit for bit, and against float64.
 3. The CUDA C++ kernels (tests/gpu_check.py), where nvcc is.
-4. Only if these are green: LoRA linears against the frozen linear, PEFT and grouped_mm; AdamW against torch's.
+4. Only if these are green: AdamW against torch's; LoRA linears, each checked by itself, against the frozen linear, PEFT
+   and grouped_mm; and a verdict on each thing that must be shown.
 
-Without a GPU the first two run under Triton's interpreter (--few for a selection) and nothing is timed. Results go to
-gpu_check_triton.json in $OUT, or the folder named with --out, after every step; needs no network.
+Without a GPU the first two run under Triton's interpreter (--few for a selection), and --trial goes through the fourth.
+Results go to gpu_check_triton.json in $OUT, or the folder named with --out, after every step; needs no network.
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -35,7 +37,9 @@ if not GPU:
 def run_tests(few: bool) -> dict[str, Any]:
     """Run the tests of the Triton ops where their kernels run."""
     words = ["-q", "-p", "no:cacheprovider", "tests/triton_ops.py"]
-    words += [] if GPU else ["-p", "tests.triton_interpreter"]
+    # Nearly every test compiles kernels of its own: side by side where pytest-xdist is. A new torch may warn.
+    parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+    words += [*parallel, "-W", "default"] if GPU else ["-p", "tests.triton_interpreter"]
     words += ["-k", "M37 or integers or way"] if few else []
     done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -57,6 +61,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
     parser.add_argument("--few", action="store_true", help="a selection of the tests")
     parser.add_argument("--skip-cuda", action="store_true", help="leave the CUDA C++ kernels out")
+    parser.add_argument("--stage", choices=("all", "check", "time"), default="all", help="half of it, if time is short")
+    parser.add_argument("--trial", action="store_true", help="without a GPU: run what would be timed, on small shapes")
     parser.add_argument("--models", default="7b,tinyllama", help="whose shapes are timed")
     parser.add_argument("--tokens", default="8192,1280,32768", help="M over ten clients, the most important first")
     options = parser.parse_args()
@@ -76,25 +82,26 @@ def main() -> int:
         print(f"{name}: {json.dumps(results[name], default=str)[:1500]}", flush=True)
         return results[name]
 
-    device = "cuda" if GPU else "cpu"
-    checks = [step("ops", lambda: run_tests(options.few)), step("training step", lambda: gpu_step.check(device))]
-    checks.append(step("CUDA graphs", lambda: gpu_step.check_graphs(device)))
-    if not options.skip_cuda:
-        checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
-    if GPU and not options.skip_cuda:
-        checks.append(step("CUDA merge", gpu_merge.run))
-    # What is timed is Triton's; a red check of C++ does not keep its times back.
-    green = all(check["green"] for check in checks[:2])
-    if GPU and green:
+    device, checks = "cuda" if GPU else "cpu", []
+    if options.stage != "time":
+        checks = [step("ops", lambda: run_tests(options.few)), step("training step", lambda: gpu_step.check(device))]
+        checks.append(step("CUDA graphs", lambda: gpu_step.check_graphs(device)))
+        if not options.skip_cuda:
+            checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
+        if GPU and not options.skip_cuda:
+            checks.append(step("CUDA merge", gpu_merge.run))
+    # What is timed is Triton's; a red check of C++ does not keep its times back. Each case is checked again by itself.
+    green = all(results[name]["green"] for name in ("ops", "training step") if name in results)
+    if options.stage != "check" and green and (GPU or options.trial):
         bandwidth = step("copy bytes/s", gpu_times.copy_bandwidth)
         step("adamw", lambda: gpu_times.time_adamw(bandwidth))
-        for tokens in map(int, options.tokens.split(",")):
-            for model in options.models.split(","):
-                for shape in gpu_times.SHAPES[model]:
-                    for dropout in (0.0, 0.1):
-                        name = f"{model} {shape[1]}->{shape[0]} M{tokens} dropout {dropout:g}"
-                        step(name, lambda s=shape, t=tokens, d=dropout: gpu_times.time_linear(*s, t, d))
-    elif GPU:
+        models, tokens = options.models.split(","), [int(number) for number in options.tokens.split(",")]
+        for name, *case in gpu_times.cases(*(("trial",), (40,)) if options.trial else (models, tokens)):
+            checks.append(step(name, lambda case=case: gpu_times.time_group(*case, bandwidth)))
+            results["verdicts"] = gpu_times.verdicts(results)
+        save()
+        print(json.dumps(results["verdicts"], indent=1))
+    elif GPU and not green:
         print("a check is red, so nothing is timed")
     print("sound" if all(check["green"] for check in checks) else "NOT SOUND")
     return 0 if all(check["green"] for check in checks) else 1

@@ -84,6 +84,15 @@ def test_targets_that_share_x_are_read_and_written_once(case, dropout, monkeypat
     assert launches == [("shrink_many", 3), ("expand_many_", 3)]
 
 
+@in_each_dtype
+def test_more_targets_than_a_launch_holds(dtype):
+    case = replace(MIXED, dtype=dtype)
+    inputs = test_ops_shared.three(case, True, DEVICE) + test_ops_shared.three(case, True, DEVICE)[1:]
+    with testing.nan_filled():
+        out = test_ops_shared.run(inputs, "triton")
+    test_ops_shared.check(inputs, out)
+
+
 @pytest.mark.parametrize("layout", ["padded", "transposed"])
 @in_each_dtype
 def test_strides_and_masters(layout, dtype):
@@ -149,13 +158,14 @@ def test_every_way_to_fuse(dtype, fuse, dropout):
         testing.check_linear(inputs, testing.run_linear(inputs, "triton", fuse))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("fuse", ways.WAYS)
-def test_a_fault_stays_with_its_client_in_every_way(fuse):
+def test_a_fault_stays_with_its_client_in_every_way(fuse, value):
     inputs, spoilt = make_linear(replace(RANK_0, dtype=torch.bfloat16), device=DEVICE), 2
     clean = testing.run_linear(inputs, "triton", fuse)
     for where in ("x", "A", "B", "dy"):
         tensor = getattr(inputs, where).clone()
-        tensor[(inputs.tokens if where in ("x", "dy") else inputs.ranks)[spoilt]] = float("nan")
+        tensor[(inputs.tokens if where in ("x", "dy") else inputs.ranks)[spoilt]] = value
         out = testing.run_linear(replace(inputs, **{where: tensor}), "triton", fuse)
         for name, result in out.items():
             for client in (0, 1):

@@ -62,6 +62,20 @@ def linear_lora(rows: Sequence[int], ranks: Sequence[int], K: int, N: int, size:
     return Count(base.bytes + size * pairs + factor * sum(ranks) * N, base.flops + 2 * pairs * N)
 
 
+def branch_bytes(
+    rows: Sequence[int], ranks: Sequence[int], K: int, Ns: Sequence[int], size: int = 2, factor: int = 4
+) -> tuple[int, int]:
+    """Bytes that targets sharing X move beside their products, forward and backward.
+
+    Forward X and every A once more, and S; backward every dY once for dS and dB, X once for every dA, S, dS, and the
+    factors with their gradients. What is added to Y and dX rides on the products.
+    """
+    M, P, pairs, T = sum(rows), sum(ranks), _pairs(rows, ranks), len(Ns)
+    forward = size * (M * K + 2 * T * pairs) + factor * P * (T * K + sum(Ns))
+    backward = size * (M * (K + sum(Ns)) + 4 * T * pairs) + 2 * factor * P * (T * K + sum(Ns))
+    return forward, backward
+
+
 def merge_(ranks: Sequence[int], K: int, N: int, size: int = 2, factor: int = 4, low_bits: bool = False) -> Count:
     """Read and write W (and its low bits), read A and B."""
     P = sum(ranks)
@@ -77,6 +91,7 @@ __all__ = [
     "BYTES_PER_SECOND",
     "FLOPS_PER_SECOND",
     "Count",
+    "branch_bytes",
     "cohort_adamw_",
     "expand_",
     "linear",

@@ -38,8 +38,9 @@ ODD_TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_K=64), num_warps=8, num_stages=2),
     Tile((torch.float32,), dict(BLOCK_M=32, BLOCK_K=32), num_warps=8, num_stages=2),
 )
-# One accumulator per target: twice the warps hold them, and no more than 32 of a rank at a time.
-_SHARED_BLOCK_R = 32
+# One accumulator per target: twice the warps hold three of them, and no more than 32 of a rank at a time (16 in float32
+# and where rows are not aligned). Neither is part of the order of a sum.
+_MOST_TARGETS, _SHARED_BLOCK_R, _NARROW_BLOCK_R = 3, 32, 16
 SHARED_TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=64, BLOCK_K=32), num_warps=8, num_stages=4),
     Tile((torch.float32,), dict(BLOCK_M=32, BLOCK_K=32), num_warps=8, num_stages=2),
@@ -126,12 +127,17 @@ def shrink_many(
     scaling: Sequence[Sequence[float] | torch.Tensor | None],
     dropout: Sequence[Dropout | None],
 ) -> list[torch.Tensor]:
-    """Flat S of every target that shares x, in one launch; each with its A, ranks, scales and dropout."""
+    """Flat S of every target that shares x, three to a launch; each with its A, ranks, scales and dropout."""
+    if len(factors) > _MOST_TARGETS:
+        cuts = slice(None, _MOST_TARGETS), slice(_MOST_TARGETS, None)
+        parts = ([each[cut] for each in (factors, ranks, scaling, dropout)] for cut in cuts)
+        return [s_flat for mine, *own in parts for s_flat in shrink_many(x_MK, mine, tokens, *own)]
     s_flats = [x_MK.new_empty(s_numel(tokens, part)) for part in ranks]
-    alone = TILES if are_aligned(x_MK, *factors) else ODD_TILES
-    tile = pick(alone if len(factors) == 1 else SHARED_TILES, x_MK.dtype)
+    aligned, alone = are_aligned(x_MK, *factors), len(factors) == 1
+    tile = pick((TILES if aligned else ODD_TILES) if alone else SHARED_TILES, x_MK.dtype)
     block_r = max(rank_block(part) for part in ranks)
-    block_r = block_r if len(factors) == 1 else min(block_r, _SHARED_BLOCK_R)
+    if not alone:
+        block_r = min(block_r, _SHARED_BLOCK_R if aligned and x_MK.dtype.itemsize == 2 else _NARROW_BLOCK_R)
     widest = max((bank.stop - bank.start for part in ranks for bank in part), default=0)
     rows = clients_of_targets(tokens, ranks, scaling, dropout, x_MK.device)
     grid = (triton.cdiv(total(tokens), tile.sizes["BLOCK_M"]) + len(tokens), triton.cdiv(widest, block_r))

@@ -18,6 +18,7 @@ import triton.language as tl
 from ..reference import Dropout, Ranges
 from .common import (
     Tile,
+    are_aligned,
     clients,
     draws_of,
     find_tile,
@@ -34,6 +35,8 @@ TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_D=128, BLOCK_T=32), num_warps=8, num_stages=4),
     Tile((torch.float32,), dict(BLOCK_D=64, BLOCK_T=32), num_warps=8, num_stages=2),
 )
+# Where rows are not aligned every access has an address of its own, and dropout's draws beside them spill.
+ODD_TILES = (TILES[0], Tile((torch.float32,), dict(BLOCK_D=32, BLOCK_T=32), num_warps=8, num_stages=2))
 # A chunk's part costs 8 R D bytes against the 2 T D that it reads: 1/8 at rank 64 in 16 bits.
 CHUNK = 2048
 _SUM_BLOCK = 1024
@@ -237,7 +240,8 @@ def wgrad(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dA_PK = dS^T drop(X) and dB_PN = s S^T dY in ``dtype``; clients without tokens get zeros."""
     K, N, P, device = x_MK.shape[1], dy_MN.shape[1], total(ranks), x_MK.device
-    tile, block_r = pick(TILES, x_MK.dtype), rank_block(ranks)
+    tile = pick(TILES if are_aligned(x_MK, dy_MN) else ODD_TILES, x_MK.dtype)
+    block_r = rank_block(ranks)
     rows = clients(tokens, ranks, scaling_C, dropout, device)
     results = [torch.empty(P, D, dtype=dtype, device=device) for D in (K, N)]
     parts = [torch.empty(_part_rows(tokens, ranks), D, device=device) for D in (K, N)]
