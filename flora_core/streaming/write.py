@@ -98,14 +98,13 @@ def merge_tensor(target: Target, stack: Stack, source: BinaryIO, sink: BinaryIO,
     """Read a weight, add the stack's product, and append the result."""
     entry, dtype = target.entry, DTYPES[target.entry.dtype]
     columns, rows, coef_P = sides(target, stack)
-    accumulate = "float64" if dtype == torch.float64 else "float32"
     buffer = bytearray(max(stop - start for _, start, stop in blocks(entry, BLOCK_BYTES)))
     for part, start, stop in blocks(entry, BLOCK_BYTES):
         view = memoryview(buffer)[: stop - start]
         read_into(source, start, view)
         weight = torch.frombuffer(view, dtype=dtype).view(-1, entry.shape[1])
         if coef_P.numel():
-            stacked_merge_(weight, columns, rows[:, part], coef_P, accumulate=accumulate)
+            stacked_merge_(weight, columns, rows[:, part], coef_P)
         if dtype == torch.float16:
             require(
                 bool(torch.isfinite(weight).all()),
