@@ -151,6 +151,16 @@ def test_a_penalty_of_nothing_adds_nothing():
     assert not any(grad.any() for grad in grads)
 
 
+def test_a_penalty_is_refused_for_clients_that_train_elsewhere():
+    federation = run("hetlora", strategy_options={"prune": 0.5, "penalty": 0.1})
+    federation._check_clients()
+    with pytest.raises(ValueError, match=r"clients b train elsewhere, .* leave the penalty of strategy 'hetlora' out"):
+        federation.server.refuse_penalties(["b"])
+    federation = run("hetlora", strategy_options={"prune": 0.5})
+    federation._check_clients()
+    federation.server.refuse_penalties(["b"])
+
+
 def test_hetlora_s_penalty_makes_clients_give_rows_up():
     """Without it all tails grow in training; with it those of the small clients shrink, and half of their rows go."""
     kept = [
