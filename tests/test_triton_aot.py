@@ -8,6 +8,9 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 
 from __future__ import annotations
 
+import concurrent.futures
+import importlib
+import multiprocessing
 import os
 import re
 import subprocess
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -34,6 +38,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from flora_core import Segments  # noqa: E402
 from flora_kernels import triton as kernels  # noqa: E402
 from flora_kernels.triton import counts  # noqa: E402
+from flora_kernels.triton.common import Tile  # noqa: E402
 
 ROWS, RANKS = (820,) * 2 + (819,) * 8, (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 LOW_RANKS = (16, 8, 4, 1)
@@ -81,9 +86,11 @@ def lora(
     factor: torch.dtype = torch.float32,
     K: int = K,
     N: int = N,
+    rows: tuple[int, ...] = ROWS,
+    targets: int = 3,
 ) -> None:
     """Call one of the LoRA launchers."""
-    rows = ROWS[: len(ranks)]
+    rows = rows[: len(ranks)]
     tokens, bank, scaling = Segments(rows), Segments(ranks), [2.0] * len(ranks)
     draws = kernels.Dropout([6554] * len(ranks), [1] * len(ranks), [0] * len(ranks)) if dropout else None
     x, dy, s = empty(sum(rows), K, dtype=dtype), empty(sum(rows), N, dtype=dtype), empty(1, dtype=dtype)
@@ -92,15 +99,16 @@ def lora(
     if op == "shrink":
         kernels.shrink(x, A, tokens, bank, None if dropout else scaling, draws)
     elif op == "shrink_many":
-        kernels.shrink_many(x, [A] * 3, tokens, [bank] * 3, [None] * 3, [draws] * 3)
+        kernels.shrink_many(x, [A] * targets, tokens, [bank] * targets, [None] * targets, [draws] * targets)
     elif op == "expand_":
         kernels.expand_(dy, s, B, tokens, bank, None if dropout else scaling, draws)
     elif op == "expand_many_":
-        kernels.expand_many_(dy, [s] * 3, [B] * 3, tokens, [bank] * 3, [None] * 3, [draws] * 3)
+        many = [s] * targets, [B] * targets, tokens, [bank] * targets, [None] * targets, [draws] * targets
+        kernels.expand_many_(dy, *many)
     elif op == "wgrad":
         kernels.wgrad(s, x, s, dy, tokens, bank, scaling, factor, draws)
     elif op == "place_":
-        kernels.place_(empty(sum(rows), 192, dtype=dtype), s, tokens, bank, scaling)
+        kernels.place_(empty(sum(rows), K % 256 + 192, dtype=dtype), s, tokens, bank, scaling)
     elif op == "dx":
         kernels.linear_lora(dy, weight.T, None, s, A, tokens, bank, scaling)
     elif op == "linear":
@@ -128,38 +136,55 @@ def split_wgrad() -> None:
     kernels.wgrad(s, x, s, dy, tokens, bank, [2.0], torch.float32)
 
 
+# Sizes and addresses that no vector width divides; a crowd; more targets that share X than a model has.
+ODD: dict[str, Any] = dict(K=4093, N=4091)
+CROWD: dict[str, Any] = dict(ranks=(8,) * 256, rows=(32,) * 256)
+DROPS = ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad")
+LORA = (*DROPS, "linear_lora")
+
 # Name -> what calls the launcher. Products in 16 bits must use the matrix instructions of their target.
 CONFIGURATIONS: dict[str, Callable[[], None]] = {}
-for _name, _dtype in DTYPES.items():
-    for _op in ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad"):
-        for _dropout in (False, True):
-            _label = f"{_op}-{_name}{'-dropout' if _dropout else ''}"
-            CONFIGURATIONS[_label] = lambda op=_op, d=_dtype, p=_dropout: lora(op, d, RANKS, p)
-            if not _op.startswith("expand"):
-                CONFIGURATIONS[f"{_label}-low-ranks"] = lambda op=_op, d=_dtype, p=_dropout: lora(op, d, LOW_RANKS, p)
-    for _op in ("linear", "linear_lora"):
-        CONFIGURATIONS[f"{_op}-{_name}"] = lambda op=_op, d=_dtype: lora(op, d)
-    CONFIGURATIONS[f"merge-{_name}"] = lambda d=_dtype: merge(d)
-    CONFIGURATIONS[f"merge-{_name}-fp64-sum"] = lambda d=_dtype: merge(d, accumulate=torch.float64)
-    CONFIGURATIONS[f"linear_lora-{_name}-dx"] = lambda d=_dtype: lora("dx", d)
-    CONFIGURATIONS[f"place_-{_name}"] = lambda d=_dtype: lora("place_", d)
-    # Sizes and addresses that no vector width divides; and factors that are no fp32 masters.
-    _odd: dict[str, Any] = dict(K=4093, N=4091)
-    for _op in ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad", "linear", "linear_lora"):
-        CONFIGURATIONS[f"{_op}-{_name}-unaligned"] = lambda op=_op, d=_dtype, odd=_odd: lora(op, d, **odd)
-        if _dtype.itemsize == 2 and _op != "linear":
-            CONFIGURATIONS[f"{_op}-{_name}-narrow-factors"] = lambda op=_op, d=_dtype: lora(op, d, factor=d)
-    CONFIGURATIONS[f"merge-{_name}-unaligned"] = lambda d=_dtype, odd=_odd: merge(d, **odd)
-    if _dtype.itemsize == 2:
-        CONFIGURATIONS[f"merge-{_name}-narrow-factors"] = lambda d=_dtype: merge(d, factor=d)
+
+
+def configure(name: str, op: str, dtype: str, **options: Any) -> None:
+    run = merge if op == "merge" else lambda d, **rest: lora(op.partition("-")[2] or op, d, **rest)
+    CONFIGURATIONS[name] = lambda: run(DTYPES[dtype], **options)
+
+
+for _name in DTYPES:
+    for _op in DROPS:
+        for _dropout, _suffix in ((False, ""), (True, "-dropout")):
+            configure(f"{_op}-{_name}{_suffix}", _op, _name, dropout=_dropout)
+            # A narrower tile of ranks is another matrix instruction; in float32 it is less of the same.
+            if _name == "bf16" and not _op.startswith("expand"):
+                configure(f"{_op}-{_name}{_suffix}-low-ranks", _op, _name, dropout=_dropout, ranks=LOW_RANKS)
+    for _op in ("linear", "linear_lora", "linear_lora-dx", "place_", "merge"):
+        configure(f"{_op}-{_name}", _op, _name)
+    configure(f"merge-{_name}-fp64-sum", "merge", _name, accumulate=torch.float64)
+for _name in ("bf16", "fp32"):
+    for _op in (*LORA, "linear", "merge"):
+        configure(f"{_op}-{_name}-unaligned", _op, _name, **ODD, **(dict(dropout=True) if _op in DROPS else {}))
+    for _op in ("shrink_many", "expand_many_"):
+        configure(f"{_op}-{_name}-five", _op, _name, dropout=True, targets=5)
+for _op in (*LORA, "merge"):
+    configure(f"{_op}-bf16-narrow-factors", _op, "bf16", factor=torch.bfloat16)
+    if _op != "merge":
+        configure(f"{_op}-bf16-crowd", _op, "bf16", **CROWD, **(dict(dropout=True) if _op in DROPS else {}))
+for _kind, _options in {
+    "stochastic": dict(rounding="stochastic"),
+    "low-bits": dict(low_bits=True),
+    "fp64-sum": dict(accumulate=torch.float64),
+}.items():
+    if _kind != "fp64-sum":
+        configure(f"merge-bf16-{_kind}", "merge", "bf16", **_options)
+        configure(f"merge-bf16-{_kind}-fp64-sum", "merge", "bf16", **_options, accumulate=torch.float64)
+    configure(f"merge-bf16-{_kind}-unaligned", "merge", "bf16", **_options, **ODD)
+configure("place_-bf16-unaligned", "place_", "bf16", **ODD)
 CONFIGURATIONS |= {
-    "merge-bf16-stochastic": lambda: merge(torch.bfloat16, rounding="stochastic"),
-    "merge-bf16-stochastic-fp64-sum": lambda: merge(torch.bfloat16, rounding="stochastic", accumulate=torch.float64),
-    "merge-bf16-low-bits": lambda: merge(torch.bfloat16, low_bits=True),
-    "merge-bf16-low-bits-fp64-sum": lambda: merge(torch.bfloat16, low_bits=True, accumulate=torch.float64),
     "merge-fp64": lambda: merge(torch.float64),
     "wgrad-bf16-in-chunks": split_wgrad,
     "adamw-fp32": lambda: adamw(torch.float32),
+    "adamw-fp32-unaligned": lambda: adamw(torch.float32),
     "adamw-fp64": lambda: adamw(torch.float64),
 }
 # What make test compiles: one of each kernel; make test-all compiles all of them for all targets.
@@ -239,10 +264,14 @@ def build(kernel: JITFunction, launch: dict[str, Any], target: Target) -> Built:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        told = subprocess.run(usage, capture_output=True, text=True, check=True).stdout
+        told = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     registers, stack = (int(re.findall(rf"{name}:(\d+)", told)[-1]) for name in ("REG", "STACK"))
-    return Built(kernel.__name__, compiled.asm["sass"], registers, stack, shared)
+    return Built(kernel.__name__, told, registers, stack, shared)
 
 
 def built(configuration: str, target: Target) -> list[Built]:
@@ -282,20 +311,57 @@ def problems(configuration: str, kernel: Built, target: Target) -> list[str]:
     return found
 
 
-def selection(full: bool) -> Iterator[tuple[str, Target]]:
-    names = CONFIGURATIONS if full else FEW
-    for target in TARGETS.values() if full else [TARGETS["sm_90"]]:
-        yield from ((name, target) for name in names)
+Row = tuple[str, str, list[tuple[int, int, int]], list[str]]
+
+
+def checked(configuration: str, target_name: str) -> Row:
+    """Registers, KB of shared memory and matrix instructions of each kernel, and what is wrong with any."""
+    target = TARGETS[target_name]
+    kernels = built(configuration, target)
+    wrong = [
+        f"{configuration} on {target_name}: {text}"
+        for kernel in kernels
+        for text in problems(configuration, kernel, target)
+    ]
+    found = [(kernel.registers, kernel.shared_bytes, kernel.count(target.matrix)) for kernel in kernels]
+    return configuration, target_name, found, wrong
+
+
+def check_all() -> list[Row]:
+    """Every configuration for every target, side by side on all cores."""
+    pairs = [(configuration, target) for configuration in CONFIGURATIONS for target in TARGETS]
+    # A new process each: torch and the compiler have threads, which a fork would not take along.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        return list(pool.map(checked, *zip(*pairs, strict=True)))
 
 
 def test_what_is_compiled_ahead_of_time(scale):
     full = len(CONFIGURATIONS) * len(TARGETS)
     compiled = scale(len(FEW), full, "configurations and targets")
-    wrong = []
-    for configuration, target in selection(compiled == full):
-        for kernel in built(configuration, target):
-            wrong += [f"{configuration} on {target.name}: {text}" for text in problems(configuration, kernel, target)]
+    rows = check_all() if compiled == full else [checked(configuration, "sm_90") for configuration in FEW]
+    wrong = [text for *_, texts in rows for text in texts]
     assert not wrong, "\n".join(wrong)
+
+
+def chosen_by(module: ModuleType, launches: list[tuple[JITFunction, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What a module's own launches were given."""
+    yield from (launch for kernel, launch in launches if kernel.fn.__module__ == module.__name__)
+
+
+def test_every_tile_configuration_is_compiled():
+    """Whatever stands in a table of tiles is taken by some configuration."""
+    with recorded() as launches:
+        for run in CONFIGURATIONS.values():
+            run()
+    for name in ("adamw", "expand", "linear", "merge", "place", "shrink", "wgrad"):
+        module = importlib.import_module(f"flora_kernels.triton.{name}")
+        tables = [value for value in vars(module).values() if isinstance(value, tuple)]
+        tiles = {str(tile): tile for table in tables for tile in table if isinstance(tile, Tile)}
+        assert tiles, f"{name} has no tiles"
+        taken = list(chosen_by(module, launches))
+        for told, tile in tiles.items():
+            assert any(tile.options.items() <= launch.items() for launch in taken), f"{name}: {told} is never compiled"
 
 
 def tf32_products(precision: str) -> int:
@@ -366,14 +432,14 @@ def tables() -> tuple[str, list[str]]:
     for name, count in counted().items():
         lines.append(f"| `{name}` | {count.bytes / 1e6:.1f} | {count.flops / 1e9:.2f} | {count.limit_us:.1f} |")
     lines += ["", "| configuration | " + " | ".join(TARGETS) + " |", "|---|" + "---|" * len(TARGETS)]
-    wrong = []
-    for configuration in CONFIGURATIONS:
-        cells = []
-        for target in TARGETS.values():
-            kernel = built(configuration, target)[0]
-            wrong += [f"{configuration} on {target.name}: {text}" for text in problems(configuration, kernel, target)]
-            cells.append(f"{kernel.registers} / {kernel.shared_bytes // 1024} / {kernel.count(target.matrix)}")
-        lines.append(f"| {configuration} | " + " | ".join(cells) + " |")
+    cells: dict[str, list[str]] = {}
+    wrong: list[str] = []
+    for configuration, _, found, texts in check_all():
+        cells.setdefault(configuration, []).append(
+            " / ".join(map(str, (found[0][0], found[0][1] // 1024, found[0][2])))
+        )
+        wrong += texts
+    lines += [f"| {configuration} | {' | '.join(row)} |" for configuration, row in cells.items()]
     return "\n".join(lines), wrong
 
 
