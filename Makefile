@@ -63,7 +63,7 @@ soak: environment
 # A red check or a missed run still leaves the results that came before it, and the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list
 bench: environment
-	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 12.5 --threads $(THREADS) $(BENCH) || status=$$?; \
+	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 12 --threads $(THREADS) $(BENCH) || status=$$?; \
 	    $(LIMITED) $(PY) -m bench.run --explain --threads $(THREADS) || status=$$?; \
 	    $(PY) -m bench.publish; exit $$status
 
