@@ -246,8 +246,10 @@ def test_cohort_adamw(dtype, shift, library):
 
 def test_what_has_no_kernel_is_refused_by_name(library):
     one = make_merge(MergeCase("", 4, 8, (2,)))
-    with pytest.raises(EmulationError, match="A and B must have one dtype"):
+    before = one.weight.clone()
+    with pytest.raises(EmulationError, match="A and B must have one dtype on CUDA, got fp32 and fp16; convert one"):
         library.merge_(one.weight, one.A, one.B.half(), one.coef)
+    assert torch.equal(one.weight, before)
     inputs = make_linear(MIXED)
     with pytest.raises(EmulationError, match="A must be of the dtype fp32"):
         library.shrink(inputs.x, inputs.A.half(), inputs.tokens, inputs.ranks)

@@ -186,7 +186,7 @@ flora_status merge_workspace(const flora_exec &, const MergeItems &items, const 
         flora_status status = check_sizes("flora_merge", {item.weight.rows, item.weight.columns, item.A.rows});
         if (status != FLORA_OK) return status;
         if (item.A.dtype != item.B.dtype)
-            return fail(FLORA_UNSUPPORTED, "items[%lld]: A and B must have one dtype on CUDA, got %s and %s",
+            return fail(FLORA_UNSUPPORTED, "items[%lld]: A and B must have one dtype on CUDA, got %s and %s; convert one of them",
                         static_cast<long long>(i), dtype_name(item.A.dtype), dtype_name(item.B.dtype));
         if (item.coef.stride > INT32_MAX || item.coef.stride < INT32_MIN)
             return fail(FLORA_UNSUPPORTED, "items[%lld]: coef must have a stride of 32 bits on CUDA, got %lld",
