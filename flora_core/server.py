@@ -183,7 +183,9 @@ class Server:
     def adapter(self) -> ClientUpdate | None:
         """The global adapter, scalings 1, of a strategy that keeps one in ``state["adapter"]``."""
         pairs = {}
-        for module, pair in self.state.get("adapter", {}).items():
+        # A module of which nothing is carried beside the base has rank 0 here.
+        held = {m: pair for m, pair in self.state.get("adapter", {}).items() if pair["A"].shape[0]}
+        for module, pair in held.items():
             dtype = torch.promote_types(self.weights[module].dtype, torch.float32)
             pairs[module] = (pair["A"].to(dtype), pair["B"].to(dtype))
         return ClientUpdate("global", pairs, dict.fromkeys(pairs, 1.0)) if pairs else None

@@ -285,3 +285,12 @@ def test_population_options_reach_aggregate_and_own_options_win():
     model = make_model()
     server = Server(model, federation.expected, "flora_warm")
     assert set(server.options["floor"].values()) == {2}
+
+
+def test_a_round_that_leaves_nothing_beside_the_base_is_evaluated_as_the_base(tmp_path):
+    """``start="directions"`` keeps adapters of rank 0: there is no global adapter to attach or to save."""
+    options = {"start": "directions"}
+    result = make_federation(tmp_path, strategy="flora_warm", strategy_options=options, rounds=3).run()
+    assert result.adapter is None
+    assert not (tmp_path / "adapter").exists()
+    assert result.after["loss"] < result.before["loss"]
