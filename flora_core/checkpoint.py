@@ -349,7 +349,7 @@ def _read_state(folder: Path, device: torch.device | str) -> Snapshot:
         tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(folder / STATE).items()}
     except SafetensorError as error:
         raise ValueError(f"{STATE} cannot be read: {error}") from error
-    return Snapshot(body["round"], _put_in(body["state"], tensors), body["events"])
+    return Snapshot(body["round"], put_in(body["state"], tensors), body["events"])
 
 
 def _is_event(event: Any) -> bool:
@@ -366,10 +366,10 @@ def _round_of(event: Event) -> int:
 def _taken_out(state: Mapping[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
     """A state as JSON with names for its tensors, and the tensors."""
     tensors: dict[str, torch.Tensor] = {}
-    return _take_out(state, tensors), tensors
+    return take_out(state, tensors), tensors
 
 
-def _take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
+def take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
     """Replace every tensor in nested dicts and lists by its name among ``tensors``."""
     if isinstance(value, torch.Tensor):
         require(path not in tensors, f"two tensors of the state have one name: {path}")
@@ -377,18 +377,18 @@ def _take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> A
         return {_TENSOR: path}
     if isinstance(value, Mapping):
         require(all(isinstance(key, str) for key in value), f"the state's keys must be text, got {list(value)[:3]}")
-        return {key: _take_out(part, tensors, f"{path}/{key}".lstrip("/")) for key, part in value.items()}
+        return {key: take_out(part, tensors, f"{path}/{key}".lstrip("/")) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_take_out(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
+        return [take_out(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
     return value
 
 
-def _put_in(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+def put_in(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:
             return tensors[value[_TENSOR]]
-        return {key: _put_in(part, tensors) for key, part in value.items()}
-    return [_put_in(part, tensors) for part in value] if isinstance(value, list) else value
+        return {key: put_in(part, tensors) for key, part in value.items()}
+    return [put_in(part, tensors) for part in value] if isinstance(value, list) else value
 
 
 def _finite(value: Any) -> Any:

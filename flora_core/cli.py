@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import aggregate_command
+from . import aggregate_command, deploy_command
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES + "\nFLORA_CACHE: folder of the demo model. FLORA_TRACEBACK=1: show where an error came from.",
         formatter_class=shape,
     )
-    commands = parser.add_subparsers(required=True, metavar="run | aggregate | report | bench | doctor")
+    commands = parser.add_subparsers(required=True, metavar="run | aggregate | deploy | report | bench | doctor")
     run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)
     run.add_argument("recipe", help="a YAML file, or the bare name of a packaged recipe (quickstart, dolly)")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.lr=1e-3")
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", metavar="DIR", help="folder of the results (short for out=DIR)")
     run.set_defaults(command=_run)
     aggregate_command.add_parser(commands)
+    deploy_command.add_parser(commands)
     report = commands.add_parser("report", help="write plots and report.html of a run")
     report.add_argument("run_dir", help="the out= folder of a run, finished or not")
     report.set_defaults(command=_report)

@@ -1,0 +1,1 @@
+"""flora-core as a Flower app."""

@@ -1,0 +1,294 @@
+"""One party of a federation on its own machine: its copy of the global model, kept on its disk, and its training.
+
+The copy follows the server's by applying the same changes in the same order, so it holds the same bits; what it was
+sent is on the disk before it trains. Nothing here knows how messages travel (``flora_core.flower`` does that).
+
+Letters: K in_features, N out_features, P the sum of ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .attach import ClientSpec, Cohort, attach, detach
+from .bank import AdapterConfig
+from .checkpoint import put_in, take_out
+from .checks import require
+from .config import TrainConfig
+from .files import atomic_dir, write_safetensors
+from .identity import environment, json_digest, tensor_digest
+from .merge import apply_base_delta_, new_low_bits, target_weights
+from .seeds import derive
+from .trainer import CohortTrainer
+from .update import Adapters, ClientUpdate, RoundResult
+
+Tensors = dict[str, torch.Tensor]
+COPY, PLACE = "copy.safetensors", "copy.json"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run asks of every party; JSON values.
+
+    Args:
+        run: Identifies the run: a copy of the model made for another one is not touched.
+        rounds, seed: The federation's.
+        base: Digest of the base that everybody starts with (``base_digest``).
+        target_modules, backend, fuse: As in ``attach``.
+        rounding: How rounds are written into the weights.
+        train: Fields of ``TrainConfig``; the party's own settings override them.
+    """
+
+    run: str
+    rounds: int
+    seed: int
+    base: str
+    target_modules: Sequence[str] | str | None = None
+    backend: str = "auto"
+    fuse: str = "auto"
+    rounding: str = "low_bits"
+    train: Mapping[str, Any] = field(default_factory=dict)
+
+    def train_config(self) -> TrainConfig:
+        """The settings of local training."""
+        return TrainConfig(**{**self.train, "betas": tuple(self.train["betas"])})
+
+
+def base_digest(model: Any) -> str:
+    """A sha256 of a model's configuration and of 16384 values of each of its tensors."""
+    config = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    for name in ("dtype", "torch_dtype", "transformers_version"):
+        config.pop(name, None)
+    return json_digest([config, tensor_digest(model.named_parameters())])
+
+
+def round_tensors(
+    result: RoundResult, weights: Mapping[str, torch.Tensor], low_bits: Mapping[str, torch.Tensor]
+) -> Tensors:
+    """Lay out a round's change as it travels: ``module/A``, ``/B``, ``/coef``, or ``/weight`` and ``/low_bits``.
+
+    Args:
+        result: The round's result; its ``forms`` say how each module travels.
+        weights, low_bits: The model after the round, from which dense modules are copied.
+    """
+    found: Tensors = {}
+    for module, stack in result.base_delta.items():
+        kind = result.forms[module][0]
+        if kind == "dense":
+            found |= dense_tensors(module, weights, low_bits)
+        elif kind != "none":
+            found |= {f"{module}/{name}": part for name, part in zip(("A", "B", "coef"), stack, strict=True)}
+    return found
+
+
+def dense_tensors(module: str, weights: Mapping[str, torch.Tensor], low_bits: Mapping[str, torch.Tensor]) -> Tensors:
+    """A copy of a module's weight, with its low bits."""
+    found = {f"{module}/weight": weights[module].clone()}
+    return found | ({f"{module}/low_bits": low_bits[module].clone()} if module in low_bits else {})
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor], modules: Iterable[str]) -> dict[str, Any]:
+    """Names of modules, and a digest of 16384 values of each of their weights."""
+    names = sorted(modules)
+    return {"modules": names, "digest": tensor_digest((name, weights[name]) for name in names)}
+
+
+class Site:
+    """One party: a model, its data, and a folder in which the copy of the global model is kept.
+
+    Args:
+        model: The base as everybody has it; its target weights are changed in place.
+        tokenizer: For data that are not encoded.
+        spec: Name, data, adapter and own settings of the party.
+        folder: Where the copies of runs are kept; nobody else may write there.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, spec: ClientSpec, folder: str | Path):
+        self.model, self.tokenizer, self.spec, self.folder = model, tokenizer, spec, Path(folder)
+        self.base, self.environment = base_digest(model), environment(model.device)
+        self.run, self.round = "", 0
+        self.weights: Tensors = {}
+        self.low_bits: Tensors = {}
+        self.optimizer: dict[str, Any] = {}
+        self._base: Tensors = {}
+
+    def begin(self, terms: Terms) -> dict[str, Any]:
+        """Take part in a run, or go on with it: find the copy, encode the data once, and say what this party has.
+
+        Returns:
+            JSON values: ``client``, ``adapter``, ``train``, ``examples``, ``tokens``, ``data`` (a digest), ``base``,
+            ``environment``, ``round`` and ``weights`` (as ``digest`` gives it).
+        Raises:
+            ValueError: If the base is another one than the run's, or the data do not fit.
+        """
+        require(
+            self.base == terms.base,
+            f"client {self.spec.name!r} has another base model ({self.base[:12]}) than the server ({terms.base[:12]}): "
+            "load the same weights in the same dtype on both sides",
+        )
+        if terms.run != self.run:
+            self._open(terms)
+        data = [(example.input_ids, example.labels) for example in self.spec.data]
+        return {
+            "client": self.spec.name,
+            "adapter": asdict(self.spec.adapter),
+            "train": dict(self.spec.train) if isinstance(self.spec.train, Mapping) else None,
+            "examples": len(data),
+            "tokens": sum(len(ids) for ids, _ in data),
+            "data": json_digest(data),
+            "base": self.base,
+            "environment": self.environment,
+            "round": self.round,
+            "weights": self.digest(),
+        }
+
+    def digest(self) -> dict[str, Any]:
+        """The modules that rounds have changed so far, and the digest of their weights."""
+        return weights_digest(self.weights, self.weights)
+
+    def _open(self, terms: Terms) -> None:
+        self.close()
+        cohort = self._attach(terms, 0)
+        try:
+            trainer = CohortTrainer(cohort, terms.train_config(), self.tokenizer)
+            self.spec = replace(self.spec, data=trainer.clients[self.spec.name].examples)
+        finally:
+            detach(self.model)
+        self.run = terms.run
+        self._load(terms)
+
+    def close(self) -> None:
+        """Leave the run: the model is the base again."""
+        for module, weight in self._base.items():
+            self.weights[module].copy_(weight)
+        self.run, self.round, self.optimizer = "", 0, {}
+        self.weights, self.low_bits, self._base = {}, {}, {}
+
+    def _follow(self, terms: Terms, modules: Iterable[str]) -> None:
+        """Keep modules that a round changes for the first time; other parties may adapt more than this one."""
+        new = target_weights(self.model, [module for module in modules if module not in self.weights])
+        self.weights |= new
+        self._base |= {module: weight.clone() for module, weight in new.items()}
+        self.low_bits |= new_low_bits(new) if terms.rounding == "low_bits" else {}
+
+    def _attach(self, terms: Terms, number: int) -> Cohort:
+        seed = derive(terms.seed, "round", number)
+        return attach(self.model, [self.spec], terms.target_modules, seed=seed, backend=terms.backend, fuse=terms.fuse)
+
+    def _load(self, terms: Terms) -> None:
+        """Go on from the copy on the disk, if there is one."""
+        from safetensors.torch import load_file
+
+        folder = self.folder / self.run
+        if not (folder / PLACE).is_file():
+            return
+        place = json.loads((folder / PLACE).read_text("utf-8"))
+        state = put_in(place["state"], load_file(folder / COPY))
+        self._follow(terms, state["weights"])
+        for module, weight in state["weights"].items():
+            self.weights[module].copy_(weight)
+        for module, bits in state["low_bits"].items():
+            self.low_bits[module].copy_(bits)
+        self.round, self.optimizer = place["round"], state["optimizer"]
+
+    def _save(self) -> None:
+        tensors: Tensors = {}
+        state = {"weights": self.weights, "low_bits": self.low_bits, "optimizer": self.optimizer}
+        skeleton = take_out(state, tensors)
+        with atomic_dir(self.folder / self.run, replaceable=(COPY, PLACE)) as new:
+            write_safetensors(new / COPY, tensors)
+            (new / PLACE).write_text(json.dumps({"round": self.round, "state": skeleton}), "utf-8")
+
+    def receive(self, terms: Terms, since: int | None, changes: Sequence[tuple[int, Tensors]]) -> None:
+        """Apply what the copy lacks, and keep it on the disk.
+
+        Args:
+            terms: The run's.
+            since: The round that the changes start from; None if they stand for themselves (a snapshot).
+            changes: (round, ``round_tensors``) in order.
+        Raises:
+            ValueError: If the copy is at another round; nothing is changed then.
+        """
+        require(
+            since is None or since == self.round,
+            f"client {self.spec.name!r} has round {self.round}, and the changes start from round {since}",
+        )
+        if not changes:
+            return
+        for number, tensors in changes:
+            self._apply(terms, number, tensors)
+            self.round = number
+        self._save()
+
+    def _apply(self, terms: Terms, number: int, tensors: Tensors) -> None:
+        stacks, parts = {}, {}
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition("/")
+            parts.setdefault(module, {})[part] = tensor
+        self._follow(terms, parts)
+        for module, found in parts.items():
+            if "weight" in found:
+                self.weights[module].copy_(found["weight"])
+                if module in self.low_bits:
+                    self.low_bits[module].copy_(found["low_bits"])
+            else:
+                stacks[module] = tuple(found[name].to(self.weights[module].device) for name in ("A", "B", "coef"))
+        apply_base_delta_(
+            self.weights,
+            stacks,
+            low_bits=self.low_bits,
+            rounding=terms.rounding,
+            seed=derive(terms.seed, "rounding", number),
+            accumulate="float64",
+            check_rows=1,
+        )
+
+    def train(self, terms: Terms, number: int, trainable: Sequence[str], start: Adapters, keep: bool) -> ClientUpdate:
+        """Train this party's steps of a round.
+
+        Args:
+            terms: The run's.
+            number: The round, from 1.
+            trainable: The factors to train.
+            start: Module -> factors to start from; what is not in it starts fresh.
+            keep: Whether the optimizer's state of the round before counts (an update that was refused does not).
+        Returns:
+            The update; an optimizer's state that is kept is on the disk.
+        Raises:
+            ValueError: If training failed; with the reason.
+        """
+        name, config = self.spec.name, terms.train_config()
+        cohort = self._attach(terms, number)
+        try:
+            cohort.load(name, {**cohort.bank.adapters(name), **start})
+            trainer = CohortTrainer(
+                cohort,
+                config,
+                self.tokenizer,
+                round=number - 1,
+                rounds=terms.rounds,
+                optimizer_state=self.optimizer if keep else {},
+                trainable=trainable,
+            )
+            updates = trainer.run()
+        finally:
+            detach(self.model)
+        self.optimizer = trainer.optimizer_state
+        if self.optimizer:
+            self._save()
+        require(bool(updates), f"client {name!r} was stopped: {trainer.failures.get(name)}")
+        return updates[0]
+
+
+def adapter_config(values: Mapping[str, Any]) -> AdapterConfig:
+    """Make an adapter's configuration of what a party said; raises ``TypeError`` or ``ValueError`` for nonsense."""
+    return AdapterConfig(**values)
+
+
+__all__ = ["Site", "Terms", "adapter_config", "base_digest", "dense_tensors", "round_tensors", "weights_digest"]

@@ -1,0 +1,154 @@
+"""A real SuperLink and real SuperNodes on loopback, with TLS and node authentication, for a tiny federation."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flora_core.keys import make_keys
+from tests.federation_cases import make_clients, make_model, make_records, make_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def write_recipe(folder: Path, ranks: Sequence[int], rounds: int, names: Sequence[str] | None = None) -> Path:
+    """A recipe with its model and data in ``folder``; every client trains alone (token_budget of one token)."""
+    specs = make_clients(ranks)
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    for name, records in (*((spec.name, spec.data) for spec in specs), ("test", make_records("b held out", 6))):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    paths = {spec.name: str(folder / f"{spec.name}.jsonl") for spec in specs}
+    recipe = {
+        "model": str(folder / "model"),
+        "target_modules": ["q_proj", "v_proj"],
+        "data": {"path": paths, "test": str(folder / "test.jsonl")},
+        "clients": {"ranks": list(ranks), "count": None},
+        "train": {"lr": 1e-2, "batch_size": 2, "max_length": 32, "token_budget": 1},
+        "federation": {"rounds": rounds},
+        "device": "cpu",
+        "out": str(folder / "out"),
+    }
+    # JSON is YAML.
+    (folder / "run.yaml").write_text(json.dumps(recipe))
+    return folder / "run.yaml"
+
+
+class Deployment:
+    """One SuperLink, its nodes, and the app that runs on them; everything lies in ``folder``."""
+
+    def __init__(self, folder: Path, recipe: Path, nodes: Sequence[str]):
+        self.folder, self.recipe, self.names = folder, recipe, list(nodes)
+        self.port, *ports = _free_ports(1 + len(nodes) + 2)
+        self.ports = dict(zip([*nodes, "stranger", "keyless"], ports, strict=True))
+        self.keys = make_keys(folder / "keys", ["127.0.0.1"], [*nodes, "stranger"])
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        (folder / "home").mkdir()
+        (folder / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "rehearsal"\n\n[superlink.rehearsal]\naddress = "127.0.0.1:{self.port}"\n'
+            f'root-certificates = "{self.keys / "ca.crt"}"\n'
+        )
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        own = {"FLWR_HOME": str(folder / "home"), "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, **own, **quiet, "PATH": path}
+
+    def start(self, name: str, *words: str) -> None:
+        """Start a process of its own group, whose output goes to ``name.log``."""
+        with open(self.folder / f"{name}.log", "ab") as log:
+            self.running[name] = subprocess.Popen(
+                words, stdout=log, stderr=log, cwd=self.folder, env=self.environment, start_new_session=True
+            )
+
+    def start_link(self) -> None:
+        """Start the SuperLink, with its database on disk, and wait until it answers."""
+        files = [f"--ssl-{kind}={self.keys / name}" for kind, name in _CERTIFICATES.items()]
+        kept = f"--database={self.folder / 'link.db'}"
+        port = ["--port", str(self.port), "--disable-runtime-dependency-installation"]
+        self.start("link", "flower-superlink", *files, "--enable-supernode-auth", kept, *port)
+        self.wait_for("link", "Uvicorn running")
+
+    def register(self) -> None:
+        """Tell the SuperLink whose keys are known."""
+        for name in self.names:
+            words = ["flwr", "supernode", "register", str(self.keys / f"{name}.pub"), "rehearsal"]
+            done = subprocess.run(
+                words, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=60
+            )
+            assert "registered successfully" in done.stdout, done.stdout + done.stderr
+
+    def start_node(self, name: str, client: str | None = None, with_key: bool = True) -> None:
+        """Start a SuperNode that answers for a client."""
+        config = {"recipe": self.recipe, "client": client or name, "folder": self.folder / "sites" / name}
+        words = ["--root-certificates", str(self.keys / "ca.crt"), "--superlink", f"127.0.0.1:{self.port}"]
+        words += ["--port", str(self.ports[name]), "--node-config", " ".join(f'{k}="{v}"' for k, v in config.items())]
+        words += ["--auth-supernode-private-key", str(self.keys / f"{name}.key")] if with_key else []
+        self.start(name, "flower-supernode", *words)
+
+    def kill(self, name: str) -> None:
+        """Kill a process and all that it started."""
+        process = self.running.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def log(self, name: str) -> str:
+        """What a process printed."""
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def wait_for(self, name: str, text: str, seconds: float = 240.0, times: int = 1) -> None:
+        """Wait until a process has printed a text so many times."""
+        deadline = time.monotonic() + seconds
+        while len(re.findall(text, self.log(name))) < times:
+            assert time.monotonic() < deadline, (
+                f"{name} did not print {text!r} in {seconds} s:\n{self.log(name)[-3000:]}"
+            )
+            time.sleep(0.2)
+
+    def submit(self, **config: Any) -> None:
+        """Start the app; its log goes to ``run.log``."""
+        values = {"recipe": str(self.recipe), **{name.replace("_", "-"): value for name, value in config.items()}}
+        words = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
+        app = str(ROOT / "examples" / "flower")
+        self.start("run", "flwr", "run", app, "rehearsal", "--stream", "--run-config", words)
+
+
+_CERTIFICATES = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
+
+
+@contextmanager
+def deployed(folder: Path, recipe: Path, nodes: Sequence[str]) -> Iterator[Deployment]:
+    """A deployment whose SuperLink runs and knows the nodes' keys; nothing is left running."""
+    deployment = Deployment(folder, recipe, nodes)
+    try:
+        deployment.start_link()
+        deployment.register()
+        yield deployment
+    finally:
+        for name in list(deployment.running):
+            deployment.kill(name)
+
+
+__all__ = ["Deployment", "deployed", "write_recipe"]
