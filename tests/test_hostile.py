@@ -194,7 +194,9 @@ def test_what_is_refused_is_kept_with_the_reason(sent, tmp_path):
 @pytest.mark.parametrize("name", ["../../up", "/etc", "..", ".", "", "a/b", "a\0b", "é" * 300, "x" * 300, ".hidden"])
 def test_nobody_chooses_a_path_by_a_name(name, tmp_path):
     home = tmp_path / "deep" / "home"
-    place = quarantine(home, 1, name, "unasked", ClientUpdate(name, {name: (torch.ones(1, 1),) * 2}, {}), promised())
+    place = quarantine(
+        home, 1, name, "unasked", ClientUpdate(name, {name: (torch.ones(1, 1), torch.ones(1, 1))}, {}), promised()
+    )
     assert place.parent == home / "quarantine" / "0001"
     assert re.fullmatch(r"unnamed-[0-9a-f]{16}", place.name)
     assert json.loads((place / "reason.json").read_text())["client"] == name
