@@ -224,7 +224,7 @@ class StaticPass:
         """Sequences without labels that fill a pass up."""
         missing = self.shape.rows - sum(sum(_lengths(part)) for part in examples)
         lengths = [min(self.longest, missing - at) for at in range(0, missing, self.longest)]
-        return [Example([0] * length, [IGNORE] * length, None) for length in lengths]
+        return [Example([0] * length, [IGNORE] * length, -1) for length in lengths]
 
     def _keys(self, keys: Mapping[str, Sequence[int]]) -> list[int]:
         fill = [0] * (1 + (len(self.thresholds) % 2))

@@ -186,8 +186,9 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
     own_C = layers[0].entry()[1] if layout.dropout_C is None else layout.dropout_C
     dropout_C = None if layout.seeds is None else own_C
     options: dict[str, Any] = dict(backend=layers[0].backend, fuse=layers[0].fuse)
+    tokens: Any = layout.tokens  # the kernels take either kind
     with torch.autocast(device, enabled=False):
-        return lora_linears(x_MK, targets, layout.tokens, dropout_C=dropout_C, row_C=layout.row_C, **options)
+        return lora_linears(x_MK, targets, tokens, dropout_C=dropout_C, row_C=layout.row_C, **options)
 
 
 def is_conv1d(module: nn.Module) -> bool:
