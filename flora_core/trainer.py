@@ -386,7 +386,7 @@ class CohortTrainer:
         batches: Sequence[Sequence[Example]],
         step: int,
         token_budget: int,
-    ) -> tuple[list[float], list[int]]:
+    ) -> tuple[torch.Tensor, list[int]]:
         """Do a step's passes; where memory runs out, all of them again with half the tokens in flight."""
         lengths = [len(example.input_ids) for batch in batches for example in batch]
         while True:

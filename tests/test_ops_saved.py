@@ -181,7 +181,7 @@ def test_every_norm_and_every_gated_mlp_is_found():
 def test_a_norm_of_torch_and_an_mlp_that_does_more_are_left_alone():
     model = one_layer()
     mlp = model.model.layers[0].mlp
-    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})
+    mlp.__class__ = type("Doubled", (type(mlp),), {"forward": lambda self, x: 2 * super(type(self), self).forward(x)})  # pyright: ignore
     model.model.norm = torch.nn.LayerNorm(HIDDEN)
     with recomputing(model, ["norms", "activations"]) as counts:
         assert counts == {"norms": 2, "activations": 0}

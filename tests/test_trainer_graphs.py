@@ -160,7 +160,8 @@ def test_where_graphs_cannot_be_had():
 def test_why_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     """Every reason in turn, as if the bank were on a GPU."""
     cohort = flora.attach(models.tiny("llama", torch.float32), models.clients(), ["q_proj"])
-    cohort.bank.param = type("OnGpu", (), {"device": torch.device("cuda")})()
+    on_gpu: Any = type("OnGpu", (), {"device": torch.device("cuda")})()
+    cohort.bank.param = on_gpu
     why = lambda **settings: graphs.why_not(cohort, flora.TrainConfig(**settings)) or ""  # noqa: E731
     assert why(cuda_graphs=False) == "cuda_graphs=False"
     assert why(gradient_checkpointing=True).startswith("gradient checkpointing reads")
