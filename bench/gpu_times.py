@@ -150,7 +150,7 @@ class Targets:
 
     def flora(self, fuse: str, dtype: torch.dtype = torch.bfloat16, backend: str = "triton") -> Contender:
         """Ours; in another dtype or on another backend for the check."""
-        drop = dict(dropout_C=(self.dropout,) * len(RANKS)) if self.dropout else {}
+        drop: dict[str, Any] = dict(dropout_C=(self.dropout,) * len(RANKS)) if self.dropout else {}
         wide = torch.promote_types(dtype, torch.float32)
         same, scales = dtype == torch.bfloat16, (SCALE,) * len(RANKS)
         A, B = (

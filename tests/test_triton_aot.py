@@ -103,8 +103,8 @@ def lora(
     elif op == "expand_":
         kernels.expand_(dy, s, B, tokens, bank, None if dropout else scaling, draws)
     elif op == "expand_many_":
-        many = [s] * targets, [B] * targets, tokens, [bank] * targets, [None] * targets, [draws] * targets
-        kernels.expand_many_(dy, *many)
+        many = [[value] * targets for value in (s, B, bank, None, draws)]
+        kernels.expand_many_(dy, many[0], many[1], tokens, *many[2:])
     elif op == "wgrad":
         kernels.wgrad(s, x, s, dy, tokens, bank, scaling, factor, draws)
     elif op == "place_":
@@ -118,9 +118,9 @@ def lora(
 
 
 def merge(dtype: torch.dtype, factor: torch.dtype = torch.float32, K: int = K, N: int = N, **options: Any) -> None:
-    factors = *(empty(sum(RANKS), size, dtype=factor) for size in (K, N)), empty(sum(RANKS))
+    A, B = (empty(sum(RANKS), size, dtype=factor) for size in (K, N))
     low_bits = empty(N, K, dtype=torch.int16) if options.pop("low_bits", False) else None
-    kernels.merge_(empty(N, K, dtype=dtype), *factors, low_bits_NK=low_bits, **options)
+    kernels.merge_(empty(N, K, dtype=dtype), A, B, empty(sum(RANKS)), low_bits_NK=low_bits, **options)
 
 
 def adamw(dtype: torch.dtype) -> None:
