@@ -103,7 +103,7 @@ def lora(
     elif op == "expand_":
         kernels.expand_(dy, s, B, tokens, bank, None if dropout else scaling, draws)
     elif op == "expand_many_":
-        many = [[value] * targets for value in (s, B, bank, None, draws)]
+        many: list[list[Any]] = [[value] * targets for value in (s, B, bank, None, draws)]
         kernels.expand_many_(dy, many[0], many[1], tokens, *many[2:])
     elif op == "wgrad":
         kernels.wgrad(s, x, s, dy, tokens, bank, scaling, factor, draws)
