@@ -51,7 +51,8 @@ def packed_attention(
     through what ``attention_ways`` chooses. The frozen base's
     attention dropout is off: its random numbers would depend on the cohort.
     """
-    lengths, window = _LENGTHS[module], _window(attention_mask)
+    lengths: Any = _LENGTHS[module]
+    window = _window(attention_mask)
     special = {name: extra[name] for name in extra if name not in _PLAIN and extra[name] is not None}
     way, _ = choose(query.device.type, query.dtype, query.shape[3], tuple(special))
     if way != "per sequence":

@@ -210,7 +210,7 @@ class AdapterBank:
     def scaling(self, client: str) -> dict[str, float]:
         """Module -> s of one client, for the modules of ``adapters``."""
         c = self.index(client)
-        return {module: entry.scaling_C[c] for module, entry in self.modules.items() if entry.ranks.lengths[c]}
+        return {module: float(entry.scaling_C[c]) for module, entry in self.modules.items() if entry.ranks.lengths[c]}
 
     def reset(self, client: str, seed: int, *, new: bool = False) -> None:
         """Start a client afresh as PEFT does: A uniform in +-1/sqrt(K) (Kaiming, a = sqrt(5)), B zero.
@@ -255,7 +255,7 @@ class AdapterBank:
         bank = AdapterBank(
             clients,
             {module: [entry.ranks.lengths[c] for c in index] for module, entry in self.modules.items()},
-            {module: [entry.scaling_C[c] for c in index] for module, entry in self.modules.items()},
+            {module: [float(entry.scaling_C[c]) for c in index] for module, entry in self.modules.items()},
             self.shapes,
             self.param.dtype,
             self.param.device,

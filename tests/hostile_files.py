@@ -109,7 +109,7 @@ def mutate_json(value: Any, random: Random) -> Any:
         copy = dict(value) if isinstance(value, dict) else list(value)
         if random.random() < 0.15:
             del copy[key]  # pyright: ignore
-        elif isinstance(copy, dict) and random.random() < 0.15:
+        elif isinstance(copy, dict) and isinstance(key, str) and random.random() < 0.15:
             copy[random.choice(["../" + key, key * 3, "", "__metadata__", key.upper()])] = copy.pop(key)
         else:
             copy[key] = mutate_json(copy[key], random)  # pyright: ignore

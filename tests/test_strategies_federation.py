@@ -293,4 +293,6 @@ def test_a_round_that_leaves_nothing_beside_the_base_is_evaluated_as_the_base(tm
     result = make_federation(tmp_path, strategy="flora_warm", strategy_options=options, rounds=3).run()
     assert result.adapter is None
     assert not (tmp_path / "adapter").exists()
+    assert result.before is not None
+    assert result.after is not None
     assert result.after["loss"] < result.before["loss"]
