@@ -85,7 +85,7 @@ def _on_device(cohort: Cohort) -> bool:
     return resolve(cohort.backend, "shrink", layer.weight)[0].__name__.endswith("triton")
 
 
-def _num_labels(example: Example) -> int:
+def num_labels(example: Example) -> int:
     """Labels with a token before them."""
     return sum(label != IGNORE for label in example.labels[1:])
 
@@ -195,7 +195,7 @@ class StaticPass:
         """Put a pass into the table: every client's examples, its labels in the step, its first row, dropout's keys."""
         M, L, S = self.shape
         batch = lay_out([*examples, self._nobody(examples)], packs=True)
-        labelled = [sum(map(_num_labels, part)) for part in examples]
+        labelled = [sum(map(num_labels, part)) for part in examples]
         sequences = batch.sequences or ()
         values = {
             "keys": self._keys(keys) if self.drops and keys is not None else [],
@@ -283,7 +283,7 @@ class StaticSteps:
     def _pass(self, examples: Examples) -> StaticPass:
         """The pass of these examples' shape."""
         flat = [example for part in examples for example in part]
-        shape = shape_of(sum(_lengths(flat)), sum(map(_num_labels, flat)), len(flat), self.longest)
+        shape = shape_of(sum(_lengths(flat)), sum(map(num_labels, flat)), len(flat), self.longest)
         static = self.passes.get(shape) or StaticPass(self.cohort, shape, self.longest, self.autocast)
         if len(self.passes) < MOST_SHAPES:
             self.passes[shape] = static

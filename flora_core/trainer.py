@@ -10,21 +10,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import planner
-from .attach import Cohort
+from .attach import ClientSpec, Cohort
 from .bank import AdapterBank
 from .checks import require
 from .config import TrainConfig
-from .data.pack import epoch_order
-from .data.records import check_records, load_records
-from .data.template import IGNORE, EncodeReport, Example, encode, require_examples
+from .data.template import Example
 from .forward import Batch, deterministic_libraries, evaluation_mode, labelled_hidden, lay_out
-from .graphs import StaticSteps, executor_for, why_not
+from .graphs import StaticSteps, executor_for, num_labels, why_not
+from .local import LocalClient, examples_of
 from .loss import client_losses
 from .optimizer import CohortAdamW
 from .pausing import CrowdedError, Paused, State, client_state, is_out_of_memory, restore_client
@@ -34,49 +32,6 @@ from .segments import Segments
 from .update import ClientUpdate
 
 Event = dict[str, Any]
-
-
-@dataclass
-class _Client:
-    """One client's data and progress in this round."""
-
-    name: str
-    config: TrainConfig
-    examples: list[Example]
-    round: int
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    seconds: float = 0.0
-    failure: str | None = None
-
-    @property
-    def per_step(self) -> int:
-        return self.config.batch_size * self.config.gradient_accumulation
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of this round."""
-        steps = math.ceil(len(self.examples) / self.per_step) * self.config.local_epochs
-        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
-
-    def batch(self, step: int) -> list[Example]:
-        """The examples of one optimizer step; epochs are shuffled by seed, client, round and epoch alone."""
-        per_epoch = math.ceil(len(self.examples) / self.per_step)
-        epoch, within = divmod(step, per_epoch)
-        order = epoch_order(len(self.examples), self.config.seed, self.name, self.round, epoch)
-        return [self.examples[i] for i in order[within * self.per_step : (within + 1) * self.per_step]]
-
-    def metrics(self) -> dict[str, Any]:
-        first, last = (self.losses[0], self.losses[-1]) if self.losses else (None, None)
-        return {
-            "loss_first": first,
-            "loss_last": last,
-            "examples": len(self.examples),
-            "tokens": self.tokens,
-            "steps": len(self.losses),
-            "seconds": self.seconds,
-            "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
-        }
 
 
 class CohortTrainer:
@@ -127,44 +82,15 @@ class CohortTrainer:
         self.finished: dict[str, int] = {}
         self.cuda_graphs = "off: nothing was trained yet"
         self._static: StaticSteps | None = None
-        self._check_lengths()
-
-    def _client(self, spec: Any) -> _Client:
-        config = self.config.overridden(spec.train)
-        return _Client(spec.name, config, self._examples(spec, config), self.round)
-
-    def _examples(self, spec: Any, config: TrainConfig) -> list[Example]:
-        data: Any = spec.data
-        require(data is not None, f"client {spec.name!r} has no data: pass a JSONL path, records or encoded examples")
-        if not isinstance(data, (list, tuple)):
-            data = load_records(data)
-        report = None
-        if not data or not isinstance(data[0], Example):
-            check_records(data, f"client {spec.name!r}")
-            require(self.tokenizer is not None, f"tokenizer must be given: client {spec.name!r} has plain records")
-            report = EncodeReport()
-            data = encode(
-                data,
-                self.tokenizer,
-                max_length=config.max_length,
-                loss_on=config.loss_on,
-                template=config.template,
-                report=report,
-            )
-        require_examples(spec.name, data, report)
-        if report is not None and (report.truncated or report.dropped):
-            self._emit("warning", message=str(report), client=spec.name)
-        return list(data)
-
-    def _check_lengths(self) -> None:
-        limit = getattr(self.cohort.model.config, "max_position_embeddings", None)
         for client in self.clients.values():
-            longest = max(len(example.input_ids) for example in client.examples)
-            require(
-                limit is None or longest <= limit,
-                f"client {client.name!r} has a sequence of {longest} tokens, the model allows {limit}; "
-                f"set max_length={limit} or shorter",
-            )
+            client.check_lengths(getattr(cohort.model.config, "max_position_embeddings", None))
+
+    def _client(self, spec: ClientSpec) -> LocalClient:
+        def warn(text: str) -> None:
+            self._emit("warning", message=text, client=spec.name)
+
+        config = self.config.overridden(spec.train)
+        return LocalClient(spec.name, config, examples_of(spec, config, self.tokenizer, warn), self.round)
 
     def _emit(self, event: str, **fields: Any) -> None:
         for callback in self.callbacks:
@@ -176,11 +102,14 @@ class CohortTrainer:
         per_token = self._bytes_per_token() if budgeted else 0.0
         param = self.cohort.bank.param
         return planner.plan(
-            [self._demand(client) for client in self.clients.values()],
+            [client.demand(self._parameters(name)) for name, client in self.clients.items()],
             bytes_per_token=per_token,
             device=param.device.type,
             bytes_per_number=param.element_size(),
         )
+
+    def _parameters(self, name: str) -> int:
+        return sum(A.numel() + B.numel() for A, B in self.cohort.bank.adapters(name).values())
 
     def _bytes_per_token(self) -> float:
         """What one token keeps for backward, and its part of the one layer that is computed again at a time."""
@@ -193,13 +122,6 @@ class CohortTrainer:
                     kept = planner.measure_bytes_per_token(self.cohort)
                 most = max(most, kept + (whole - kept) / layers)
         return most
-
-    def _demand(self, client: _Client) -> planner.Demand:
-        lengths = sorted((len(example.input_ids) for example in client.examples), reverse=True)
-        mean = math.ceil(sum(lengths) / len(lengths))
-        parameters = sum(A.numel() + B.numel() for A, B in self.cohort.bank.adapters(client.name).values())
-        tokens = mean * min(client.config.batch_size, len(lengths))
-        return planner.Demand(client.name, client.config, tokens, lengths[0], parameters)
 
     def run(self) -> list[ClientUpdate]:
         """Train every client's steps of this round.
@@ -275,7 +197,7 @@ class CohortTrainer:
         steps = dict.fromkeys(map(self._next_step, names))
         return [[name for name in names if self._next_step(name) == step] for step in steps]
 
-    def _states(self, optimizer: CohortAdamW, clients: Sequence[_Client], step: int) -> dict[str, State]:
+    def _states(self, optimizer: CohortAdamW, clients: Sequence[LocalClient], step: int) -> dict[str, State]:
         """The states of those who train, before a step, and of those who are finished."""
         bank = optimizer.bank
         states = {c.name: client_state(c, step, bank.adapters(c.name), optimizer.state(c.name)) for c in clients}
@@ -288,7 +210,7 @@ class CohortTrainer:
         text = f"memory ran out at step {step + 1} of round {self.round + 1}: {what}"
         self._emit("warning", round=self.round + 1, message=f"{text}; a token_budget or memory_budget_gb avoids this")
 
-    def _finish(self, optimizer: CohortAdamW, clients: Sequence[_Client], last: int) -> None:
+    def _finish(self, optimizer: CohortAdamW, clients: Sequence[LocalClient], last: int) -> None:
         """Tell that clients are done, and keep what they carry to the next round."""
         for client in clients:
             self.finished[client.name] = last
@@ -305,7 +227,7 @@ class CohortTrainer:
                 **failed,
             )
 
-    def _optimizer(self, bank: AdapterBank, clients: Sequence[_Client]) -> CohortAdamW:
+    def _optimizer(self, bank: AdapterBank, clients: Sequence[LocalClient]) -> CohortAdamW:
         spans = [self.rounds if client.config.schedule_scope == "run" else 1 for client in clients]
         optimizer = CohortAdamW(
             bank,
@@ -323,7 +245,7 @@ class CohortTrainer:
         self._static = self._static_steps(optimizer, clients)
         return optimizer
 
-    def _static_steps(self, optimizer: CohortAdamW, clients: Sequence[_Client]) -> StaticSteps | None:
+    def _static_steps(self, optimizer: CohortAdamW, clients: Sequence[LocalClient]) -> StaticSteps | None:
         """What runs steps as CUDA graphs; None where something speaks against it."""
         config = clients[0].config
         reason = why_not(self.cohort, config)
@@ -352,7 +274,7 @@ class CohortTrainer:
         self.cuda_graphs = f"off: {str(error).splitlines()[0]}"
         self._emit("warning", round=self.round + 1, message=f"CUDA graphs are {self.cuda_graphs}")
 
-    def _step(self, optimizer: CohortAdamW, clients: Sequence[_Client], step: int, token_budget: int) -> None:
+    def _step(self, optimizer: CohortAdamW, clients: Sequence[LocalClient], step: int, token_budget: int) -> None:
         """One optimizer step of every client that still has one, in as many passes as the budget asks for."""
         started = time.perf_counter()
         batches = [client.batch(step) if step < client.steps and not client.failure else [] for client in clients]
@@ -382,7 +304,7 @@ class CohortTrainer:
     def _within_memory(
         self,
         optimizer: CohortAdamW,
-        clients: Sequence[_Client],
+        clients: Sequence[LocalClient],
         batches: Sequence[Sequence[Example]],
         step: int,
         token_budget: int,
@@ -415,10 +337,10 @@ class CohortTrainer:
                 self.penalties[name].add_gradients_(adapters, optimizer.bank.adapters(name, optimizer.grad))
 
     def _forward_backward(
-        self, clients: Sequence[_Client], batches: Sequence[Sequence[Example]], step: int, token_budget: int
+        self, clients: Sequence[LocalClient], batches: Sequence[Sequence[Example]], step: int, token_budget: int
     ) -> tuple[torch.Tensor, list[int]]:
         """Accumulate every client's gradient; losses and tokens per client."""
-        counts = [sum(map(_num_labels, batch)) for batch in batches]
+        counts = [sum(map(num_labels, batch)) for batch in batches]
         weight_C = [1.0 / count if count else 0.0 for count in counts]
         items = [((c, ex), len(ex.input_ids)) for c, batch in enumerate(batches) for ex in batch]
         groups = [
@@ -437,7 +359,7 @@ class CohortTrainer:
         for chosen in groups:
             batch = lay_out(chosen, self.cohort.packs, self.cohort.bank.param.device, self._pad_id())
             with self._running(clients, batch, step, tokens) as hidden_MH:
-                labelled = Segments.from_lengths(sum(map(_num_labels, rows)) for rows in chosen)
+                labelled = Segments.from_lengths(sum(map(num_labels, rows)) for rows in chosen)
                 loss_C = client_losses(self.cohort.head, hidden_MH, batch.target_M, labelled, weight_C)
                 loss_C.sum().backward()
             losses = losses + loss_C.detach()
@@ -457,7 +379,7 @@ class CohortTrainer:
 
     @contextmanager
     def _running(
-        self, clients: Sequence[_Client], batch: Batch, step: int, done_C: Sequence[int]
+        self, clients: Sequence[LocalClient], batch: Batch, step: int, done_C: Sequence[int]
     ) -> Iterator[torch.Tensor]:
         """Hidden states at the labelled positions of one pass; the context must last through the backward pass."""
         routed = self.cohort.batch(
@@ -482,7 +404,7 @@ class CohortTrainer:
             return nullcontext()
         return torch.autocast(self.cohort.bank.param.device.type, dtype=getattr(torch, config.dtype))
 
-    def _report(self, clients: Sequence[_Client], step: int, progress: dict[str, Any]) -> None:
+    def _report(self, clients: Sequence[LocalClient], step: int, progress: dict[str, Any]) -> None:
         recent = [c.losses[-1] for c in clients if c.losses and step < c.steps and not c.failure]
         self._emit(
             "train_progress",
@@ -495,11 +417,6 @@ class CohortTrainer:
             cohort=progress["cohort"],
             cohorts=progress["cohorts"],
         )
-
-
-def _num_labels(example: Example) -> int:
-    """Labels with a token before them."""
-    return sum(label != IGNORE for label in example.labels[1:])
 
 
 __all__ = ["CohortTrainer", "TrainConfig"]

@@ -1,0 +1,108 @@
+"""One client's part of local training: its encoded examples, the order of its batches, and how far it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .attach import ClientSpec
+from .checks import require
+from .config import TrainConfig
+from .data.pack import epoch_order
+from .data.records import check_records, load_records
+from .data.template import EncodeReport, Example, encode, require_examples
+from .planner import Demand
+
+
+@dataclass
+class LocalClient:
+    """One client's data and progress in this round."""
+
+    name: str
+    config: TrainConfig
+    examples: list[Example]
+    round: int
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    failure: str | None = None
+
+    @property
+    def per_step(self) -> int:
+        """Examples of one optimizer step."""
+        return self.config.batch_size * self.config.gradient_accumulation
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of this round."""
+        steps = math.ceil(len(self.examples) / self.per_step) * self.config.local_epochs
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of one optimizer step; epochs are shuffled by seed, client, round and epoch alone."""
+        per_epoch = math.ceil(len(self.examples) / self.per_step)
+        epoch, within = divmod(step, per_epoch)
+        order = epoch_order(len(self.examples), self.config.seed, self.name, self.round, epoch)
+        return [self.examples[i] for i in order[within * self.per_step : (within + 1) * self.per_step]]
+
+    def metrics(self) -> dict[str, Any]:
+        """What is told of the client, and goes with its update."""
+        first, last = (self.losses[0], self.losses[-1]) if self.losses else (None, None)
+        return {
+            "loss_first": first,
+            "loss_last": last,
+            "examples": len(self.examples),
+            "tokens": self.tokens,
+            "steps": len(self.losses),
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens / self.seconds if self.seconds else 0.0,
+        }
+
+    def demand(self, parameters: int) -> Demand:
+        """What this client, whose adapter has so many numbers, asks of the planner."""
+        lengths = sorted((len(example.input_ids) for example in self.examples), reverse=True)
+        mean = math.ceil(sum(lengths) / len(lengths))
+        tokens = mean * min(self.config.batch_size, len(lengths))
+        return Demand(self.name, self.config, tokens, lengths[0], parameters)
+
+    def check_lengths(self, limit: int | None) -> None:
+        """Refuse sequences longer than the model allows."""
+        longest = max(len(example.input_ids) for example in self.examples)
+        require(
+            limit is None or longest <= limit,
+            f"client {self.name!r} has a sequence of {longest} tokens, the model allows {limit}; "
+            f"set max_length={limit} or shorter",
+        )
+
+
+def examples_of(spec: ClientSpec, config: TrainConfig, tokenizer: Any, warn: Callable[[str], None]) -> list[Example]:
+    """Read and encode a client's data.
+
+    Args:
+        spec: Its data are a path, records, or encoded already.
+        config: Its own settings.
+        tokenizer: For what is not encoded.
+        warn: Told of examples that were cut or left out.
+    Raises:
+        ValueError: For missing data, data without a tokenizer, or a client that is left without examples.
+    """
+    data: Any = spec.data
+    require(data is not None, f"client {spec.name!r} has no data: pass a JSONL path, records or encoded examples")
+    if not isinstance(data, (list, tuple)):
+        data = load_records(data)
+    report = None
+    if not data or not isinstance(data[0], Example):
+        check_records(data, f"client {spec.name!r}")
+        require(tokenizer is not None, f"tokenizer must be given: client {spec.name!r} has plain records")
+        report = EncodeReport()
+        length, loss_on, template = config.max_length, config.loss_on, config.template
+        data = encode(data, tokenizer, max_length=length, loss_on=loss_on, template=template, report=report)
+    require_examples(spec.name, data, report)
+    if report is not None and (report.truncated or report.dropped):
+        warn(str(report))
+    return list(data)
+
+
+__all__ = ["LocalClient", "examples_of"]
