@@ -239,11 +239,15 @@ def category_table(data: dict[str, Any], split: str, ranks: str) -> list[str]:
 
 
 def grouped(data: dict[str, Any], split: str, ranks: str) -> dict[str, list[Run]]:
-    """Strategy -> its runs, best last loss first."""
+    """Strategy -> its runs, best last loss first; of the seeds that all of them have, so that means compare."""
     found: dict[str, list[Run]] = {}
     for run in data["runs"].values():
         if (run["split"], run["ranks"]) == (split, ranks):
             found.setdefault(run["strategy"], []).append(run)
+    if not found:
+        return {}
+    common = set.intersection(*({run["seed"] for run in runs} for runs in found.values()))
+    found = {strategy: [run for run in runs if run["seed"] in common] for strategy, runs in found.items() if common}
     return dict(sorted(found.items(), key=lambda item: mean_curve(item[1])[-1]))
 
 
@@ -259,8 +263,10 @@ def plot(data: dict[str, Any], split: str, ranks: str, path: Path) -> None:
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
-    for number, (strategy, runs) in enumerate(grouped(data, split, ranks).items()):
-        color, rounds = colormaps["tab20"](number % 20), runs[0]["rounds"]
+    found = grouped(data, split, ranks)
+    colors = colormaps["tab10" if len(found) <= 10 else "tab20"].colors  # pyright: ignore[reportAttributeAccessIssue]
+    for number, (strategy, runs) in enumerate(found.items()):
+        color, rounds = colors[number % len(colors)], runs[0]["rounds"]
         axes.plot(rounds, mean_curve(runs), label=strategy, color=color, marker=".", linewidth=1.2)
         losses = list(zip(*(run["loss"] for run in runs), strict=True))
         axes.fill_between(rounds, [min(x) for x in losses], [max(x) for x in losses], color=color, alpha=0.12)
