@@ -99,15 +99,34 @@ def _checkpointed(model: Any, wanted: bool) -> Iterator[None]:
     # The hook that makes embeddings ask for gradients would outlive this, and is not needed without re-entrance.
     model.disable_input_require_grads()
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    plain = [layer._gradient_checkpointing_func for layer in layers]
     try:
         for layer in layers:
             layer.training = True
+            layer._gradient_checkpointing_func = _in_evaluation(layer)
         yield
     finally:
-        for layer in layers:
-            layer.training = False
+        for layer, function in zip(layers, plain, strict=True):
+            layer.training, layer._gradient_checkpointing_func = False, function
         if not before:
             getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _in_evaluation(layer: Any) -> Any:
+    """A layer's way to checkpoint with the layer's own dropout off: transformers asks for layers in training mode."""
+    checkpointing = layer._gradient_checkpointing_func
+
+    def run(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def evaluated(*args: Any, **kwargs: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                layer.training = True
+
+        return checkpointing(evaluated, *args, **kwargs)
+
+    return run
 
 
 __all__ = ["keeping_less", "recomputing"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import flora_core as flora
 from flora_core.data.template import IGNORE, Example
@@ -168,6 +169,18 @@ def test_the_model_is_left_as_it_was(checkpointing: bool):
     assert not any(factor.requires_grad for e in cohort.bank.modules.values() for factor in (e.A_PK, e.B_PN))
     assert model.config._attn_implementation == "sdpa"
     assert cohort.route.layout is None
+
+
+def test_a_checkpointed_layers_own_dropout_is_off_too():
+    """OPT's layers call dropout themselves, and transformers recomputes only layers in training mode."""
+    shape = dict(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16)
+    config = transformers.OPTConfig(vocab_size=models.VOCAB, max_position_embeddings=64, dropout=0.5, **shape)
+    model = models.randomised(transformers.AutoModelForCausalLM.from_config(config), 0)
+    cohort, runs = flora.attach(model, [client()], ["q_proj", "v_proj"]), []
+    for checkpointing in (False, True):
+        cohort.bank.reset("a", 0)
+        runs.append(flora.CohortTrainer(cohort, CONFIG.overridden({"gradient_checkpointing": checkpointing})).run()[0])
+    assert same(*runs)
 
 
 def test_the_bases_own_dropout_is_off():
