@@ -32,10 +32,10 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def write_recipe(folder: Path, ranks: Sequence[int], rounds: int, names: Sequence[str] | None = None) -> Path:
+def write_recipe(folder: Path, ranks: Sequence[int], rounds: int) -> Path:
     """A recipe with its model and data in ``folder``; every client trains alone (token_budget of one token)."""
     specs = make_clients(ranks)
-    make_model().save_pretrained(folder / "model")
+    make_model(hidden=max(16, *ranks)).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     for name, records in (*((spec.name, spec.data) for spec in specs), ("test", make_records("b held out", 6))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
