@@ -173,7 +173,9 @@ def test_the_model_is_left_as_it_was(checkpointing: bool):
 
 def test_a_checkpointed_layers_own_dropout_is_off_too():
     """OPT's layers call dropout themselves, and transformers recomputes only layers in training mode."""
-    shape = dict(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16)
+    shape: dict[str, Any] = dict(
+        hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16
+    )
     config = transformers.OPTConfig(vocab_size=models.VOCAB, max_position_embeddings=64, dropout=0.5, **shape)
     model = models.randomised(transformers.AutoModelForCausalLM.from_config(config), 0)
     cohort, runs = flora.attach(model, [client()], ["q_proj", "v_proj"]), []
