@@ -96,8 +96,9 @@ def main() -> int:
         bandwidth = step("copy bytes/s", gpu_times.copy_bandwidth)
         step("adamw", lambda: gpu_times.time_adamw(bandwidth))
         models, tokens = options.models.split(","), [int(number) for number in options.tokens.split(",")]
-        for name, *case in gpu_times.cases(*(("trial",), (40,)) if options.trial else (models, tokens)):
-            checks.append(step(name, lambda case=case: gpu_times.time_group(*case, bandwidth)))
+        for name, group, M, dropout in gpu_times.cases(*(("trial",), (40,)) if options.trial else (models, tokens)):
+            case = (group, M, dropout, bandwidth)
+            checks.append(step(name, lambda case=case: gpu_times.time_group(*case)))
             results["verdicts"] = gpu_times.verdicts(results)
         save()
         print(json.dumps(results["verdicts"], indent=1))
