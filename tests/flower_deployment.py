@@ -87,8 +87,9 @@ class Deployment:
         files = [f"--ssl-{kind}={self.keys / name}" for kind, name in _CERTIFICATES.items()]
         kept = f"--database={self.folder / 'link.db'}"
         port = ["--port", str(self.port), "--disable-runtime-dependency-installation"]
+        before = self.log("link").count("Uvicorn running")
         self.start("link", "flower-superlink", *files, "--enable-supernode-auth", kept, *port)
-        self.wait_for("link", "Uvicorn running")
+        self.wait_for("link", "Uvicorn running", times=before + 1)
 
     def register(self) -> None:
         """Tell the SuperLink whose keys are known."""
