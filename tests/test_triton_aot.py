@@ -161,15 +161,16 @@ for _name in DTYPES:
     for _op in ("linear", "linear_lora", "linear_lora-dx", "place_", "merge"):
         configure(f"{_op}-{_name}", _op, _name)
     configure(f"merge-{_name}-fp64-sum", "merge", _name, accumulate=torch.float64)
-for _name in ("bf16", "fp32"):
+for _name in DTYPES:
     for _op in (*LORA, "linear", "merge"):
         configure(f"{_op}-{_name}-unaligned", _op, _name, **ODD, **(dict(dropout=True) if _op in DROPS else {}))
     for _op in ("shrink_many", "expand_many_"):
         configure(f"{_op}-{_name}-five", _op, _name, dropout=True, targets=5)
-for _op in (*LORA, "merge"):
-    configure(f"{_op}-bf16-narrow-factors", _op, "bf16", factor=torch.bfloat16)
-    if _op != "merge":
-        configure(f"{_op}-bf16-crowd", _op, "bf16", **CROWD, **(dict(dropout=True) if _op in DROPS else {}))
+for _name in ("bf16", "fp16"):
+    for _op in (*LORA, "merge"):
+        configure(f"{_op}-{_name}-narrow-factors", _op, _name, factor=DTYPES[_name])
+        if _op != "merge":
+            configure(f"{_op}-{_name}-crowd", _op, _name, **CROWD, **(dict(dropout=True) if _op in DROPS else {}))
 for _kind, _options in {
     "stochastic": dict(rounding="stochastic"),
     "low-bits": dict(low_bits=True),
