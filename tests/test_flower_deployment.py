@@ -69,23 +69,3 @@ def test_a_node_that_is_killed_in_a_round_and_comes_back(tmp_path):
     last = [name for name in "abc" if f"client_done round=3 client={name}" in text]
     taking_part = {1: ["a", "b", "c"], 2: ["a", "b"], 3: last}
     assert (tmp_path / "out" / MODEL).read_bytes() == in_process(recipe, tmp_path / "alone", taking_part)
-
-
-def test_a_superlink_that_restarts_and_a_node_that_joins_at_round_2(tmp_path):
-    recipe = write_recipe(tmp_path, (4, 2, 3), 3)
-    with deployed(tmp_path, recipe, "abc") as world:
-        for name in "ab":
-            world.start_node(name)
-        world.submit(join_timeout=240, round_timeout=240, min_nodes=2)
-        world.wait_for("run", "round_end round=1")
-        world.kill("run")
-        world.kill("link")
-        for name in "ab":
-            world.kill(name)
-        world.start_link()
-        for name in "abc":
-            world.start_node(name)
-        world.submit(join_timeout=240, round_timeout=240, min_nodes=3)
-        world.wait_for("run", "run_end", 500)
-    taking_part = {1: ["a", "b"], 2: ["a", "b", "c"], 3: ["a", "b", "c"]}
-    assert (tmp_path / "out" / MODEL).read_bytes() == in_process(recipe, tmp_path / "alone", taking_part)
