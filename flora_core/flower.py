@@ -24,7 +24,7 @@ from .checks import require
 from .device import pick_device, pick_dtype
 from .federation_config import FederationResult
 from .history import Event
-from .remote import Answers, RemoteFederation, spec_of
+from .remote import Answers, RemoteFederation, metrics_of, spec_of
 from .site import Site, Tensors, Terms
 from .update import ClientUpdate
 
@@ -222,7 +222,7 @@ class FloraStrategy(Strategy):
         self.followed = dict.fromkeys(self.chosen, f"no answer within {self.round_timeout:g} s (round-timeout)")
         for name, reply in self._named(replies):
             try:
-                self.followed[name] = dict(_read(reply)[0]["weights"])
+                self.followed[name] = _read(reply)[0]["weights"]
             except _BROKEN as error:
                 self.followed[name] = str(error)
         return MetricRecord({"followed": sum(isinstance(found, dict) for found in self.followed.values())})
@@ -244,7 +244,7 @@ class FloraStrategy(Strategy):
             own = start.get(module, (None, None))
             pair = [tensors.get(f"{module}/{part}", kept) for part, kept in zip("AB", own, strict=True)]
             adapters[module] = tuple(factor.to(server.device) for factor in pair if factor is not None)
-        metrics = dict(order["metrics"])
+        metrics = metrics_of(order["metrics"], len(self.federation.specs[name].data))
         return ClientUpdate(name, adapters, dict(order["scaling"]), float(metrics["examples"]), metrics)
 
 

@@ -8,6 +8,7 @@ Letters: K in_features, N out_features, R one client's rank.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -86,8 +87,30 @@ class _Away:
 
 def spec_of(hello: Mapping[str, Any]) -> ClientSpec:
     """The client that a party says it is; ``ValueError``, ``TypeError`` or ``KeyError`` for nonsense."""
-    adapter = AdapterConfig(**hello["adapter"])
-    return ClientSpec(hello["client"], _Away(int(hello["examples"])), adapter, hello["train"])
+    examples, number, weights = hello["examples"], hello["round"], hello["weights"]
+    whole = all(isinstance(value, int) and not isinstance(value, bool) for value in (examples, number))
+    require(whole and examples > 0, f"examples and round must be whole numbers, got {examples!r} and {number!r}")
+    require(isinstance(weights, dict), f"weights must be a digest, got {type(weights).__name__}")
+    return ClientSpec(hello["client"], _Away(examples), AdapterConfig(**hello["adapter"]), hello["train"])
+
+
+def metrics_of(told: Any, examples: int) -> dict[str, Any]:
+    """What a client tells of its training, of which nothing but finite numbers under known names is kept.
+
+    Args:
+        told: What it sent.
+        examples: How many it announced before the run: its share in the sum may depend on them.
+    Raises:
+        ValueError: If a number is missing, negative or not finite.
+    """
+    known: dict[str, Any] = {}
+    for name in _nothing(0):
+        value = told.get(name) if isinstance(told, dict) else None
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        least = -math.inf if name.startswith("loss") else 0
+        require(number and value >= least, f"its {name} must be a finite number, at least {least:g}, got {value!r:.40}")
+        known[name] = value
+    return {**known, "examples": examples}
 
 
 class RemoteServer(Server):
@@ -239,8 +262,15 @@ class RemoteFederation(Federation):
         newest = max([number for number in self.server.log.sizes if number <= self.round], default=0)
         known = hello["round"] <= newest
         if hello["round"] == newest:
-            known = hello["weights"] == weights_digest(self.server.weights, hello["weights"]["modules"])
+            known = self._is_same(hello["weights"])
         self.server.log.have[name] = hello["round"] if known else _NOWHERE
+
+    def _is_same(self, found: Any) -> bool:
+        """Whether a party's digest is that of the server's weights; it may send anything."""
+        modules = found.get("modules") if isinstance(found, dict) else None
+        if not isinstance(modules, list) or not all(isinstance(m, str) and m in self.server.weights for m in modules):
+            return False
+        return found == weights_digest(self.server.weights, modules)
 
     def _train(self, number: int, names: Sequence[str]) -> list[ClientUpdate]:
         self._emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=len(names))
@@ -261,7 +291,7 @@ class RemoteFederation(Federation):
         super()._apply(number, updates, late)
         names = [update.client for update in updates]
         for name, found in self.link.follow(self, number, names, self.answers).items():
-            same = isinstance(found, dict) and found == weights_digest(self.server.weights, found["modules"])
+            same = self._is_same(found)
             self.server.log.have[name] = number if same else _NOWHERE
             if not same:
                 why = "its copy of the global model differs" if isinstance(found, dict) else found
@@ -303,4 +333,4 @@ def _nothing(examples: int) -> dict[str, Any]:
     return {"examples": examples, **zero}
 
 
-__all__ = ["Answers", "Link", "RemoteFederation", "RemoteServer", "make_terms", "ordered", "spec_of"]
+__all__ = ["Answers", "Link", "RemoteFederation", "RemoteServer", "make_terms", "metrics_of", "ordered", "spec_of"]
