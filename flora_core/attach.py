@@ -244,8 +244,8 @@ def attach(
 def detach(model: nn.Module) -> None:
     """Put the model's own layers back and restore which parameters ask for gradients; weights are not touched."""
     cohort = _COHORTS.pop(model, None)
-    require(cohort is not None, "the model has no cohort attached")
-    assert cohort is not None
+    if cohort is None:
+        raise ValueError("the model has no cohort attached: there is nothing to detach; attach one first")
     for path, layer in cohort.layers.items():
         _replace(model, path, layer.original)  # pyright: ignore[reportArgumentType]
     for parameter, wanted in cohort._frozen:
@@ -386,8 +386,8 @@ class Explanation:
 def explain(model: nn.Module) -> Explanation:
     """Tell for every target which op, backend, kernel, way to fuse and tiles run and why, and which path is slower."""
     cohort = _COHORTS.get(model)
-    require(cohort is not None, "the model has no cohort attached; call flora_core.attach first")
-    assert cohort is not None
+    if cohort is None:
+        raise ValueError("the model has no cohort attached; call flora_core.attach first")
     _, reason = resolve(cohort.backend, "shrink", next(iter(cohort.layers.values())).weight)
     rows = tuple(
         {

@@ -105,7 +105,7 @@ def metrics_of(told: Any, examples: int) -> dict[str, Any]:
     """
     known: dict[str, Any] = {}
     for name in _nothing(0):
-        value = told.get(name) if isinstance(told, dict) else None
+        value: Any = told.get(name) if isinstance(told, dict) else None
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         least = -math.inf if name.startswith("loss") else 0
         require(number and value >= least, f"its {name} must be a finite number, at least {least:g}, got {value!r:.40}")

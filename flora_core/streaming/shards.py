@@ -170,9 +170,8 @@ def _refuse_other_formats(folder: Path) -> None:
 def _weight_map(index: Path) -> dict[str, str]:
     require(index.stat().st_size <= _MAX_JSON, f"{index} has more than {_MAX_JSON} bytes; fetch the checkpoint again")
     found = parse_json(index, index.read_bytes()).get("weight_map")
-    fits = isinstance(found, dict) and all(isinstance(name, str) for name in found.values())
-    require(fits and bool(found), f"{index} must have a weight_map from tensors to files; fetch the checkpoint again")
-    assert isinstance(found, dict)
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise ValueError(f"{index} must have a weight_map from tensors to files; fetch the checkpoint again")
     for name in found.values():
         plain = name == os.path.basename(name) and name.endswith(".safetensors") and not name.startswith(".")
         require(plain, f"{index}: {name[:80]!r} must be the name of a safetensors file in the same folder")
