@@ -137,7 +137,9 @@ class Runner:
         assert self.process.stdout is not None
         print(json.dumps(request), file=self.process.stdin, flush=True)
         status, seconds, count = json.loads(self.process.stdout.readline())
-        assert status in (0, signal.SIGKILL), self.errors.read_text()
+        # Before a run listens, while it imports and loads, and after it ended, SIGTERM ends a process like any other.
+        ends = (0, signal.SIGKILL, signal.SIGTERM) if "term_after" in kill else (0, signal.SIGKILL)
+        assert status in ends, self.errors.read_text()
         return status != 0, seconds, int(count or 0)
 
 
