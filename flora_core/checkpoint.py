@@ -17,45 +17,30 @@ Nothing but JSON and safetensors is written or read.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from . import tuning
 from .checks import require
-from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, explained, write_safetensors
-from .headers import parse_json, read_header
+from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, explained, system_errors, try_lock
+from .headers import parse_json
 from .history import Event, show_bytes
 from .identity import differences
 from .peft_io import save_peft_adapter
+from .snapshot import DAMAGE, ROUND, STATE, Snapshot, finite, read_snapshot, taken_apart, write_snapshot
 from .update import ClientUpdate
 
-RUN, METRICS, ROUNDS, LOCK = "run.json", "metrics.jsonl", "rounds", ".lock"
-STATE, ROUND, PAUSED = "state.safetensors", "round.json", "paused"
+RUN, METRICS, ROUNDS, LOCK, PAUSED = "run.json", "metrics.jsonl", "rounds", ".lock", "paused"
 # Events after which a reader may want metrics.jsonl to be on the disk.
 _MILESTONES = ("evaluated", "round_end", "run_end")
-_TENSOR = "$tensor"
-# What reading a damaged state may raise.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError)
-
-
-@dataclass
-class Snapshot:
-    """A round that is on disk: its number, the state after it, and its events."""
-
-    round: int
-    state: dict[str, Any]
-    events: list[Event]
 
 
 class RunFolder:
@@ -204,12 +189,12 @@ class RunFolder:
             SaveError: If writing fails; what was saved before is unchanged.
         """
         folder = self.folder(number)
-        taken = _taken_out(state)
+        taken = taken_apart(state)
         # A round is redone only after its folder was found damaged, so whatever is in it may go.
         with atomic_dir(folder, replaceable=_names(folder)) as new:
             for update in updates:
                 save_peft_adapter(update, new / update.client, **adapter_options)
-            _write_state(new, number, *taken, events)
+            write_snapshot(new, number, *taken, events)
         for old in self._rounds():
             if old <= number - self.keep_snapshots:
                 (self.folder(old) / STATE).unlink(missing_ok=True)
@@ -222,9 +207,9 @@ class RunFolder:
         Raises:
             SaveError: If writing fails; the round is then redone from its beginning.
         """
-        taken = _taken_out(state)
+        taken = taken_apart(state)
         with atomic_dir(self.path / PAUSED, replaceable=_names(self.path / PAUSED)) as new:
-            _write_state(new, number, *taken, [])
+            write_snapshot(new, number, *taken, [])
 
     def pause(self, number: int, device: torch.device | str = "cpu") -> tuple[dict[str, Any], list[str]]:
         """Where a round stopped; empty if it did not, or what was saved is of another round or damaged.
@@ -235,8 +220,8 @@ class RunFolder:
         if not (self.path / PAUSED / ROUND).is_file():
             return {}, []
         try:
-            found = _read_state(self.path / PAUSED, device)
-        except _DAMAGE as error:
+            found = read_snapshot(self.path / PAUSED, device)
+        except DAMAGE as error:
             return {}, [f"{self.path / PAUSED} cannot be used ({error}); doing round {number} from its beginning"]
         return (found.state if found.round == number else {}), []
 
@@ -260,10 +245,10 @@ class RunFolder:
         damaged: list[str] = []
         for number in self._rounds():
             try:
-                return _read_state(self.folder(number), device), [
+                return read_snapshot(self.folder(number), device), [
                     f"{text}; going on after round {number}" for text in damaged
                 ]
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 damaged.append(f"{self.folder(number)} cannot be used ({error})")
         return None, [f"{text}; starting from the beginning" for text in damaged]
 
@@ -299,7 +284,7 @@ class RunFolder:
     def save_model(self, model: Any, tokenizer: Any = None, card: str = "") -> None:
         """Save a model, its tokenizer and its card as transformers does, whole or not at all."""
         folder = self.path / "model"
-        with atomic_dir(folder, replaceable=_names(folder)) as new, _system_errors(), _without_bars():
+        with atomic_dir(folder, replaceable=_names(folder)) as new, system_errors(new), _without_bars():
             model.save_pretrained(new)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
@@ -324,34 +309,6 @@ class RunFolder:
             )
 
 
-def _write_state(
-    folder: Path, number: int, skeleton: Any, tensors: Mapping[str, torch.Tensor], events: Sequence[Event]
-) -> None:
-    """Write a state into a folder that is being made, with a sha256 of every file in it."""
-    write_safetensors(folder / STATE, tensors)
-    body = {"round": number, "state": skeleton, "events": _finite(events), "files": _digests(folder)}
-    # Not sorted: the order of a state's entries may be that of a strategy's sums.
-    (folder / ROUND).write_text(json.dumps({**body, "sha256": _sha256_of(body)}, allow_nan=False), "utf-8")
-
-
-def _read_state(folder: Path, device: torch.device | str) -> Snapshot:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
-    require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
-    for name, digest in body["files"].items():
-        require((folder / name).is_file(), f"{name} is not there")
-        require(_sha256(folder / name) == digest, f"{name} is not what was saved")
-    read_header(folder / STATE)
-    # Copies: the mapped file's addresses are aligned otherwise, which products may round differently for.
-    try:
-        tensors = {name: tensor.to(device, copy=True) for name, tensor in load_file(folder / STATE).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{STATE} cannot be read: {error}") from error
-    return Snapshot(body["round"], put_in(body["state"], tensors), body["events"])
-
-
 def _is_event(event: Any) -> bool:
     return isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(_round_of(event), int)
 
@@ -363,77 +320,21 @@ def _round_of(event: Event) -> int:
     return event.get("round", event.get("resumed_from") or 0)
 
 
-def _taken_out(state: Mapping[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A state as JSON with names for its tensors, and the tensors."""
-    tensors: dict[str, torch.Tensor] = {}
-    return take_out(state, tensors), tensors
-
-
-def take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
-    """Replace every tensor in nested dicts and lists by its name among ``tensors``."""
-    if isinstance(value, torch.Tensor):
-        require(path not in tensors, f"two tensors of the state have one name: {path}")
-        tensors[path] = value
-        return {_TENSOR: path}
-    if isinstance(value, Mapping):
-        require(all(isinstance(key, str) for key in value), f"the state's keys must be text, got {list(value)[:3]}")
-        return {key: take_out(part, tensors, f"{path}/{key}".lstrip("/")) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [take_out(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
-    return value
-
-
-def put_in(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {_TENSOR}:
-            return tensors[value[_TENSOR]]
-        return {key: put_in(part, tensors) for key, part in value.items()}
-    return [put_in(part, tensors) for part in value] if isinstance(value, list) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _line(event: Event) -> bytes:
-    return (json.dumps(_finite(event), allow_nan=False) + "\n").encode()
+    return (json.dumps(finite(event), allow_nan=False) + "\n").encode()
 
 
 def _names(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sha256_of(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _lock(file: Any, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _lock(file: IO[str], folder: Path) -> None:
+    """Keep other processes out for as long as the file is open; it tells them who works here."""
+    if not try_lock(file):
         file.seek(0)
         raise BlockingIOError(
             f"another process ({file.read()}) works in {folder}: wait until it ends, or choose another out"
-        ) from None
+        )
     file.truncate(0)
     file.write(f"pid {os.getpid()}")
     file.flush()
@@ -451,20 +352,6 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _system_errors() -> Iterator[None]:
-    """Give safetensors' own error back as the system's, which says what is wrong with the disk."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 __all__ = ["RunFolder", "Snapshot"]

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -99,17 +99,38 @@ def write_safetensors(
     Raises:
         OSError: If writing fails, with the system's error number, which safetensors hides in a text.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with system_errors(path):
         save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))
+
+
+@contextlib.contextmanager
+def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Raise what safetensors meets while it writes ``path`` as the system's own error, which says what is wrong."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock a file for this process until it is closed; False if another process has it, True where none can lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -228,5 +249,7 @@ __all__ = [
     "atomic_write_json",
     "explained",
     "publish_dir",
+    "system_errors",
+    "try_lock",
     "write_safetensors",
 ]

@@ -18,13 +18,13 @@ import torch
 
 from .attach import ClientSpec, Cohort, attach, detach
 from .bank import AdapterConfig
-from .checkpoint import put_in, take_out
 from .checks import require
 from .config import TrainConfig
 from .files import atomic_dir, write_safetensors
 from .identity import environment, json_digest, tensor_digest
 from .merge import apply_base_delta_, new_low_bits, target_weights
 from .seeds import derive
+from .snapshot import put_in, take_out
 from .trainer import CohortTrainer
 from .update import Adapters, ClientUpdate, RoundResult
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..files import atomic_write_json, explained, publish_dir
+from ..files import atomic_write_json, explained, publish_dir, try_lock
 from ..headers import parse_json
 
 PARTIAL = ".partial"
@@ -59,7 +59,10 @@ class Staging:
             with explained(self.target):
                 self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / "lock", "a+b") as file:
-                _lock(file, self.target)
+                if not try_lock(file):
+                    raise BlockingIOError(
+                        f"another process is making {self.target}: wait until it ends, or choose another out"
+                    )
                 if not _is_at(file, self.folder / "lock"):
                     continue  # whoever had it has finished and removed the folder
                 yield
@@ -92,19 +95,6 @@ class Staging:
         if self.folder.is_dir():
             with self._locked():
                 shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _lock(file: BinaryIO, target: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(
-            f"another process is making {target}: wait until it ends, or choose another out"
-        ) from None
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
