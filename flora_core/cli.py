@@ -12,6 +12,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ _EXAMPLES = """examples:
   flora run quickstart --dry-run                            what it would do, and the memory it would take
   flora run quickstart clients.count=4 federation.rounds=1  change anything by its dotted name
   flora run quickstart data=my.jsonl clients.ranks=[8,4]    your own examples
+  torchrun --nproc-per-node 2 -m flora_core.cli run RECIPE  the clients spread over processes, each with its GPU
   flora aggregate --base DIR --adapter A=2 --adapter B=1 --out DIR  merge adapters into a checkpoint on disk
   flora report runs/quickstart                              plots and report.html again
   flora bench --list                                        what can be measured against PEFT, from a checkout
@@ -98,6 +100,14 @@ def _paragraph(error: BaseException) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from .distributed import session
+
+    with session() as ranks:
+        return _run_here(options, ranks.first)
+
+
+def _run_here(options: argparse.Namespace, first: bool) -> int:
+    """Train by a recipe in this process, which of those that torchrun started is the one that talks, or not."""
     from .recipes import load
 
     recipe = load(options.recipe, options.overrides)
@@ -109,16 +119,17 @@ def _run(options: argparse.Namespace) -> int:
         from .dry_run import dry_run
         from .progress import print_tables
 
-        print_tables(dry_run(recipe))
+        if first:
+            print_tables(dry_run(recipe))
         return 0
     try:
-        return _train(recipe)
+        return _train(recipe, first)
     except KeyboardInterrupt:
         print(f"flora: stopped. {_what_is_saved(recipe.out)}", file=sys.stderr)
         return 130
 
 
-def _train(recipe: Recipe) -> int:
+def _train(recipe: Recipe, first: bool) -> int:
     from .build import build, save_inputs
     from .federation import Federation
     from .history import History, summary_tables
@@ -128,7 +139,7 @@ def _train(recipe: Recipe) -> int:
     model, tokenizer, clients, test_records = build(recipe)
     # What a client's failure is about is told by its event; the warning of the same is for people without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
-    with make_progress() as progress:
+    with make_progress() if first else nullcontext() as progress:
         result = Federation(
             model,
             tokenizer,
@@ -138,8 +149,10 @@ def _train(recipe: Recipe) -> int:
             train=recipe.train,
             target_modules=recipe.target_modules,
             eval_data=test_records or None,
-            callbacks=[progress, lambda event: save_inputs(event, recipe, clients, test_records)],
+            callbacks=[progress, lambda event: save_inputs(event, recipe, clients, test_records)] if progress else [],
         ).run()
+    if not first:
+        return 0
     print_tables(summary_tables(History.of(result.events)))
     if result.out is not None:
         print(f"report: {write_report(result.out)}\nmodel and adapters: {result.out}")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from .checks import require
+
 # Extra -> distributions that it brings; `pip install 'flora-core[extra]'` is the remedy for each.
 EXTRAS = {
     "train": ("transformers", "safetensors", "tokenizers", "jinja2", "gguf"),
@@ -22,13 +24,24 @@ EXTRAS = {
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
-    """Return the device to run on: `auto` takes CUDA where there is one.
+    """Return the device to run on: `auto` takes CUDA where there is one; each process of torchrun has its own GPU.
 
     Raises:
-        ValueError: If the device is unknown or not here.
+        ValueError: If the device is unknown or not here, or several processes would share one GPU.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    local = os.environ.get("LOCAL_RANK", "0")
+    if wanted.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        require(
+            wanted == "cuda", f"device={wanted!r} would put all processes on one GPU; use device=cuda under torchrun"
+        )
+        require(
+            not torch.cuda.is_available() or int(local) < torch.cuda.device_count(),
+            f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} here); start as many "
+            "processes as there are GPUs (torchrun --nproc-per-node), or use device=cpu",
+        )
+        wanted = f"cuda:{local}"
     try:
         device = torch.device(wanted)
     except RuntimeError:

@@ -11,28 +11,29 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from .aggregate import get_strategy
 from .attach import ClientSpec
 from .card import model_card
-from .checkpoint import ROUND, STATE, RunFolder
+from .checkpoint import RunFolder
 from .checks import require
 from .config import TrainConfig
 from .data.records import load_records, read_jsonl
 from .device import peak_memory_bytes
+from .distributed import ranks
 from .evaluate import evaluate
 from .federation_config import FederationConfig, FederationResult, history
 from .history import Event
-from .identity import environment, identity, json_digest, tensor_digest
 from .incoming import Remote
 from .pausing import Paused, Stopped, stopping
 from .privacy import Privacy, PrivateSum
+from .resuming import Resuming
 from .server import Server
+from .snapshot import ROUND, STATE
 from .trainer import CohortTrainer
-from .training_round import TrainingRound
 from .update import ClientUpdate
 from .validate import promised
 
@@ -40,7 +41,7 @@ from .validate import promised
 _CHECKED_TOGETHER = 64
 
 
-class Federation(TrainingRound):
+class Federation(Resuming):
     """Fine-tune one model on many clients' data.
 
     Args:
@@ -57,6 +58,8 @@ class Federation(TrainingRound):
         fuse: As in ``attach``.
         remote: Client -> the function that has it train elsewhere (``flora_core.incoming``): asked while the others
             train here, for ``config.deadline_s`` at most. Its spec needs no data; what it sends is not trusted.
+    In processes that torchrun started each trains its share of the clients (``flora_core.distributed``).
+
     Raises:
         ValueError, TypeError: If the settings do not fit the clients or the strategy.
     Deterministic: yes, on one machine with one number of threads, also over kills and resumes; but for the noise and
@@ -89,11 +92,12 @@ class Federation(TrainingRound):
         )
         self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
         self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
-        self.paused, self.stop = {}, lambda: False
+        self.paused, self.heard, self.stop, self.ranks = {}, [], lambda: False, ranks()
         clients = list(clients)
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
-        self.folder = None if config.out is None else RunFolder(config.out, config.keep_snapshots)
+        writes = config.out is not None and self.ranks.first
+        self.folder = RunFolder(config.out, config.keep_snapshots) if writes else None
         self.private = None if config.privacy is None else self._private_sum(config.privacy)
 
     def _private_sum(self, privacy: Privacy) -> PrivateSum:
@@ -111,6 +115,11 @@ class Federation(TrainingRound):
         self.config.check_names(names)
         self.config.check_strategy(self.strategy.name)
         self.strategy.check(self.config.strategy_options)
+        for name, wanted in (("privacy", self.config.privacy is not None), ("remote", bool(self.remote))):
+            text = (
+                f"{name} is for a run in one process, got {self.ranks.size} ranks; leave it out, or do without torchrun"
+            )
+            require(self.ranks.size == 1 or not wanted, text)
         unknown = sorted(set(self.remote) - set(names))
         require(not unknown, f"remote names clients that are not there: {', '.join(unknown)}; give each a ClientSpec")
         require(
@@ -131,8 +140,9 @@ class Federation(TrainingRound):
                 run started again goes on there. Left alone it ends the process with exit code 0.
         """
         with (
+            self.ranks.together(),
             nullcontext() if self.folder is None else self.folder.locked(),
-            stopping(self.folder is not None) as self.stop,
+            stopping(self.config.out is not None) as self.stop,
         ):
             began, notes = time.perf_counter(), self._check_clients()
             notes += self._resume()
@@ -146,28 +156,13 @@ class Federation(TrainingRound):
                     self._run_round()
                 except Paused as pause:
                     self._pause(pause)
-                if self.stop() and self.round < self.config.rounds:
+                if any(self.ranks.meet(self.stop())) and self.round < self.config.rounds:
                     raise Stopped(
                         f"stopped after round {self.round}, as was asked: the same run goes on from {self._out}"
                     )
             self._finish(began)
+            self.ranks.meet()
         return self._result()
-
-    def _pause(self, pause: Paused) -> NoReturn:
-        """Save what a round that was stopped between two steps has, and stop."""
-        assert self.folder is not None
-        number = self.round + 1
-        self.folder.keep_choices()
-        self.folder.save_pause(number, {"clients": pause.state, "names": self.names})
-        self._stop(f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step")
-
-    def _stop(self, text: str) -> NoReturn:
-        self._tell({"event": "warning", "message": text})
-        raise Stopped(text)
-
-    @property
-    def _over(self) -> bool:
-        return self.folder is not None and self.folder.finished and self.round == self.config.rounds
 
     def _check_clients(self) -> list[Event]:
         """Check model, data and strategy with every client before training, and encode the data once; warnings."""
@@ -197,43 +192,6 @@ class Federation(TrainingRound):
                 require(bool(mine.adapters), f"client {spec.name!r} has rank 0 everywhere; leave it out")
         return notes
 
-    def _resume(self) -> list[Event]:
-        """Go on after the newest whole round in the folder, if it holds this run; warnings."""
-        if self.folder is None:
-            return []
-        start = tensor_digest(self.server.weights.items())
-        notes = self.folder.begin(self._identity(), environment(self.server.device), start)
-        snapshot, damaged = self.folder.newest(self.server.device)
-        if snapshot is None:
-            self.folder.check_start(start)
-        else:
-            self.server.restore(snapshot.state["server"])
-            self.round, self.optimizer = snapshot.round, snapshot.state["optimizer"]
-        if self.private is not None:
-            self.private.open(self.round)
-        self.paused, torn = self.folder.pause(self.round + 1, self.server.device)
-        self.events = self.folder.events() if self._over else self.folder.restore_metrics(snapshot)
-        return [{"message": text} for text in notes + damaged + torn]
-
-    def _identity(self) -> dict[str, Any]:
-        ours = asdict(replace(self.config, out=None))
-        # These change what is kept, and nothing that is computed.
-        for name in ("out", "keep_snapshots", "save_model"):
-            ours.pop(name)
-        targets = {weight.data_ptr() for weight in self.server.weights.values()}
-        rest = [(name, p) for name, p in self.model.named_parameters() if p.data_ptr() not in targets]
-        others = {
-            "strategy": self.strategy.name,
-            "target_modules": self.target_modules,
-            "backend": self.backend,
-            "fuse": self.fuse,
-            "eval_data": None if self.eval_data is None else json_digest(self.eval_data),
-            "model.class": type(self.model).__name__,
-            "model.dtype": str(self.model.dtype),
-            "model.weights": tensor_digest(rest),
-        }
-        return identity(list(self.specs.values()), self.train, ours, others)
-
     def _emit(self, event: str, **fields: Any) -> None:
         """Write an event down and tell it."""
         whole = {"event": event, **fields}
@@ -243,6 +201,8 @@ class Federation(TrainingRound):
         self._tell(whole)
 
     def _tell(self, event: Event) -> None:
+        if not self.ranks.first:
+            return
         for callback in self.callbacks:
             callback(event)
         if event["event"] == "warning" and not self.callbacks:
@@ -271,14 +231,21 @@ class Federation(TrainingRound):
             seed=self.config.seed,
             resumed_from=self.round or None,
         )
-        for note in notes:
+        for note in [*notes, *self._idle_ranks()]:
             self._emit("warning", round=self.round, message=note["message"], client=note.get("client"))
         if self.round == 0:
             self._evaluate(0)
 
     @property
     def _out(self) -> str | None:
-        return None if self.folder is None else str(self.folder.path)
+        return None if self.config.out is None else str(self.config.out)
+
+    def _idle_ranks(self) -> list[Event]:
+        drawn = len(self.sampled(1)) if self.ranks.size > 1 else 1
+        text = (
+            f"{self.ranks.size} ranks share {drawn} clients of a round: at least {self.ranks.size - drawn} train nobody"
+        )
+        return [{"message": text}] if drawn < self.ranks.size and self.ranks.size > 1 else []
 
     def _bytes_to_save(self) -> int:
         model = self.model.parameters() if self.config.save_model else []
@@ -301,6 +268,7 @@ class Federation(TrainingRound):
             why = why if self.private is None else "one more release would cost more than privacy.epsilon"
             text = f"round {number} changes nothing: {why}"
             self._emit("warning", round=number, message=text)
+        self._keep_alike(number)
         if number % self.config.eval_every == 0 or number == self.config.rounds:
             self._evaluate(number)
         end: Event = {"round": number, "rounds": self.config.rounds, "applied": applied}
@@ -353,16 +321,19 @@ class Federation(TrainingRound):
     def _evaluate(self, number: int) -> None:
         if self.eval_data is None:
             return
-        config, began = self.config, time.perf_counter()
-        with self.server.in_use() as model:
-            found = evaluate(
-                model,
-                self.tokenizer,
-                self.eval_data,
-                max_length=config.eval_max_length or self.train.max_length,
-                template=config.eval_template,
-                label=config.eval_label,
-            )
+        config, began, found = self.config, time.perf_counter(), {}
+        if self.ranks.first:
+            with self.server.in_use() as model:
+                found = evaluate(
+                    model,
+                    self.tokenizer,
+                    self.eval_data,
+                    max_length=config.eval_max_length or self.train.max_length,
+                    template=config.eval_template,
+                    label=config.eval_label,
+                )
+        self.ranks.meet()
+        found = self.ranks.send(found)
         self._emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
 
     def _finish(self, began: float) -> None:
@@ -393,7 +364,7 @@ class Federation(TrainingRound):
             after=evaluations.get(self.config.rounds),
             adapter=self.server.adapter(),
             state=self.server.state,
-            out=None if self.folder is None else self.folder.path,
+            out=None if self.config.out is None else Path(self.config.out),
             events=self.events,
         )
 

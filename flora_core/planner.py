@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -152,6 +152,27 @@ def passes(items: Sequence[tuple[T, int]], budget: int, *, padded: bool = False)
     return cut
 
 
+def spread(work: Mapping[str, float], ranks: int) -> list[list[str]]:
+    """Deal clients out to ranks so that these have about equal work: the largest first, each to whoever has least.
+
+    At most 4/3 - 1/(3 ranks) of the best possible time (Graham 1969). The same on every rank.
+
+    Args:
+        work: Client -> predicted work, in the round's order.
+        ranks: How many there are; some may get nobody.
+    Returns:
+        Each rank's clients, in the round's order.
+    """
+    order = {name: place for place, name in enumerate(work)}
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for name in sorted(work, key=lambda name: -work[name]):
+        least = loads.index(min(loads))
+        shares[least].append(name)
+        loads[least] += work[name]
+    return [sorted(share, key=order.__getitem__) for share in shares]
+
+
 def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
     """Bytes that one token's forward pass keeps for backward, measured on a short sequence."""
     model: Any = cohort.model
@@ -181,4 +202,4 @@ def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
             factor.requires_grad_(False)
 
 
-__all__ = ["Demand", "Plan", "measure_bytes_per_token", "passes", "plan"]
+__all__ = ["Demand", "Plan", "measure_bytes_per_token", "passes", "plan", "spread"]

@@ -201,10 +201,14 @@ class CohortTrainer:
         """The states of those who train, before a step, and of those who are finished."""
         bank = optimizer.bank
         states = {c.name: client_state(c, step, bank.adapters(c.name), optimizer.state(c.name)) for c in clients}
-        for name, end in self.finished.items():
-            moments = self.optimizer_state.get(name)
-            states[name] = client_state(self.clients[name], end, self.cohort.bank.adapters(name), moments)
-        return states
+        return states | self.finished_states()
+
+    def finished_states(self) -> dict[str, State]:
+        """The states of those who are finished."""
+        return {
+            name: client_state(self.clients[name], end, self.cohort.bank.adapters(name), self.optimizer_state.get(name))
+            for name, end in self.finished.items()
+        }
 
     def _warn(self, step: int, what: str) -> None:
         text = f"memory ran out at step {step + 1} of round {self.round + 1}: {what}"

@@ -1,4 +1,4 @@
-"""Train a round's clients, here together or elsewhere each by itself, and judge what comes of it.
+"""Train a round's clients, here together, on several ranks or elsewhere, and judge what comes of it.
 
 Everything random derives from (seed, round, client), but for the draws of a private run.
 """
@@ -12,18 +12,23 @@ from typing import Any
 
 import torch
 
+from . import tuning
 from .aggregate.robust import clipped
 from .attach import ClientSpec, Cohort, attach, detach
 from .checkpoint import RunFolder
 from .config import TrainConfig
+from .distributed import Ranks
 from .federation_config import FederationConfig
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
+from .local import LocalClient
+from .pausing import Paused
+from .planner import spread
 from .privacy import PrivateSum
 from .seeds import derive, generator
 from .server import Server
 from .trainer import CohortTrainer
-from .update import ClientUpdate
+from .update import ClientUpdate, packed, unpacked
 from .validate import sift
 
 
@@ -46,6 +51,8 @@ class TrainingRound:
     round: int
     optimizer: dict[str, Any]
     paused: dict[str, Any]
+    heard: list[Event]
+    ranks: Ranks
     stop: Callable[[], bool]
 
     def _emit(self, event: str, **fields: Any) -> None:
@@ -83,14 +90,15 @@ class TrainingRound:
                 updates.append(receive(answer, self.expected[name], self.server.device))
             except (ValueError, OSError) as error:
                 silent[name] = str(error)
-        warn_of(silent)
+        self._warn_of(silent)
         updates.sort(key=lambda update: names.index(update.client))
         good, refused = self._judge(updates, names)
         refused |= failures | silent
         trained = {update.client: update for update in updates}
         for name, reason in refused.items():
             self._set_aside(number, name, reason, answers.get(name, trained.get(name)))
-        self.optimizer = {name: state for name, state in self.optimizer.items() if name not in refused}
+        kept = [name for name in self.specs if name in self.optimizer and name not in refused]
+        self.optimizer = {name: self.optimizer[name] for name in kept}
         for name in names:
             event = done.get(name) or elsewhere_done(number, self.specs[name], asked.seconds.get(name))
             self._emit(**event | ({"refused": refused[name]} if name in refused else {}))
@@ -100,12 +108,30 @@ class TrainingRound:
         self, number: int, here: Sequence[str], names: Sequence[str], done: dict[str, Event]
     ) -> tuple[list[ClientUpdate], dict[str, str]]:
         start: Event = {"round": number, "rounds": self.config.rounds, "clients": list(names)}
+        self.heard = []
         if not here:
             self._emit("round_start", **start, cohorts=0)
             return [], {}
-        with self._attached([self.specs[n] for n in here], derive(self.config.seed, "round", number)) as cohort:
+        shares = spread({name: self._work(name) for name in here}, self.ranks.size)
+        with self._trainer(number, shares[self.ranks.rank], done) as trainer:
+            cohorts = sum(self.ranks.meet(len(trainer.plan().cohorts) if trainer else 0))
+            dealt = {"shares": shares} if self.ranks.size > 1 else {}
+            self._emit("round_start", **start, cohorts=cohorts, **dealt)
+            updates = self._train_share(trainer)
+        mine = {} if trainer is None else {name: trainer.optimizer_state.get(name) for name in trainer.clients}
+        self.optimizer |= {name: state for name, state in mine.items() if state is not None}
+        return self._swap(shares, updates, {} if trainer is None else trainer.failures, done)
+
+    @contextmanager
+    def _trainer(self, number: int, names: Sequence[str], done: dict[str, Event]) -> Iterator[CohortTrainer | None]:
+        """What trains these clients in this round; None for nobody."""
+        if not names:
+            yield None
+            return
+        begun = self.paused.get("clients", {})
+        with self._attached([self.specs[n] for n in names], derive(self.config.seed, "round", number)) as cohort:
             self.server.load_starts(cohort, number)
-            trainer = CohortTrainer(
+            yield CohortTrainer(
                 cohort,
                 self.train,
                 self.tokenizer,
@@ -114,14 +140,75 @@ class TrainingRound:
                 callbacks=[lambda event: self._hear(event, done)],
                 optimizer_state=self.optimizer,
                 trainable=self.server.trainable,
-                penalties=self.server.penalties(here),
+                penalties=self.server.penalties(names),
                 stop=self.stop,
-                resume=self.paused.get("clients"),
+                resume={name: begun[name] for name in names if name in begun},
             )
-            self._emit("round_start", **start, cohorts=len(trainer.plan().cohorts))
-            updates = trainer.run()
-        self.optimizer |= trainer.optimizer_state
-        return updates, trainer.failures
+
+    def _work(self, name: str) -> float:
+        """What training a client in this round is predicted to cost: tokens times the numbers that each meets."""
+        spec = self.specs[name]
+        client = LocalClient(name, self.train.overridden(spec.train), list(spec.data), self.round)
+        mean = sum(len(example.input_ids) for example in client.examples) / len(client.examples)
+        tokens = client.steps * min(client.per_step, len(client.examples)) * mean
+        own = sum(factor.numel() for pair in self.expected[name].adapters.values() for factor in pair)
+        return tokens * (self.model.num_parameters() + own)
+
+    def _train_share(self, trainer: CohortTrainer | None) -> list[ClientUpdate]:
+        """Train what is this rank's; where any rank was asked to stop, all of them do, and each has all states."""
+        updates, begun = [], {}
+        try:
+            updates = trainer.run() if trainer else []
+        except Paused as pause:
+            if self.ranks.size == 1:
+                raise
+            begun = pause.state
+        if any(self.ranks.meet(bool(begun))):
+            if trainer and not begun:
+                begun = trainer.finished_states()
+            parts = self.ranks.exchange([{name: state} for name, state in begun.items()])
+            raise Paused({name: state for part in parts for one in part for name, state in one.items()})
+        return updates
+
+    def _swap(
+        self,
+        shares: Sequence[Sequence[str]],
+        updates: list[ClientUpdate],
+        failures: dict[str, str],
+        done: dict[str, Event],
+    ) -> tuple[list[ClientUpdate], dict[str, str]]:
+        """What all ranks' clients did, on all ranks: updates, failures, moments, events."""
+        if self.ranks.size == 1:
+            return updates, failures
+        ready = {update.client: update for update in updates}
+        parts: list[dict[str, Any]] = [{"fuse": tuning.used(), "warnings": self.heard}]
+        for name in shares[self.ranks.rank]:
+            part = {"client": name, "done": done[name], "failure": failures.get(name)}
+            part |= {"update": packed(ready[name]) if name in ready else None, "optimizer": self.optimizer.get(name)}
+            parts.append(part)
+        all_parts = self.ranks.exchange(parts)
+        self._use_choices([first["fuse"] for first, *_ in all_parts])
+        for rank, (first, *others) in enumerate(all_parts):
+            if rank == self.ranks.rank:
+                continue
+            for warning in first["warnings"]:
+                self._emit(**warning)
+            for part in others:
+                name = part["client"]
+                done[name] = part["done"]
+                failures |= {} if part["failure"] is None else {name: part["failure"]}
+                updates += [] if part["update"] is None else [unpacked(part["update"])]
+                self.optimizer |= {} if part["optimizer"] is None else {name: part["optimizer"]}
+        return updates, failures
+
+    def _use_choices(self, used: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+        """Fuse as was measured anywhere, the lowest rank's choice first: a client's bits must not hang on its rank."""
+        merged: dict[str, Any] = {}
+        for of_device in used:
+            for choices in of_device.values():
+                merged = {**choices, **merged}
+        if merged:
+            tuning.use({str(self.server.device): merged})
 
     def _ask(self, number: int, names: Sequence[str]) -> Asked:
         """Have the clients elsewhere begin; they are waited for when those here are done."""
@@ -151,6 +238,7 @@ class TrainingRound:
         if event["event"] == "client_done":
             done[event["client"]] = event
         elif event["event"] == "warning":
+            self.heard.append(event)
             self._emit(**event)
         else:
             self._tell(event)
@@ -161,7 +249,7 @@ class TrainingRound:
         bound = self.server.largest if self.config.max_norm is None else min(self.server.largest, self.config.max_norm)
         config = self.config
         good, refused = sift(updates, {name: self.expected[name] for name in names}, bound, config.outlier_factor)
-        warn_of(refused)
+        self._warn_of(refused)
         if config.clip_update is not None:
             good, before = clipped(good, config.clip_update)
             for name, norm in before.items():
@@ -171,11 +259,10 @@ class TrainingRound:
             update.weight = config.share(update)
         return good, refused
 
-
-def warn_of(refused: Mapping[str, str]) -> None:
-    """Warn of refused clients, for people without callbacks."""
-    for name, reason in refused.items():
-        warnings.warn(f"client {name!r} was refused: {reason}", RuntimeWarning, stacklevel=3)
+    def _warn_of(self, refused: Mapping[str, str]) -> None:
+        """Warn of refused clients, for people without callbacks."""
+        for name, reason in refused.items() if self.ranks.first else ():
+            warnings.warn(f"client {name!r} was refused: {reason}", RuntimeWarning, stacklevel=3)
 
 
 __all__ = ["TrainingRound"]

@@ -6,7 +6,7 @@ Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -43,6 +43,18 @@ class ClientUpdate:
     def size_bytes(self) -> int:
         """Bytes of all factors, as they would travel."""
         return sum(t.numel() * t.element_size() for pair in self.adapters.values() for t in pair)
+
+
+def packed(update: ClientUpdate) -> dict[str, Any]:
+    """An update as nested dicts of tensors and JSON values."""
+    adapters = {module: {"A": A_RK, "B": B_RN} for module, (A_RK, B_RN) in update.adapters.items()}
+    return {**{f.name: getattr(update, f.name) for f in fields(update)}, "adapters": adapters}
+
+
+def unpacked(state: Mapping[str, Any]) -> ClientUpdate:
+    """Undo ``packed``."""
+    adapters = {module: (pair["A"], pair["B"]) for module, pair in state["adapters"].items()}
+    return ClientUpdate(**{**state, "adapters": adapters})
 
 
 def _fresh(client: str, **_: Any) -> Adapters | None:

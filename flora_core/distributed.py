@@ -1,0 +1,308 @@
+"""Several processes that train one run: each a share of a round's clients, and each is told what the others did.
+
+Every process (a rank) has the same model, clients and settings. torch's launcher starts them and torch's process group
+carries what moves between them: JSON, and tensors as raw bytes. Before anything moves the ranks meet: one that failed
+says so there, and all end with its words, so that nobody waits for it. ``docs/distributed.md`` shows how it is run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .checks import require
+from .identity import differences
+from .pausing import Stopped
+from .snapshot import put_in, take_out
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_START = "start the processes with torchrun --nproc-per-node N -m flora_core.cli run RECIPE, or unset WORLD_SIZE"
+# To find each other; whoever came then waits for the slowest rank, whose share may take long.
+_JOIN_SECONDS, _WAIT_SECONDS = 300, 7200
+_BUCKET_BYTES = 1 << 28
+# Parts of the environment that must be alike on all ranks; others may change the last bits.
+_VERSIONS = ("flora_core", "torch", "transformers")
+
+
+class RankError(ConnectionError):
+    """Another rank failed or was lost: this one cannot go on without it."""
+
+
+class Ranks:
+    """The processes of one run and this one's place among them; alone, nothing moves.
+
+    Args:
+        group: The process group; None for a process that is alone.
+    """
+
+    def __init__(self, group: Any = None):
+        self.group = group
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
+        self.moved_bytes = 0
+        self._told: BaseException | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes files, evaluates and tells progress."""
+        return self.rank == 0
+
+    def meet(self, value: int = 0) -> list[int]:
+        """Wait for all ranks; the number that each brings.
+
+        Raises:
+            RankError: If one failed since the last meeting, with its words, or was lost.
+        """
+        return [value] if self.size == 1 else self._meet(value, None)
+
+    def _meet(self, value: int, error: BaseException | None) -> list[int]:
+        mine = torch.tensor([value, error is not None])
+        found = [torch.zeros_like(mine) for _ in range(self.size)]
+        with _lost():
+            dist.all_gather(found, mine, group=self.group)
+        failed = [rank for rank, (_, wrong) in enumerate(found) if wrong]
+        if failed:
+            words = f"{type(error).__name__}: {error}".encode()
+            said = self._send_bytes(words, failed[0]).decode()
+            raise RankError(f"rank {failed[0]} of {self.size} failed, and no rank goes on without it: {said}")
+        return [int(brought) for brought, _ in found]
+
+    @contextmanager
+    def together(self) -> Iterator[Ranks]:
+        """Tell the other ranks, at their next meeting, of an error that ends this one."""
+        try:
+            yield self
+        except (Stopped, RankError):
+            raise  # all know of it
+        except BaseException as error:
+            self._tell(error)
+            raise
+
+    def _tell(self, error: BaseException) -> None:
+        if self.size == 1 or error is self._told:
+            return
+        self._told = error
+        # The others may be in the midst of their shares: nobody should wait for them to see this.
+        text = f"rank {self.rank} of {self.size} failed ({type(error).__name__}: {error}); telling the others"
+        print(f"flora: {text}", file=sys.stderr, flush=True)
+        with suppress(RankError):
+            self._meet(0, error)
+
+    def send(self, state: Any, source: int = 0) -> Any:
+        """What one rank has, on all of them: nested dicts and lists of tensors and JSON values.
+
+        Args:
+            state: On the source, where it comes back as it is; of no account on the others.
+            source: The rank that has it.
+        """
+        if self.size == 1:
+            return state
+        tensors: dict[str, torch.Tensor] = {}
+        body = b""
+        if self.rank == source:
+            skeleton = take_out(state, tensors)
+            places = {
+                name: (list(t.shape), str(t.dtype)[len("torch.") :], t.device.type) for name, t in tensors.items()
+            }
+            body = json.dumps([skeleton, places]).encode()
+        skeleton, places = json.loads(self._send_bytes(body, source))
+        if self.rank != source:
+            for name, (shape, dtype, device) in places.items():
+                tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for bucket in _buckets(list(tensors.values())):
+            self._send_bucket(bucket, source)
+        return state if self.rank == source else put_in(skeleton, tensors)
+
+    def exchange(self, parts: Sequence[Any]) -> list[list[Any]]:
+        """All ranks' parts, by rank, on all of them; each part is a state as ``send`` takes it."""
+        counts = self.meet(len(parts))
+        return [
+            [self.send(parts[number] if rank == self.rank else None, rank) for number in range(count)]
+            for rank, count in enumerate(counts)
+        ]
+
+    def agree(self, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
+        """Make sure that all ranks run the same thing with the same software; warnings of what else differs.
+
+        Raises:
+            ValueError: On a rank that differs from rank 0.
+            RankError: On the others.
+        """
+        if self.size == 1:
+            return []
+        self.meet()
+        first = self.send({"identity": identity, "environment": environment})
+        versions = {name: environment[name] for name in _VERSIONS}
+        fields = differences(first["identity"], identity)
+        fields += differences({name: first["environment"][name] for name in _VERSIONS}, versions)
+        some = "; ".join(fields[:8]) + (f"; and {len(fields) - 8} more" if len(fields) > 8 else "")
+        require(
+            not fields,
+            f"rank {self.rank} would run something else than rank 0: {some} here; start all ranks with the same "
+            "recipe, model, data and versions",
+        )
+        others = {name: value for name, value in first["environment"].items() if name not in _VERSIONS}
+        mine = {name: value for name, value in environment.items() if name not in _VERSIONS}
+        notes = [
+            f"{text} on rank {self.rank}: the last bits may depend on the rank" for text in differences(others, mine)
+        ]
+        return [text for part in self.exchange(notes) for text in part]
+
+    def _send_bytes(self, body: bytes, source: int) -> bytes:
+        length = torch.tensor([len(body)])
+        self._broadcast(length, source)
+        if self.rank != source:
+            body = bytes(int(length))
+        data = torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)
+        self._broadcast(data, source)
+        return data.numpy().tobytes()
+
+    def _send_bucket(self, bucket: Sequence[torch.Tensor], source: int) -> None:
+        if self.rank == source:
+            flat = torch.cat([_bytes_of(tensor.contiguous()) for tensor in bucket])
+        else:
+            flat = torch.empty(sum(map(_size, bucket)), dtype=torch.uint8, device=bucket[0].device)
+        self._broadcast(flat, source)
+        if self.rank != source:
+            for tensor, part in zip(bucket, flat.split([_size(tensor) for tensor in bucket]), strict=True):
+                _bytes_of(tensor).copy_(part)
+
+    def _broadcast(self, data: torch.Tensor, source: int) -> None:
+        if data.numel():
+            with _lost():
+                dist.broadcast(data, source, group=self.group)
+            self.moved_bytes += (self.size - 1) * _size(data)
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """Say what it means where torch's process group fails: a rank was killed, or is out of reach."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"a rank was lost, and no rank goes on without it ({_first_line(error)}); start the same run again: it "
+            "goes on after its newest whole round"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
+
+
+def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Consecutive tensors of one device that travel at once, so that what is copied for it stays small."""
+    buckets: list[list[torch.Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        if not buckets or buckets[-1][0].device != tensor.device or filled + _size(tensor) > _BUCKET_BYTES:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(tensor)
+        filled += _size(tensor)
+    return buckets
+
+
+_JOINED: list[tuple[Any, Ranks]] = []
+
+
+def ranks() -> Ranks:
+    """The ranks of the process group that this process has joined, else this process alone.
+
+    Raises:
+        ValueError: If a launcher started several processes and this one has not joined them.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        require(
+            _launched() == 1,
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} says that several processes run this, and this one has not "
+            f"joined them: put `with flora_core.distributed.session():` around the run, or {_START}",
+        )
+        return Ranks()
+    world = dist.group.WORLD
+    if not _JOINED or _JOINED[0][0] is not world:
+        # A group of our own: it has a backend for tensors of the CPU too, and time for a rank's whole share.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        _JOINED[:] = [(world, Ranks(dist.new_group(backend=backend, timeout=timedelta(seconds=_wait_seconds()))))]
+    return _JOINED[0][1]
+
+
+@contextmanager
+def session() -> Iterator[Ranks]:
+    """Join the processes that torchrun started, if it did, and leave them at the end; what is done within is theirs.
+
+    An error on one rank ends all of them with its words. Without a launcher this process is alone, and nothing
+    changes.
+
+    Raises:
+        ValueError: If variables of the launcher are missing or make no sense.
+        RankError: If the others are not found, or another rank failed or was lost.
+    """
+    own = _launched() > 1 and not dist.is_initialized()
+    if own:
+        _join()
+    try:
+        with ranks().together() as joined:
+            yield joined
+    finally:
+        if own:
+            _JOINED.clear()
+            dist.destroy_process_group()
+
+
+def _join() -> None:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local < torch.cuda.device_count():
+        torch.cuda.set_device(local)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=_JOIN_SECONDS))
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"the other ranks were not found at MASTER_ADDR:MASTER_PORT = {address} ({_first_line(error)}); give "
+            "torchrun the same --rdzv-endpoint on every machine, one that all of them reach"
+        ) from error
+
+
+def _launched() -> int:
+    """How many processes a launcher says that there are."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    require(text.isdecimal() and int(text) > 0, f"WORLD_SIZE must be a number above 0, got {text!r}; {_START}")
+    if int(text) == 1:
+        return 1
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    require(not missing, f"WORLD_SIZE={text} needs {', '.join(missing)} too, which torchrun sets; {_START}")
+    rank = os.environ["RANK"]
+    require(
+        rank.isdecimal() and int(rank) < int(text), f"RANK must be from 0 to {int(text) - 1}, got {rank!r}; {_START}"
+    )
+    return int(text)
+
+
+def _wait_seconds() -> float:
+    text = os.environ.get("FLORA_RANK_TIMEOUT_S", str(_WAIT_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    require(seconds > 0, f"FLORA_RANK_TIMEOUT_S must be a number of seconds above 0, got {text!r}")
+    return seconds
+
+
+__all__ = ["RankError", "Ranks", "ranks", "session"]

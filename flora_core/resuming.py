@@ -1,0 +1,126 @@
+"""Where a run stops and how it goes on there: as the same run, on all of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any, NoReturn
+
+from . import tuning
+from .history import Event
+from .identity import environment, identity, json_digest, tensor_digest
+from .pausing import Paused, Stopped
+from .training_round import TrainingRound
+
+
+class Resuming(TrainingRound):
+    """The part of a ``Federation`` that stops, goes on, and keeps the ranks' copies alike."""
+
+    names: list[str]
+    events: list[Event]
+    eval_data: Any
+    strategy: Any
+    finished = False
+
+    @property
+    def _out(self) -> str | None:
+        raise NotImplementedError
+
+    @property
+    def _over(self) -> bool:
+        return self.finished and self.round == self.config.rounds
+
+    def _pause(self, pause: Paused) -> NoReturn:
+        """Save what a round that was stopped between two steps has, and stop."""
+        number = self.round + 1
+        if self.folder is not None:
+            self.folder.keep_choices()
+            self.folder.save_pause(number, {"clients": pause.state, "names": self.names})
+        self.ranks.meet()
+        self._stop(f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step")
+
+    def _stop(self, text: str) -> NoReturn:
+        self._tell({"event": "warning", "message": text})
+        raise Stopped(text)
+
+    def _resume(self) -> list[Event]:
+        """Go on after the newest whole round in the folder, if it holds this run; warnings."""
+        if self.folder is None and self.ranks.size == 1:
+            return []
+        start = tensor_digest(self.server.weights.items())
+        mine, where = self._identity(), environment(self.server.device)
+        notes = self.ranks.agree({**mine, "start": start}, where)
+        if self.folder is not None:
+            notes += self._read_folder(mine, where, start)
+        self._go_on_alike()
+        return [{"message": text} for text in notes]
+
+    def _read_folder(self, mine: Mapping[str, Any], where: Mapping[str, Any], start: str) -> list[str]:
+        assert self.folder is not None
+        notes = self.folder.begin(mine, where, start)
+        snapshot, damaged = self.folder.newest(self.server.device)
+        if snapshot is None:
+            self.folder.check_start(start)
+        else:
+            self.server.restore(snapshot.state["server"])
+            self.round, self.optimizer = snapshot.round, snapshot.state["optimizer"]
+        if self.private is not None:
+            self.private.open(self.round)
+        self.paused, torn = self.folder.pause(self.round + 1, self.server.device)
+        self.finished = self.folder.finished
+        self.events = self.folder.events() if self._over else self.folder.restore_metrics(snapshot)
+        return notes + damaged + torn
+
+    def _go_on_alike(self) -> None:
+        """Give every rank what rank 0 found in the folder: the others may not even see its disk."""
+        if self.ranks.size == 1:
+            return
+        self.ranks.meet()
+        names = ("round", "optimizer", "paused", "finished", "events")
+        state = {name: getattr(self, name) for name in names}
+        state |= {"server": self.server.saved() if self.round else None, "fuse": tuning.used()}
+        found = self.ranks.send(state)
+        if not self.ranks.first:
+            for name in names:
+                setattr(self, name, found[name])
+            if found["server"] is not None:
+                self.server.restore(found["server"])
+        self._use_choices([found["fuse"]])
+
+    def _keep_alike(self, number: int) -> None:
+        """See that the round left all ranks the same weights; where a machine rounds otherwise, rank 0's count."""
+        if self.ranks.size == 1:
+            return
+        saved = {**self.server.weights, **{f"{m} low bits": low for m, low in self.server.low_bits.items()}}
+        digests = self.ranks.exchange([tensor_digest(saved.items())])
+        others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+        if others:
+            found = self.ranks.send(self.server.saved())
+            if not self.ranks.first:
+                self.server.restore(found)
+            text = (
+                f"ranks {', '.join(others)} came to other weights than rank 0, whose they take: their machines differ"
+            )
+            self._emit("warning", round=number, message=text)
+
+    def _identity(self) -> dict[str, Any]:
+        ours = asdict(replace(self.config, out=None))
+        # These change what is kept, and nothing that is computed.
+        for name in ("out", "keep_snapshots", "save_model"):
+            ours.pop(name)
+        targets = {weight.data_ptr() for weight in self.server.weights.values()}
+        rest = [(name, p) for name, p in self.model.named_parameters() if p.data_ptr() not in targets]
+        others = {
+            "strategy": self.strategy.name,
+            "target_modules": self.target_modules,
+            "backend": self.backend,
+            "fuse": self.fuse,
+            "eval_data": None if self.eval_data is None else json_digest(self.eval_data),
+            "model.class": type(self.model).__name__,
+            "model.dtype": str(self.model.dtype),
+            "model.weights": tensor_digest(rest),
+        }
+        return identity(list(self.specs.values()), self.train, ours, others)
+
+
+__all__ = ["Resuming"]

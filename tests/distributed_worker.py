@@ -1,0 +1,197 @@
+"""What ``tests/test_distributed.py`` has torchrun start: runs a list of jobs, one after another, on every rank.
+
+A job is {"name", "out", "changes": for ``make_federation``, "fault": name of a fault below}. What came of it on a rank
+goes to ``<results>/<name>-<rank>.json``: the type and text of the error, or a digest of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import flora_core as flora
+from flora_core.distributed import Ranks, session
+from flora_core.identity import tensor_digest
+from flora_core.server import Server
+from flora_core.trainer import CohortTrainer
+from tests.federation_cases import Stop, make_clients, make_federation, target_weights
+
+Fault = Callable[[pytest.MonkeyPatch, dict[str, Any]], None]
+FAULTS: dict[str, tuple[int, Fault]] = {}
+
+
+def fault(rank: int) -> Callable[[Fault], Fault]:
+    """A fault of one rank alone."""
+
+    def keep(function: Fault) -> Fault:
+        FAULTS[function.__name__] = rank, function
+        return function
+
+    return keep
+
+
+@fault(0)
+def stop_after_round_1(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    def callback(event: dict[str, Any]) -> None:
+        if event["event"] == "round_end":
+            raise Stop("as the test wants it")
+
+    changes["callbacks"] = [callback]
+
+
+@fault(1)
+def missing_data(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    clients = make_clients()
+    changes["clients"] = [*clients[:2], flora.ClientSpec("c", "not-there.jsonl", clients[2].adapter)]
+
+
+@fault(1)
+def other_rate(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    changes["lr"] = 0.5
+
+
+@fault(1)
+def other_weights(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    from tests.federation_cases import make_model
+
+    changes["model"] = make_model(seed=1)
+
+
+@fault(1)
+def other_version(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    patch.setattr("flora_core.__version__", "0.0.7")
+
+
+@fault(1)
+def fails_in_round_1(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the disk of this machine is on fire")
+
+    patch.setattr(CohortTrainer, "_report", fail)
+
+
+@fault(1)
+def no_memory(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    whole = CohortTrainer._forward_backward
+
+    def narrow(self: Any, clients: Any, batches: Any, step: int, token_budget: int) -> Any:
+        if sum(len(example.input_ids) for batch in batches for example in batch) > token_budget:
+            return whole(self, clients, batches, step, token_budget)
+        raise torch.OutOfMemoryError("no room for the whole step")
+
+    patch.setattr(CohortTrainer, "_forward_backward", narrow)
+
+
+@fault(1)
+def rounds_otherwise(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    apply = Server.apply
+
+    def another(self: Server, updates: Any, number: int) -> Any:
+        result = apply(self, updates, number)
+        next(iter(self.weights.values()))[0, 0] += 1e-3
+        return result
+
+    patch.setattr(Server, "apply", another)
+
+
+def _asked_to_stop(patch: pytest.MonkeyPatch, at: int) -> None:
+    """SIGTERM within step ``at`` of this rank, counted over its clients."""
+    report, steps = CohortTrainer._report, [0]
+
+    def count(self: Any, *arguments: Any) -> None:
+        report(self, *arguments)
+        steps[0] += 1
+        if steps[0] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    patch.setattr(CohortTrainer, "_report", count)
+
+
+@fault(0)
+def term_to_rank_0(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    _asked_to_stop(patch, 4)
+
+
+@fault(1)
+def term_to_rank_1(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    _asked_to_stop(patch, 2)
+
+
+@fault(1)
+def killed_in_round_2(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    report = CohortTrainer._report
+
+    def kill(self: Any, *arguments: Any) -> None:
+        report(self, *arguments)
+        if self.round == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    patch.setattr(CohortTrainer, "_report", kill)
+
+
+@contextmanager
+def under(name: str | None, rank: int, changes: dict[str, Any]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if name is not None and FAULTS[name][0] == rank:
+            FAULTS[name][1](patch, changes)
+        yield
+
+
+def arguments(job: dict[str, Any]) -> dict[str, Any]:
+    """What of a job is for ``make_federation``; JSON has no clients and no dtypes."""
+    changes = dict(job.get("changes", {}))
+    clients = make_clients(changes.pop("ranks", (4, 2, 3)), dropout=changes.pop("dropout", 0.0))
+    poisoned = changes.pop("poisoned", None)
+    changes["clients"] = [
+        flora.ClientSpec(one.name, one.data, one.adapter, {"lr": 1e38}) if one.name == poisoned else one
+        for one in clients
+    ]
+    if "base" in changes:
+        from tests.federation_cases import make_model
+
+        changes["model"] = make_model(getattr(torch, changes.pop("base")))
+    if changes.pop("private", False):
+        changes |= {"privacy": flora.Privacy(clip=1.0, noise_multiplier=1.0), "weights": "uniform"}
+    if changes.pop("elsewhere", False):
+        changes |= {"remote": {"a": lambda task: None}, "weights": "uniform"}
+    return changes
+
+
+def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """One job on this rank."""
+    changes, before = arguments(job), ranks.moved_bytes
+    with under(job.get("fault"), ranks.rank, changes):
+        try:
+            with ranks.together():
+                federation = make_federation(job.get("out"), **changes)
+                result = federation.run()
+        except BaseException as error:
+            if job.get("ends"):
+                raise
+            return {"error": type(error).__name__, "text": str(error)}
+    digest = tensor_digest(target_weights(federation.model).items())
+    found = [event for event in result.events if event["event"] == "evaluated"]
+    return {"digest": digest, "moved": ranks.moved_bytes - before, "evaluated": len(found)}
+
+
+def main(jobs: str, results: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    with session() as ranks:
+        for job in json.loads(Path(jobs).read_text()):
+            found = run(job, ranks)
+            (Path(results) / f"{job['name']}-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
