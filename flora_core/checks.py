@@ -54,7 +54,9 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def check_choice(name: str, value: str, known: Iterable[str]) -> str:
     """Check that a word is one of the known ones."""
     known = list(known)
-    require(value in known, f"{name} must be one of {', '.join(known)}, got {value!r}; {nearest(str(value), known)}")
+    if value not in known:
+        # Looking for what is meant takes longer than a small merge.
+        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}; {nearest(str(value), known)}")
     return value
 
 

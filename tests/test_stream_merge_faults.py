@@ -50,17 +50,17 @@ def merge_once(request: dict[str, Any]) -> dict[str, Any]:
         if event in _FILE_OPERATIONS and request["out"] in str(arguments[:2]).replace(".merging-", "") and step():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def half(append: Any) -> Any:
-        def appended(sink: Any, view: memoryview, advance: Any) -> None:
+    def half(whole: Any) -> Any:
+        def written(file: Any, view: memoryview) -> None:
             if step():
-                sink.write(view[: len(view) // 2])
+                whole(file, view[: len(view) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            append(sink, view, advance)
+            whole(file, view)
 
-        return appended
+        return written
 
     write.BLOCK_BYTES = _BLOCK
-    write._append = half(write._append)
+    write._write = half(write._write)
     sys.addaudithook(watch)
     report = flora.merge_into_checkpoint(
         request["base"], dict.fromkeys(request["adapters"], 1), request["out"], strategy=request["strategy"]
@@ -264,22 +264,64 @@ def test_two_processes_do_not_make_one_output(tmp_path):
 
 def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     base, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
-    keep, count = write._append, 0
+    keep, count = write._write, 0
 
-    def full(sink: Any, view: memoryview, advance: Any) -> None:
+    def full(file: Any, view: memoryview) -> None:
         nonlocal count
         count += 1
         if count == 4:
-            sink.write(view[: len(view) // 2])
+            keep(file, view[: len(view) // 2])
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        keep(sink, view, advance)
+        keep(file, view)
 
-    monkeypatch.setattr(write, "_append", full)
+    monkeypatch.setattr(write, "_write", full)
     with pytest.raises(SaveError, match=r"the disk is full: free some space.*the same command goes on from there"):
         flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out").resumed_bytes > 0
     flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "wanted")
+    assert files(tmp_path / "out") == files(tmp_path / "wanted")
+
+
+def test_numbers_that_begin_anywhere_in_a_file_and_disks_that_take_no_direct_writes(tmp_path, monkeypatch):
+    """A header of odd length leaves every number between its places; blocks of some rows end within pages."""
+    monkeypatch.setattr(write, "BLOCK_BYTES", 3000)
+    base, paths = save_checkpoint(tmp_path / "base", weights(width=2), shards=1), save_adapters(tmp_path, width=2)
+    file = "model-00001-of-00001.safetensors"
+    data = (base / file).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    wanted = None
+    for spaces in (0, 1, 7):
+        header = data[8:start] + b" " * spaces
+        (base / file).write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
+        for direct in (True, False):
+            if not direct:
+                monkeypatch.setattr(write, "_set_direct", lambda *_: False)
+            out = tmp_path / f"out-{spaces}-{direct}"
+            flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), out, verify=True)
+            found = (out / file).read_bytes()
+            assert found[: start + spaces] == (base / file).read_bytes()[: start + spaces]
+            wanted = found[start:] if wanted is None else wanted
+            assert found[start + spaces :] == wanted
+        monkeypatch.undo()
+        monkeypatch.setattr(write, "BLOCK_BYTES", 3000)
+
+
+def test_a_disk_that_takes_no_more_direct_writes_gets_the_rest_by_others(tmp_path, monkeypatch):
+    """What is left of a page after a part of it was taken is no whole page, which direct writes refuse."""
+    base, paths = save_checkpoint(tmp_path / "base", weights(width=4)), save_adapters(tmp_path, width=4)
+    flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "wanted")
+    keep = write._write
+
+    def crooked(file: Any, view: memoryview) -> None:
+        if len(view) > 1000:
+            direct = write._set_direct(file, False)
+            keep(file, view[:1000])
+            write._set_direct(file, direct)
+        keep(file, view[1000:] if len(view) > 1000 else view)
+
+    monkeypatch.setattr(write, "_write", crooked)
+    flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "wanted")
 
 

@@ -41,9 +41,11 @@ class Adapter:
         """Read some modules; those that it does not adapt are left out."""
         mine = [module for module in modules if module in self.scaling]
         pairs = {}
-        for module in mine:
-            A_RK, B_NR = (read_tensor(self.entries[_KEY.format(module, factor)]) for factor in "AB")
-            pairs[module] = (A_RK, B_NR.T.contiguous())
+        with open(self.folder / WEIGHTS, "rb", buffering=0) as file:
+            for module in mine:
+                A_RK, B_NR = (read_tensor(file, self.entries[_KEY.format(module, factor)]) for factor in "AB")
+                # Stacking copies it into rows.
+                pairs[module] = (A_RK, B_NR.T)
         return ClientUpdate(self.name, pairs, {module: self.scaling[module] for module in mine}, self.weight)
 
 

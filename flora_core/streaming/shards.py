@@ -76,11 +76,10 @@ def read_shard(path: Path) -> Shard:
     return Shard(path, size, tuple(entries))
 
 
-def read_tensor(entry: Entry) -> torch.Tensor:
-    """Read one whole tensor into memory of its own."""
+def read_tensor(file: Any, entry: Entry) -> torch.Tensor:
+    """Read one whole tensor of an open file into memory of its own."""
     buffer = bytearray(entry.stop - entry.start)
-    with open(entry.path, "rb") as file:
-        read_into(file, entry.start, memoryview(buffer))
+    read_into(file, entry.start, memoryview(buffer))
     flat = torch.frombuffer(buffer, dtype=DTYPES[entry.dtype]) if buffer else torch.empty(0, dtype=DTYPES[entry.dtype])
     return flat.view(entry.shape)
 

@@ -1,13 +1,19 @@
 """Write a shard like another one, in which some tensors have a stack's product added, a block of rows at a time.
 
-The header is copied, for names, dtypes, shapes and offsets stay: all files keep their layout to the byte.
+The header is copied, for names, dtypes, shapes and offsets stay: all files keep their layout to the byte. While a
+product is added to a block, one thread reads the next and another writes the last, past the page cache where that is
+possible: copying into the cache may take longer than the product.
 Letters: K in_features, N out_features, P the sum of ranks.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +26,10 @@ from .plan import Target
 from .shards import DTYPES, Entry, Shard, read_into
 from .staging import PARTIAL
 
+# Three of them are in memory: read, being summed, and being written.
 BLOCK_BYTES = 16 * 2**20
+# Direct writes ask for offsets, sizes and addresses that are multiples of a disk's block.
+PAGE = 4096
 Advance = Callable[[int], None]
 
 
@@ -42,32 +51,31 @@ def write_shard(
         advance(shard.size)
         return shard.size
     partial = path.with_name(path.name + PARTIAL)
-    with open(shard.path, "rb", buffering=0) as source, _open_kept(partial) as sink:
-        done = _whole_tensors(shard, os.fstat(sink.fileno()).st_size)
-        sink.truncate(done)
-        sink.seek(done)
+    with open(shard.path, "rb", buffering=0) as source, _open_kept(partial) as file:
+        done = _whole_tensors(shard, os.fstat(file.fileno()).st_size)
         advance(done)
-        if not done:
-            _copy(source, sink, 0, shard.header_bytes, advance)
-        for entry in shard.entries:
-            if entry.start < done or entry.stop == entry.start:
-                continue
-            if entry.name in targets:
-                target = targets[entry.name]
-                merge_tensor(target, stack(target.module), source, sink, advance)
-            else:
-                _copy(source, sink, entry.start, entry.stop, advance)
+        with ThreadPoolExecutor(2) as threads:
+            sink, stacks = Sink(file, done, threads, advance), dict[str, Stack]()
+            for block in _ahead(threads, _read(source, _spans(done, shard, targets))):
+                if block.part is not None:
+                    target, rows = block.part
+                    if target.module not in stacks:
+                        stacks.clear()
+                        stacks[target.module] = sides(target, stack(target.module))
+                    _add(block.data, target.entry, rows, stacks[target.module])
+                sink.append(block)
+            sink.finish()
         require(
-            os.fstat(sink.fileno()).st_size == shard.size == os.fstat(source.fileno()).st_size,
+            os.fstat(file.fileno()).st_size == shard.size == os.fstat(source.fileno()).st_size,
             f"{shard.path} changed while it was read; leave it alone and start again",
         )
-        os.fsync(sink.fileno())
+        os.fsync(file.fileno())
     os.replace(partial, path)
     return done
 
 
 def _open_kept(path: Path) -> BinaryIO:
-    """Open for writing what may be there already; not for appending, which the kernel's own copying refuses."""
+    """Open for writing what may be there already."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     return os.fdopen(handle, "r+b", buffering=0)  # pyright: ignore[reportReturnType]
 
@@ -76,6 +84,36 @@ def _whole_tensors(shard: Shard, size: int) -> int:
     """How much of a file's beginning is known to be good: up to the end of the last whole tensor."""
     ends = [shard.header_bytes, *(entry.stop for entry in shard.entries)]
     return max((end for end in ends if end <= size), default=0)
+
+
+# Blocks.
+
+
+# Bytes start:stop of a file, and the rows of a target that they are.
+Span = tuple[int, int, tuple[Target, slice] | None]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Bytes start:stop of a file, and the rows of a target that they are.
+
+    ``memory`` begins with the page of the file that they begin in, of which others may have the first bytes.
+    """
+
+    start: int
+    stop: int
+    part: tuple[Target, slice] | None
+    memory: memoryview
+
+    @property
+    def lead(self) -> int:
+        """Bytes of the first page that are not theirs."""
+        return self.start % PAGE
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes."""
+        return self.memory[self.lead :]
 
 
 def blocks(entry: Entry, most: int) -> Iterator[tuple[slice, int, int]]:
@@ -88,72 +126,146 @@ def blocks(entry: Entry, most: int) -> Iterator[tuple[slice, int, int]]:
         yield slice(first, last), entry.start + first * row_bytes, entry.start + last * row_bytes
 
 
+def _spans(done: int, shard: Shard, targets: Mapping[str, Target]) -> Iterator[Span]:
+    """What is to be written from ``done`` on, the end of a tensor."""
+    copied = done
+    for entry in shard.entries:
+        if entry.name in targets and done <= entry.start < entry.stop:
+            yield from _copied(copied, entry.start)
+            for rows, start, stop in blocks(entry, BLOCK_BYTES):
+                yield start, stop, (targets[entry.name], rows)
+            copied = entry.stop
+    yield from _copied(copied, shard.size)
+
+
+def _copied(start: int, stop: int) -> Iterator[Span]:
+    for first in range(start, stop, BLOCK_BYTES):
+        yield first, min(stop, first + BLOCK_BYTES), None
+
+
+def _read(source: BinaryIO, spans: Iterable[Span]) -> Iterator[Block]:
+    """Read a file's blocks, into three pieces of memory in turn."""
+    memories = [memoryview(b"")] * 3
+    for i, (start, stop, part) in enumerate(spans):
+        size = start % PAGE + stop - start
+        if len(memories[i % 3]) < size:
+            memories[i % 3] = _memory(size)
+        block = Block(start, stop, part, memories[i % 3][:size])
+        read_into(source, start, block.data)
+        yield block
+
+
+def _memory(size: int) -> memoryview:
+    """Memory that begins at a page."""
+    raw = bytearray(size + PAGE)
+    skip = -torch.frombuffer(raw, dtype=torch.uint8).data_ptr() % PAGE
+    return memoryview(raw)[skip : skip + size]
+
+
+def _ahead(threads: ThreadPoolExecutor, made: Iterator[Block]) -> Iterator[Block]:
+    """The same blocks, each made by a thread while the one before it is in use."""
+    pending = threads.submit(next, made, None)
+    while (block := pending.result()) is not None:
+        pending = threads.submit(next, made, None)
+        yield block
+
+
+# The product.
+
+
 def sides(target: Target, stack: Stack) -> Stack:
     """A stack whose product has the shape that is stored: the factors change places where that is K x N."""
     A_PK, B_PN, coef_P = stack
     return (B_PN, A_PK, coef_P) if target.transposed else stack
 
 
-def merge_tensor(target: Target, stack: Stack, source: BinaryIO, sink: BinaryIO, advance: Advance) -> None:
-    """Read a weight, add the stack's product, and append the result."""
-    entry, dtype = target.entry, DTYPES[target.entry.dtype]
-    columns, rows, coef_P = sides(target, stack)
-    buffer = bytearray(max(stop - start for _, start, stop in blocks(entry, BLOCK_BYTES)))
-    for part, start, stop in blocks(entry, BLOCK_BYTES):
-        view = memoryview(buffer)[: stop - start]
-        read_into(source, start, view)
-        weight = torch.frombuffer(view, dtype=dtype).view(-1, entry.shape[1])
-        if coef_P.numel():
-            stacked_merge_(weight, columns, rows[:, part], coef_P)
-        if dtype == torch.float16:
-            require(
-                bool(torch.isfinite(weight).all()),
-                f"{entry.name} is not finite in float16 after the merge: the weight or the sum is beyond 65504;"
-                " save the base in bfloat16 or float32 first",
-            )
-        _append(sink, view, advance)
+def _add(view: memoryview, entry: Entry, part: slice, stack: Stack) -> None:
+    """Add the stack's product to some rows of a weight."""
+    (columns, rows, coef_P), dtype = stack, DTYPES[entry.dtype]
+    data = torch.frombuffer(view, dtype=torch.uint8)
+    # A header of odd length puts numbers between their places in memory.
+    there = data.clone() if entry.start % dtype.itemsize else data
+    weight = there.view(dtype).view(-1, entry.shape[1])
+    if coef_P.numel():
+        stacked_merge_(weight, columns, rows[:, part], coef_P)
+    if dtype == torch.float16:
+        require(
+            bool(torch.isfinite(weight).all()),
+            f"{entry.name} is not finite in float16 after the merge: the weight or the sum is beyond 65504;"
+            " save the base in bfloat16 or float32 first",
+        )
+    if there is not data:
+        data.copy_(there)
 
 
-def _append(sink: BinaryIO, view: memoryview, advance: Advance) -> None:
-    before = sink.tell()
+# The file.
+
+
+class Sink:
+    """A file that grows block by block, in pages: what is left of a page waits for the next block.
+
+    Args:
+        file: Open for reading and writing.
+        done: How much of it is good; the rest is cut off.
+        threads: Who writes.
+        advance: Called with numbers of bytes that are written.
+    """
+
+    def __init__(self, file: BinaryIO, done: int, threads: ThreadPoolExecutor, advance: Advance):
+        self.file, self.threads, self.advance = file, threads, advance
+        self.pending: tuple[Future[None], int] | None = None
+        file.truncate(done)
+        file.seek(done - done % PAGE)
+        self.rest = file.read(done % PAGE)
+        file.seek(done - done % PAGE)
+        _set_direct(file, True)
+
+    def append(self, block: Block) -> None:
+        """Have a block written when the one before it is."""
+        self.wait()
+        block.memory[: block.lead] = self.rest
+        whole = len(block.memory) // PAGE * PAGE
+        self.rest = bytes(block.memory[whole:])
+        self.pending = self.threads.submit(_write, self.file, block.memory[:whole]), block.stop - block.start
+
+    def wait(self) -> None:
+        """Wait until all is written that was given."""
+        if self.pending is not None:
+            (future, size), self.pending = self.pending, None
+            future.result()
+            self.advance(size)
+
+    def finish(self) -> None:
+        """Write the last page's beginning."""
+        self.wait()
+        _set_direct(self.file, False)
+        _write(self.file, memoryview(self.rest))
+
+
+def _write(file: BinaryIO, view: memoryview) -> None:
+    start = file.tell()
     while view:
-        view = view[sink.write(view) :]
-    _start_writing(sink, before)
-    advance(sink.tell() - before)
-
-
-def _copy(source: BinaryIO, sink: BinaryIO, start: int, stop: int, advance: Advance) -> None:
-    """Append bytes of the source, inside the kernel where it can do that."""
-    buffer = None
-    while start < stop:
-        size = min(stop - start, BLOCK_BYTES)
-        count = 0 if buffer is not None else _copy_in_kernel(source, sink, start, size)
-        if count:
-            _start_writing(sink, sink.tell() - count)
-            advance(count)
-        else:
-            buffer = bytearray(BLOCK_BYTES) if buffer is None else buffer
-            read_into(source, start, memoryview(buffer)[:size])
-            _append(sink, memoryview(buffer)[:size], advance)
-            count = size
-        start += count
-
-
-def _copy_in_kernel(source: BinaryIO, sink: BinaryIO, start: int, size: int) -> int:
-    """Bytes that the kernel copied; 0 where it cannot."""
-    try:
-        at = sink.tell()
-        count = os.copy_file_range(source.fileno(), sink.fileno(), size, start, at)
-        sink.seek(at + count)
-        return count
-    except (AttributeError, OSError):
-        return 0
-
-
-def _start_writing(sink: BinaryIO, start: int) -> None:
-    """Ask the system to begin with the disk now, beside the next product, and not only when the file is whole."""
+        try:
+            view = view[file.write(view) :]
+        except OSError as error:
+            # Another size of blocks, or a full disk that took a part of a page.
+            if error.errno != errno.EINVAL or not _set_direct(file, False):
+                raise
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(sink.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
+        # Where it went into the page cache: begin with the disk now, and not only when the file is whole.
+        os.posix_fadvise(file.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
 
 
-__all__ = ["BLOCK_BYTES", "blocks", "merge_tensor", "sides", "write_shard"]
+def _set_direct(file: BinaryIO, direct: bool) -> bool:
+    """Write past the page cache or not; whether that was to be changed, and could be."""
+    with suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        flags = fcntl.fcntl(file, fcntl.F_GETFL)
+        if bool(flags & os.O_DIRECT) != direct:
+            fcntl.fcntl(file, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+            return True
+    return False
+
+
+__all__ = ["BLOCK_BYTES", "Advance", "blocks", "sides", "write_shard"]
