@@ -20,7 +20,7 @@ from flora_kernels.arguments import Dropout, MergeItem
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 ISAS = [name for name, code in native._ISAS.items() if 0 < code <= native._native.cpu_isa()]
 DTYPES = list(testing.DTYPES.values())
-ids: dict[str, Any] = dict(ids=lambda value: testing._NAME_OF.get(value, str(value)))
+ids: dict[str, Any] = dict(ids=lambda value: testing.NAME_OF.get(value, str(value)))
 
 
 def whole(length: int) -> dict[str, Segments]:

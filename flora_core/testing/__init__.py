@@ -1,0 +1,49 @@
+"""Cases, input makers, oracles and the error budget: one set for the tests and benchmarks of every backend."""
+
+from .budget import Results, budget_ratio, budget_ratios, check_budget, nan_filled, saved_bytes, ulp
+from .cases import DTYPES, NAME_OF, backends, in_dtypes, lay_out
+from .dropout import keep_mask, philox4x32
+from .linear import (
+    DROPOUT_FAULTS,
+    LINEAR_FAULTS,
+    LINEAR_SHAPES,
+    LinearCase,
+    LinearInputs,
+    check_linear,
+    make_linear,
+    oracle_linear,
+    run_linear,
+)
+from .merge import MERGE_FAULTS, MERGE_SHAPES, MergeCase, MergeInputs, make_merge, oracle_merge
+
+__all__ = [
+    "DROPOUT_FAULTS",
+    "DTYPES",
+    "LINEAR_FAULTS",
+    "LINEAR_SHAPES",
+    "MERGE_FAULTS",
+    "MERGE_SHAPES",
+    "NAME_OF",
+    "LinearCase",
+    "LinearInputs",
+    "MergeCase",
+    "MergeInputs",
+    "Results",
+    "backends",
+    "budget_ratio",
+    "budget_ratios",
+    "check_budget",
+    "check_linear",
+    "in_dtypes",
+    "keep_mask",
+    "lay_out",
+    "make_linear",
+    "make_merge",
+    "nan_filled",
+    "oracle_linear",
+    "oracle_merge",
+    "philox4x32",
+    "run_linear",
+    "saved_bytes",
+    "ulp",
+]

@@ -1,0 +1,35 @@
+"""Dropout's mask, drawn one element at a time in Python ints, apart from the kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> tuple[int, int, int, int]:
+    """Philox4x32 as Salmon et al. (SC 2011) print it, in Python ints."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        left, right = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (right >> 32) ^ c1 ^ k0, right % 2**32, (left >> 32) ^ c3 ^ k1, left % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+@functools.lru_cache(maxsize=256)
+def keep_mask(rows: int, columns: int, q: int, seed: int, first_row: int = 0) -> torch.Tensor:
+    """Which elements dropout keeps, bool (rows, columns), drawn one by one."""
+    kept = torch.empty(rows, columns, dtype=torch.bool)
+    for row in range(rows):
+        for group in range(0, columns, 8):
+            words = philox4x32((group // 8, first_row + row, 0, 0), (seed % 2**32, seed >> 32))
+            draws = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
+            for column in range(group, min(group + 8, columns)):
+                kept[row, column] = draws[column - group] >= q
+    return kept
+
+
+__all__ = ["keep_mask", "philox4x32"]
