@@ -1,59 +1,30 @@
 """PEFT LoRA adapters in and out: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else.
 
 Whatever an adapter carries is either loaded exactly or refused by name; nothing is dropped in silence.
-Facts are those of peft 0.21's own source (``tuners/lora``, ``utils/save_and_load.py``).
+Facts are those of peft 0.21's own source (``utils/save_and_load.py``); ``peft_config`` has those of the config.
 
 Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-import sys
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .bank import match_pattern, matches_target
+from .bank import match_pattern
 from .checks import FLOAT_DTYPES, require
 from .files import atomic_dir, atomic_write_json, write_safetensors
-from .headers import open_plain, parse_json, read_header
+from .headers import open_plain, read_header
+from .peft_config import CONFIG, is_target, make_config, read_config, scaling_of
 from .update import Adapters, ClientUpdate, RoundResult
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_MAX_CONFIG_BYTES, _LARGEST = 4_000_000, sys.float_info.max
-_PLAIN_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.|\\-)+\$?")
+WEIGHTS = "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-
-# Fields that say how an adapter was made or who made it, and leave the meaning of A and B as it is.
-_HARMLESS = {
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_ga_config", "loftq_config",
-    "lora_dropout", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type",
-}  # fmt: skip
-_READ = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
-    "init_lora_weights",
-}  # fmt: skip
-# Fields that would change the meaning, refused unless they have the default; what to do about each.
-_REFUSED: dict[str, tuple[Any, str]] = {
-    "bias": ("none", "train with bias='none'"),
-    "use_dora": (False, "train without DoRA"),
-    "lora_bias": (False, "train with lora_bias=False"),
-    "ensure_weight_tying": (False, "train with ensure_weight_tying=False"),
-    "modules_to_save": (None, "train without modules_to_save"),
-    "trainable_token_indices": (None, "train without trained embeddings"),
-    "layer_replication": (None, "train without layer_replication"),
-    "target_parameters": (None, "target nn.Linear modules with target_modules"),
-}
-# Initialisations that leave the base weight as it is; A and B then mean what they say.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
-_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def load_peft_adapter(
@@ -95,83 +66,6 @@ def load_peft_adapter(
         scaling[module] = scaling_of(config, module, A_RK.shape[0])
     base = config.get("base_model_name_or_path") or None
     return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight, base=base)
-
-
-def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:
-    """Read an adapter's config, refuse what this engine does not have, and fill in r, alpha and their patterns."""
-    path = folder / CONFIG
-    if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")
-    with open_plain(path, _MAX_CONFIG_BYTES, links=trusted) as file:
-        config = parse_json(path, file.read(_MAX_CONFIG_BYTES + 1))
-    kind = config.get("peft_type")
-    require(kind == "LORA", f"{path}: peft_type must be 'LORA', got {kind!r}; other methods are not supported")
-    _check_features(path, config)
-    for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        config[default] = config.get(default, 8)
-        config[pattern] = config.get(pattern) or {}
-        require(isinstance(config[pattern], dict), f"{path}: {pattern} must map modules to numbers")
-        for value in (config[default], *config[pattern].values()):
-            require(_is_number(value), f"{path}: {default} and {pattern} must hold numbers, got {repr(value)[:60]}")
-    _check_patterns(path, config, trusted)
-    return config
-
-
-def _is_number(value: Any) -> bool:
-    # Within float64: JSON's whole numbers have no end.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def _check_patterns(path: Path, config: Mapping[str, Any], trusted: bool) -> None:
-    """Check the fields that name modules: lists of text or patterns, and no regular expressions of a stranger's."""
-    for field in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = config.get(field)
-        names = value if isinstance(value, list) else []
-        fine = value is None or (isinstance(value, (str, list)) and all(isinstance(name, str) for name in names))
-        require(fine, f"{path}: {field} must be a list of names or a pattern, got {str(value)[:60]}")
-    layers = config.get("layers_to_transform")
-    numbers = layers if isinstance(layers, list) else [layers]
-    fine = layers is None or all(type(number) is int for number in numbers)
-    require(fine, f"{path}: layers_to_transform must hold whole numbers, got {str(layers)[:60]}")
-    patterns = [*config["rank_pattern"], *config["alpha_pattern"]]
-    patterns += [config[f] for f in ("target_modules", "exclude_modules") if isinstance(config.get(f), str)]
-    found = config.get("layers_pattern") or []
-    patterns += [found] if isinstance(found, str) else found
-    for pattern in patterns:
-        plain = trusted or pattern == "all-linear" or _PLAIN_PATTERN.fullmatch(pattern) is not None
-        require(
-            plain, f"{path}: {pattern[:60]!r} is a regular expression; an update from outside must name its modules"
-        )
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{path}: {pattern[:60]!r} is not a regular expression ({error})") from None
-
-
-def _check_features(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse every field that would change what A and B mean."""
-    for field, (default, remedy) in _REFUSED.items():
-        value = config.get(field, default)
-        require(value == default or value in ([], {}), f"{path}: {field}={value!r} is not supported; {remedy}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(_CONVERTIBLE_INITS):
-        raise ValueError(
-            f"{path}: init_lora_weights={init!r} changed the base weights, so the adapter does not fit the original"
-            " model; convert it with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-        )
-    require(
-        init is None or init in _PLAIN_INITS,
-        f"{path}: init_lora_weights={init!r} is not supported; use one of {', '.join(map(str, _PLAIN_INITS))}",
-    )
-    for field, value in config.items():
-        if field in _HARMLESS or field in _READ or field in _REFUSED:
-            continue
-        # None, False and empty are the defaults of every optional feature that PEFT has grown so far.
-        require(
-            value is None or value is False or value in ([], {}, ""),
-            f"{path}: unknown field {field}={value!r}, which may change what the adapter means: train without it,"
-            " or delete it from the file if that is its default in your version of peft",
-        )
 
 
 def weights_path(folder: Path) -> Path:
@@ -260,30 +154,10 @@ def _check_module(folder: Path, config: Mapping[str, Any], module: str, A_RK: to
         " changed which one matches first: order them alphabetically before training)",
     )
     require(
-        _is_target(config, module),
+        is_target(config, module),
         f"{where} is not what target_modules, exclude_modules and layers_to_transform name: peft would ignore its"
         " tensors; config and weights are not of one adapter",
     )
-
-
-def _is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether peft would adapt this module (``check_target_module_exists``); unset targets depend on the model."""
-    wanted, excluded, layers = (config.get(f) for f in ("target_modules", "exclude_modules", "layers_to_transform"))
-    if excluded and matches_target(excluded, module):
-        return False
-    if wanted is None or isinstance(wanted, str) or module in wanted or layers in (None, []):
-        return wanted is None or matches_target(wanted, module)
-    patterns = config.get("layers_pattern") or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    keys = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
-    index = next((int(match[1]) for key in keys if (match := re.match(key, module))), None)
-    return matches_target(wanted, module) and index in ([layers] if isinstance(layers, int) else layers)
-
-
-def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """``alpha / r`` of a module, or ``alpha / sqrt(r)`` with ``use_rslora``."""
-    alpha = match_pattern(config["alpha_pattern"], module, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def save_peft_adapter(
@@ -311,9 +185,7 @@ def save_peft_adapter(
     pairs = {module: pair for module, pair in update.adapters.items() if pair[0].shape[0] > 0}
     require(bool(pairs), f"client {update.client!r} adapts no module with a rank above 0; there is nothing to save")
     ranks = {module: A_RK.shape[0] for module, (A_RK, _) in pairs.items()}
-    rslora, alphas = _alphas(ranks, update.scaling)
-    config = _config(ranks, alphas, rslora, base_model, fan_in_fan_out)
-    _save(path, pairs, config)
+    _save(path, pairs, make_config(ranks, update.scaling, base_model, fan_in_fan_out))
 
 
 def save_stacked_adapter(
@@ -345,7 +217,7 @@ def save_stacked_adapter(
     )
     pairs = {m: (A, (B.double() * coef.double()[:, None]).to(B)) for m, (A, B, coef) in stacks.items()}
     ranks = {module: A_PK.shape[0] for module, (A_PK, _) in pairs.items()}
-    _save(path, pairs, _config(ranks, dict(ranks), False, base_model, fan_in_fan_out))
+    _save(path, pairs, make_config(ranks, dict.fromkeys(ranks, 1.0), base_model, fan_in_fan_out))
 
 
 def _save(path: str | os.PathLike[str], pairs: Adapters, config: Mapping[str, Any]) -> None:
@@ -356,57 +228,6 @@ def _save(path: str | os.PathLike[str], pairs: Adapters, config: Mapping[str, An
     with atomic_dir(path, replaceable=(CONFIG, WEIGHTS)) as folder:
         write_safetensors(folder / WEIGHTS, tensors)
         atomic_write_json(folder / CONFIG, config)
-
-
-def _alphas(ranks: Mapping[str, int], scaling: Mapping[str, float]) -> tuple[bool, dict[str, float]]:
-    """Find alphas that give the scalings back bit for bit: whole numbers, plain or rsLoRA, before fractions."""
-    for rslora in (False, True):
-        alphas = {m: round(scaling[m] * (math.sqrt(r) if rslora else r)) for m, r in ranks.items()}
-        if all(alphas[m] / (math.sqrt(r) if rslora else r) == scaling[m] for m, r in ranks.items()):
-            return rslora, dict(alphas)
-    return False, {module: _fraction(scaling[module], rank) for module, rank in ranks.items()}
-
-
-def _fraction(scaling: float, rank: int) -> float:
-    alpha = scaling * rank
-    near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in near if value / rank == scaling), alpha)
-
-
-def _config(
-    ranks: Mapping[str, int],
-    alphas: Mapping[str, float],
-    rslora: bool,
-    base_model: str | None,
-    fan_in_fan_out: bool,
-) -> dict[str, Any]:
-    rank, alpha = _commonest(ranks), _commonest(alphas)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_exactly(module): r for module, r in ranks.items() if r != rank},
-        "alpha_pattern": {_exactly(module): a for module, a in alphas.items() if a != alpha},
-        "use_rslora": rslora,
-        "target_modules": sorted(ranks),
-        "fan_in_fan_out": fan_in_fan_out,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
-
-
-def _commonest(values: Mapping[str, Any]) -> Any:
-    return Counter(values.values()).most_common(1)[0][0]
-
-
-def _exactly(module: str) -> str:
-    """A pattern key for this module and no other: PEFT reads keys as regular expressions over path endings."""
-    return "^" + re.escape(module)
 
 
 __all__ = [

@@ -81,12 +81,12 @@ def test_harmless_and_default_fields_are_ignored(saved):
 def test_every_field_that_peft_writes_is_known():
     """A field that a newer peft adds must be judged: read, harmless, or refused unless unset."""
     peft = pytest.importorskip("peft")
-    from flora_core import peft_io
+    from flora_core import peft_config as known
 
     defaults = peft.LoraConfig().to_dict()
-    unknown = set(defaults) - peft_io._HARMLESS - peft_io._READ - set(peft_io._REFUSED)
+    unknown = set(defaults) - known._HARMLESS - known._READ - set(known._REFUSED)
     assert {field for field in unknown if defaults[field] not in (None, False)} == set()
-    assert {f: defaults[f] for f in peft_io._REFUSED} == {f: value for f, (value, _) in peft_io._REFUSED.items()}
+    assert {f: defaults[f] for f in known._REFUSED} == {f: value for f, (value, _) in known._REFUSED.items()}
 
 
 TENSORS = {
