@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops
     from .aggregate import aggregate
-    from .attach import ClientSpec, Cohort, attach, detach, explain
+    from .attach import attach, detach
     from .bank import AdapterBank, AdapterConfig
+    from .cohort import ClientSpec, Cohort
     from .config import TrainConfig
     from .evaluate import evaluate
+    from .explaining import explain
     from .federation import Federation, FederationConfig
     from .merge import merge_adapter_
     from .ops import (
@@ -37,9 +39,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "aggregate": "aggregate",
-    "attach": "attach ClientSpec Cohort detach explain",
+    "attach": "attach detach",
     "bank": "AdapterBank AdapterConfig",
+    "cohort": "ClientSpec Cohort",
     "evaluate": "evaluate",
+    "explaining": "explain",
     "federation": "Federation FederationConfig",
     "merge": "merge_adapter_",
     "ops": "LoraWeights MergeItem cohort_adamw_ lora_linear lora_linears stacked_merge_ stacked_merge_many_",

@@ -1,4 +1,4 @@
-"""Attach a cohort of clients to one resident model, take it off again, and explain what runs.
+"""Attach a cohort of clients to one resident model, and take it off again.
 
 Letters: M packed tokens, K in_features, N out_features, C clients.
 """
@@ -6,194 +6,24 @@ Letters: M packed tokens, K in_features, N out_features, C clients.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import attention, merge_ways, seeds
 from .backends import resolve
-from .bank import AdapterBank, AdapterConfig, BankModule, matches_target
+from .bank import AdapterBank, BankModule, matches_target
 from .calls import check_fuse
 from .checks import require
-from .config import TrainConfig
-from .explaining import describe
+from .cohort import ClientSpec, Cohort
 from .forward import Batch, find_way
-from .graphs import why_not
-from .linear import Layout, MultiLoRALinear, Route, is_conv1d, weight_view
-from .loss import Head
-from .segments import DeviceSegments, Segments
-from .update import Adapters, ClientUpdate
+from .linear import MultiLoRALinear, is_conv1d, weight_view
 
 _COHORTS: weakref.WeakKeyDictionary[nn.Module, Cohort] = weakref.WeakKeyDictionary()
 # What a newcomer means who names no targets: the attention projections of the common families.
 _DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",))
-
-
-@dataclass(frozen=True)
-class ClientSpec:
-    """One client: a name, its data, its adapter, and what it overrides of the training settings.
-
-    Args:
-        name: Unique in the cohort; letters, digits, dots, dashes and underscores (it becomes a folder name).
-        data: Path of a JSONL file, a list of records, or a list of encoded ``Example``.
-        adapter: Rank, alpha, dropout, ...
-        train: Fields of ``TrainConfig`` that differ for this client: a mapping, or a whole ``TrainConfig``.
-    """
-
-    name: str
-    data: Any = None
-    adapter: AdapterConfig = field(default_factory=lambda: AdapterConfig(rank=8, alpha=16))
-    train: Any = None
-
-    def __post_init__(self) -> None:
-        fine = self.name and not self.name.startswith(".") and all(ch.isalnum() or ch in "._-" for ch in self.name)
-        require(
-            bool(fine),
-            f"a client's name must be letters, digits, '.', '_' or '-' and not begin with '.', got {self.name!r}",
-        )
-
-
-class Cohort:
-    """Clients attached to one model: the bank of their adapters and the wrapped layers. Made by ``attach``."""
-
-    def __init__(
-        self, model: nn.Module, clients: Sequence[ClientSpec], bank: AdapterBank, backend: str, fuse: str = "auto"
-    ):
-        self.model: Any = model
-        self.clients, self.bank, self.backend, self.fuse = tuple(clients), bank, backend, fuse
-        self.active = bank
-        self.route = Route()
-        self.layers: dict[str, MultiLoRALinear] = {}
-        self.head: Head
-        self.packs, self.packing_reason = True, ""
-        self._frozen: list[tuple[nn.Parameter, bool]] = []
-        self._batches = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The clients' names, in order."""
-        return self.bank.names
-
-    def spec(self, client: str) -> ClientSpec:
-        """A client's specification by name."""
-        return self.clients[self.bank.index(client)]
-
-    def _entry(self, path: str) -> tuple[BankModule, tuple[float, ...]]:
-        return self.active.modules[path], tuple(self.spec(name).adapter.dropout for name in self.active.names)
-
-    def parameters(self) -> list[torch.Tensor]:
-        """The stacked factors, leaves that autograd trains: for your own optimizer."""
-        factors = [t for entry in self.active.modules.values() for t in (entry.A_PK, entry.B_PN)]
-        return [factor.requires_grad_(True) for factor in factors]
-
-    @contextmanager
-    def use(self, client: str) -> Iterator[nn.Module]:
-        """Run the model with one client's adapter: evaluation, generation. Dropout is off."""
-        with self._routed(client=self.active.index(client)):
-            yield self.model
-
-    @contextmanager
-    def training(self, clients: Sequence[str]) -> Iterator[AdapterBank]:
-        """Make a working bank of some clients the active one; what it holds at the end is kept."""
-        working = self.bank.subset(clients)
-        self.active = working
-        try:
-            yield working
-        finally:
-            self.active = self.bank
-            if working is not self.bank:
-                for client in clients:
-                    self.bank.load(client, working.adapters(client))
-
-    @contextmanager
-    def batch(
-        self,
-        tokens: Segments | Sequence[int],
-        *,
-        sequences: Sequence[int] | None = None,
-        real_index: torch.Tensor | None = None,
-        positions: int | None = None,
-        row_C: Sequence[int] | None = None,
-        dropout_step: int | None = None,
-        seed: int = 0,
-        round: int = 0,
-        seed_C: Sequence[int] | None = None,
-        adapters: bool = True,
-    ) -> Iterator[nn.Module]:
-        """Run forward and backward of one batch whose rows belong to the clients in order.
-
-        Args:
-            tokens: Tokens of each client, zeros allowed: client c owns the next ``tokens[c]`` rows of the
-                flattened input.
-            sequences: Lengths of packed sequences in one row of input: attention then stays within each. Left
-                out, the model's own attention runs, for batches whose sequences are rows.
-            real_index: Flat positions of the real tokens of a padded batch; the others get no adapter.
-            positions: All positions of a padded batch.
-            row_C: Index of each client's first token within its optimizer step (for dropout).
-            dropout_step: The optimizer step, which dropout masks depend on. Left out, dropout is on while the model
-                is in training mode, and batches are counted.
-            seed, round: What the masks depend on besides client, step and module; ``seed_C`` per client.
-            adapters: False runs the base alone.
-        Raises:
-            ValueError: If there is not one entry for each client.
-        """
-        segments = tokens if isinstance(tokens, Segments) else Segments.from_lengths(tokens)
-        names = self.active.names
-        require(
-            len(segments) == len(names),
-            f"tokens must have one entry per client ({len(names)}: {', '.join(names)}), got {len(segments)}",
-        )
-        keys = self.dropout_seeds(dropout_step, seed_C or [seed] * len(names), round)
-        if keys is not None and self.bank.param.is_cuda:
-            # One copy to the device for all modules.
-            keys = dict(zip(keys, torch.tensor(list(keys.values())).to(self.bank.param.device), strict=True))
-        with self.laid_out(Layout(segments, keys, row_C, real_index, positions, adapters), sequences):
-            yield self.model
-
-    @contextmanager
-    def laid_out(self, layout: Layout, sequences: Sequence[int] | DeviceSegments | None) -> Iterator[None]:
-        """Run what a layout says, attention within each packed sequence if there are some."""
-        inner = nullcontext() if sequences is None else attention.packed(self.model, sequences)
-        with self._routed(layout=layout), inner:
-            yield
-
-    def dropout_seeds(self, step: int | None, seed_C: Sequence[int], round: int) -> dict[str, Any] | None:
-        """Module -> dropout key of each client at an optimizer step; None where nothing is dropped."""
-        names = self.active.names
-        dropping = any(self.spec(name).adapter.dropout for name in names)
-        if not dropping or (step is None and not self.model.training):
-            return None
-        if step is None:
-            step = self._batches
-            self._batches += 1
-        return {
-            path: [seeds.dropout_seed(seed, name, step, path, round) for seed, name in zip(seed_C, names, strict=True)]
-            for path in self.layers
-        }
-
-    @contextmanager
-    def _routed(self, layout: Layout | None = None, client: int | None = None) -> Iterator[None]:
-        before = self.route.layout, self.route.client
-        self.route.layout, self.route.client = layout, client
-        try:
-            yield
-        finally:
-            self.route.layout, self.route.client = before
-            self.route.waiting.clear()
-
-    def load(self, client: str, adapters: Adapters) -> None:
-        """Start a client from given factors (A_RK, B_RN per module)."""
-        self.bank.load(client, adapters)
-
-    def update(self, client: str, **metrics: Any) -> ClientUpdate:
-        """A copy of a client's adapter as it stands."""
-        adapters = {path: (A.clone(), B.clone()) for path, (A, B) in self.bank.adapters(client).items()}
-        weight = float(metrics.get("examples", 1.0))
-        return ClientUpdate(client, adapters, self.bank.scaling(client), weight, metrics)
 
 
 def attach(
@@ -248,8 +78,18 @@ def detach(model: nn.Module) -> None:
         raise ValueError("the model has no cohort attached: there is nothing to detach; attach one first")
     for path, layer in cohort.layers.items():
         _replace(model, path, layer.original)  # pyright: ignore[reportArgumentType]
-    for parameter, wanted in cohort._frozen:
+    for parameter, wanted in cohort.frozen:
         parameter.requires_grad_(wanted)
+
+
+def cohort_of(model: nn.Module) -> Cohort:
+    """The cohort that is attached to a model.
+
+    Raises:
+        ValueError: If none is.
+    """
+    require(model in _COHORTS, "the model has no cohort attached; call flora_core.attach first")
+    return _COHORTS[model]
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -338,12 +178,12 @@ def _bank(model: nn.Module, clients: Sequence[ClientSpec], targets: Mapping[str,
 
 def _wrap(cohort: Cohort, targets: Mapping[str, Any]) -> None:
     model = cohort.model
-    cohort._frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    cohort.frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     for path in targets:
 
         def entry(path: str = path) -> tuple[BankModule, tuple[float, ...]]:
-            return cohort._entry(path)
+            return cohort.entry(path)
 
         layer = MultiLoRALinear(model.get_submodule(path), path, cohort.route, entry, cohort.backend, cohort.fuse)
         cohort.layers[path] = layer
@@ -368,51 +208,4 @@ def _probe(cohort: Cohort) -> None:
     cohort.head, cohort.packs, cohort.packing_reason = way.head, way.packs, way.reason
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What ``explain`` found: one row per target and one line per decision about the whole model."""
-
-    rows: tuple[dict[str, str], ...]
-    notes: tuple[str, ...]
-
-    def __str__(self) -> str:
-        columns = list(self.rows[0]) if self.rows else []
-        table = [columns, *([row[column] for column in columns] for row in self.rows)]
-        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
-        return "\n".join([*self.notes, *lines])
-
-
-def explain(model: nn.Module) -> Explanation:
-    """Tell for every target which op, backend, kernel, way to fuse and tiles run and why, and which path is slower."""
-    cohort = _COHORTS.get(model)
-    if cohort is None:
-        raise ValueError("the model has no cohort attached; call flora_core.attach first")
-    _, reason = resolve(cohort.backend, "shrink", next(iter(cohort.layers.values())).weight)
-    rows = tuple(
-        {
-            "module": path,
-            "shape": f"{layer.out_features}x{layer.in_features} {str(layer.weight.dtype).removeprefix('torch.')}",
-            "ranks": ",".join(str(rank) for rank in cohort.bank.modules[path].ranks.lengths),
-            **describe(layer, cohort.route.groups.get(path, (layer,))),
-        }
-        for path, layer in cohort.layers.items()
-    )
-    way, why = attention.way_of(model)
-    packing = f"packed without padding, attention: {way} ({why})" if cohort.packs else "padded"
-    head = {
-        "linear": "hidden @ W^T in chunks, gradient written out",
-        "model": "the model's own head in chunks: it transforms logits after the product",
-    }[cohort.head.kind]
-    against = why_not(cohort, TrainConfig())
-    notes = (
-        f"batches: {packing}{f' ({cohort.packing_reason})' if cohort.packing_reason else ''}",
-        f"loss: {head}",
-        f"backend: {reason}",
-        f"CUDA graphs: {f'off ({against})' if against else 'on, for shapes that come again'}",
-        f"merge: {merge_ways.told(next(iter(cohort.layers.values())).weight)}",
-    )
-    return Explanation(rows, notes)
-
-
-__all__ = ["ClientSpec", "Cohort", "Explanation", "attach", "candidates", "detach", "explain"]
+__all__ = ["attach", "candidates", "cohort_of", "detach"]

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .attach import ClientSpec
 from .checks import nearest, require
+from .cohort import ClientSpec
 from .data.partition import partition, partition_file
 from .data.records import Record, load_records, read_jsonl
 from .demo_model import NAME as DEMO_MODEL

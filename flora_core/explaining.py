@@ -1,4 +1,4 @@
-"""What ``explain`` says of a target: backend, kernels, the way to fuse, tile configurations, and why.
+"""Explain what runs: op, backend, kernel, way to fuse and tiles of each target, and why no faster one.
 
 Letters: K in_features, N out_features.
 """
@@ -6,12 +6,17 @@ Letters: K in_features, N out_features.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import nn
 
-from . import tuning
+from . import attention, merge_ways, tuning
+from .attach import cohort_of
 from .backends import resolve
+from .config import TrainConfig
+from .graphs import why_not
 from .linear import MultiLoRALinear
 
 _KERNELS = {
@@ -21,7 +26,52 @@ _KERNELS = {
 }
 
 
-def describe(layer: MultiLoRALinear, group: Sequence[MultiLoRALinear]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found: one row per target and one line per decision about the whole model."""
+
+    rows: tuple[dict[str, str], ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        columns = list(self.rows[0]) if self.rows else []
+        table = [columns, *([row[column] for column in columns] for row in self.rows)]
+        widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*self.notes, *lines])
+
+
+def explain(model: nn.Module) -> Explanation:
+    """Tell for every target which op, backend, kernel, way to fuse and tiles run and why, and which path is slower."""
+    cohort = cohort_of(model)
+    _, reason = resolve(cohort.backend, "shrink", next(iter(cohort.layers.values())).weight)
+    rows = tuple(
+        {
+            "module": path,
+            "shape": f"{layer.out_features}x{layer.in_features} {str(layer.weight.dtype).removeprefix('torch.')}",
+            "ranks": ",".join(str(rank) for rank in cohort.bank.modules[path].ranks.lengths),
+            **_describe(layer, cohort.route.groups.get(path, (layer,))),
+        }
+        for path, layer in cohort.layers.items()
+    )
+    way, why = attention.way_of(model)
+    packing = f"packed without padding, attention: {way} ({why})" if cohort.packs else "padded"
+    head = {
+        "linear": "hidden @ W^T in chunks, gradient written out",
+        "model": "the model's own head in chunks: it transforms logits after the product",
+    }[cohort.head.kind]
+    against = why_not(cohort, TrainConfig())
+    notes = (
+        f"batches: {packing}{f' ({cohort.packing_reason})' if cohort.packing_reason else ''}",
+        f"loss: {head}",
+        f"backend: {reason}",
+        f"CUDA graphs: {f'off ({against})' if against else 'on, for shapes that come again'}",
+        f"merge: {merge_ways.told(next(iter(cohort.layers.values())).weight)}",
+    )
+    return Explanation(rows, notes)
+
+
+def _describe(layer: MultiLoRALinear, group: Sequence[MultiLoRALinear]) -> dict[str, str]:
     """Op, backend, kernel, fuse and tiles of one target, in words; ``group`` holds those that share its input."""
     kernels, _ = resolve(layer.backend, "shrink", layer.weight)
     name = kernels.__name__.rsplit(".", 1)[-1]
@@ -50,4 +100,4 @@ def _tiles(kernels: ModuleType, dtype: torch.dtype, targets: int) -> str:
     return "; ".join(f"{op}: {tile}" for op, tile in kernels.tiles(dtype, targets).items())
 
 
-__all__ = ["describe"]
+__all__ = ["Explanation", "explain"]

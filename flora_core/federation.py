@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from .aggregate import get_strategy
-from .attach import ClientSpec
 from .card import model_card
 from .checkpoint import RunFolder
 from .checks import require
+from .cohort import ClientSpec
 from .config import TrainConfig
 from .data.records import load_records, read_jsonl
 from .device import peak_memory_bytes

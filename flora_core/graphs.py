@@ -11,23 +11,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from . import attention
 from .arguments import dropout_threshold
 from .backends import resolve
+from .cohort import Cohort
 from .config import TrainConfig
 from .data.template import IGNORE, Example
 from .forward import Batch, labelled_hidden, lay_out
 from .linear import Layout
 from .loss import client_losses
+from .optimizer import CohortAdamW
 from .segments import DeviceSegments, Segments, to_device
-
-if TYPE_CHECKING:
-    from .attach import Cohort
-    from .optimizer import CohortAdamW
 
 # A shape runs so often as it is, which compiles kernels and measures ways to fuse, before it is captured.
 WARM_UP = 2

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .attach import ClientSpec
+from .cohort import ClientSpec
 from .config import TrainConfig
 
 # Values of each tensor that count. Another base differs nearly everywhere; reading all of a large one takes minutes.

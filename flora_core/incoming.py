@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from .attach import ClientSpec
 from .checks import require
+from .cohort import ClientSpec
 from .files import atomic_dir, atomic_write_json, write_safetensors
 from .headers import open_plain
 from .pausing import Paused

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .attach import Cohort
 from .checks import require
+from .cohort import Cohort
 from .config import TrainConfig
 
 T = TypeVar("T")

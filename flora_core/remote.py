@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
-from .attach import ClientSpec
 from .bank import AdapterConfig
 from .checks import require
+from .cohort import ClientSpec
 from .config import TrainConfig
 from .federation import Federation
 from .federation_config import FederationConfig

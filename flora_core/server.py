@@ -17,9 +17,10 @@ import torch
 from .aggregate import aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
 from .aggregate.strategy import BOTH
-from .attach import ClientSpec, Cohort, attach, detach
+from .attach import attach, detach
 from .bank import AdapterConfig
 from .checks import require
+from .cohort import ClientSpec, Cohort
 from .linear import is_conv1d
 from .merge import apply_base_delta_, merge_adapter_, new_low_bits, target_weights
 from .penalty import TailPenalty

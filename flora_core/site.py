@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from .attach import ClientSpec, Cohort, attach, detach
+from .attach import attach, detach
 from .bank import AdapterConfig
 from .checks import require
+from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .files import atomic_dir, write_safetensors
 from .identity import environment, json_digest, tensor_digest

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from . import planner
-from .attach import ClientSpec, Cohort
 from .bank import AdapterBank
 from .checks import require
+from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .data.template import Example
 from .forward import Batch, deterministic_libraries, evaluation_mode, labelled_hidden, lay_out

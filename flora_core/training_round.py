@@ -14,8 +14,9 @@ import torch
 
 from . import tuning
 from .aggregate.robust import clipped
-from .attach import ClientSpec, Cohort, attach, detach
+from .attach import attach, detach
 from .checkpoint import RunFolder
+from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .distributed import Ranks
 from .federation_config import FederationConfig

@@ -13,8 +13,8 @@ from numbers import Real
 import torch
 
 from .aggregate.robust import outliers, product_norm
-from .attach import Cohort
 from .checks import FLOAT_DTYPES
+from .cohort import Cohort
 from .update import ClientUpdate
 
 
