@@ -12,7 +12,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import flora_core as flora
-from flora_core import flower
+from flora_core import flower, flower_node
 from flora_core.site import Site
 from tests.federation_cases import TRAIN, make_clients, make_model, make_records, make_tokenizer
 
@@ -43,6 +43,7 @@ class MemoryGrid:
         for message in messages:
             wanted -= 1
             self.sent.append(message)
+            message.metadata.__dict__["_message_id"] = f"message {len(self.sent)}"
             context = Context(1, message.metadata.dst_node_id, {"node": message.metadata.dst_node_id}, RecordDict(), {})
             # As over a wire: nobody holds the other's tensors.
             reply = copy.deepcopy(self.app(copy.deepcopy(message), context))
@@ -62,7 +63,7 @@ def make_sites(folder: Path, clients: list[flora.ClientSpec] | None = None, **mo
 
 def serve(grid: MemoryGrid, monkeypatch, out: Path | None, *, strategy: str = "flora", **changes: Any):
     """Run a federation on the grid; returns the strategy object and the result."""
-    monkeypatch.setattr(flower, "site_of", lambda values: grid.sites[values["node"]])
+    monkeypatch.setattr(flower_node, "site_of", lambda values: grid.sites[values["node"]])
     events = changes.pop("events", [])
     train = {name: changes.pop(name) for name in list(changes) if name in flora.TrainConfig.__dataclass_fields__}
     link = flower.FloraStrategy(

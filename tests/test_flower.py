@@ -13,14 +13,16 @@ import torch
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-core[flower]'")
 
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
-from flora_core import flower
+import flora_core as flora
+from flora_core import flower, flower_node
 from flora_core.aggregate import get_strategy
 from flora_core.remote import ordered
 from flora_core.site import Site
 from tests.federation_cases import make_clients, make_model, make_tokenizer
 from tests.flower_cases import MemoryGrid, in_process, make_sites, serve
+from tests.flower_deployment import write_recipe
 
 
 def assert_same_model(one: Any, two: Any) -> None:
@@ -104,7 +106,23 @@ def changed(**values: Any) -> Any:
     return how
 
 
+def gone(message: Message, reply: Message) -> Message:
+    """What the SuperLink answers, in its own name, for a node that is offline."""
+    answer = Message(Error(3, "Node Unavailable"), reply_to=message)
+    answer.metadata.__dict__["_src_node_id"] = 1
+    return answer
+
+
+def of_another_version(message: Message, reply: Message) -> Message:
+    """A reply of a node that has another flora-core."""
+    text = reply.content["order"]["json"].replace(f'"version": "{flora.__version__}"', '"version": "9.9"')
+    reply.content["order"] = ConfigRecord({"json": text})
+    return reply
+
+
 LOST = {
+    "offline": (gone, "its node failed: Node Unavailable"),
+    "another version": (of_another_version, "its flora-core is 9.9, and this side's .*install the same"),
     "a share of its own making": (changed(metrics={"examples": 1e9, "tokens": float("nan")}), "its tokens must be"),
     "fields of ours": (changed(metrics={"tokens": "many"}), "its tokens must be a finite number"),
     "no metrics": (changed(metrics=[]), "its loss_first must be|its examples must be"),
@@ -254,6 +272,33 @@ def test_what_travels_is_what_the_strategy_counts(tmp_path, monkeypatch):
                 assert size <= event[way][name] <= 1.03 * size, (way, name)
 
 
+def test_what_all_clients_are_sent_is_one_record_for_all(tmp_path, monkeypatch):
+    grid = MemoryGrid(make_sites(tmp_path / "sites"))
+    serve(grid, monkeypatch, tmp_path / "out")
+    for kind in ("train", "evaluate"):
+        orders = [m.content for m in grid.sent if (m.metadata.message_type, m.metadata.group_id) == (kind, "2")]
+        sent = [content["shared"] for content in orders if "shared" in content]
+        # All have round 1 already when they are to train round 2: there is nothing to send then.
+        assert [part is sent[0] for part in sent] == [True] * (3 if kind == "evaluate" else 0)
+
+
+def test_a_simulated_node_is_the_recipes_client_of_its_number(tmp_path):
+    recipe = write_recipe(tmp_path, (4, 2), 1)
+
+    def of(node: dict[str, Any], **run: Any) -> Any:
+        return flower_node.settings_of(Context(1, 1, node, RecordDict(), {"recipe": str(recipe), **run}))
+
+    simulated = {"partition-id": 1, "num-partitions": 2}
+    found = of(simulated)
+    assert (found["client"], found["folder"]) == ("b", str(tmp_path / "out-sites" / "b"))
+    real = {"recipe": "x", "client": "y", "folder": "z"}
+    assert of(real) == real
+    with pytest.raises(ValueError, match="2 clients, and the simulation more nodes: num-supernodes"):
+        of({"partition-id": 2, "num-partitions": 3})
+    with pytest.raises(ValueError, match="set out in the recipe"):
+        of(simulated, overrides="out=null")
+
+
 def test_names_are_in_the_order_of_people():
     assert ordered(["client-10", "client-2", "b", "client-1"]) == ["b", "client-1", "client-2", "client-10"]
 
@@ -262,7 +307,7 @@ def test_names_are_in_the_order_of_people():
 def test_a_node_that_is_not_configured_says_what_it_lacks(lacking):
     values = {"recipe": "quickstart", "client": "client-0", "folder": "x"}
     with pytest.raises(ValueError, match=f"lacks {lacking}"):
-        flower.site_of({**values, lacking: ""})
+        flower_node.site_of({**values, lacking: ""})
 
 
 def test_keys_and_certificates(tmp_path: Path):

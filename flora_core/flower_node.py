@@ -1,0 +1,141 @@
+"""A party's side of a federation on Flower: ``flora_core.site`` answers what Flower's messages ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from . import recipes
+from .build import build_clients, load_model, load_tokenizer, model_folder
+from .checks import require
+from .device import pick_device, pick_dtype
+from .flower_messages import pack, unpack
+from .site import Site, Tensors, Terms
+
+
+def client_app() -> ClientApp:
+    """Flower's client side: answer for the client that the node's configuration names.
+
+    Node config (``flower-supernode --node-config '...'``): ``recipe`` and ``overrides`` as for the server, of which
+    model, data and adapters count; ``client`` (its name in that recipe) and ``folder`` (where its copies are kept).
+    In Flower's simulation, where nodes have numbers instead, node i is client i of the run's recipe.
+    """
+    app = ClientApp()
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return _answer(message, context, lambda site, order, _: (site.begin(order.terms), {}))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return _answer(message, context, _train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return _answer(message, context, _follow)
+
+    return app
+
+
+@dataclass
+class _Order:
+    """A message's JSON, at a node."""
+
+    terms: Terms
+    round: int = 0
+    since: int | None = None
+    changes: list[int] = field(default_factory=list)
+    trainable: list[str] = field(default_factory=list)
+    keep: bool = True
+
+
+_SITES: dict[tuple[str, ...], Site] = {}
+
+
+def settings_of(context: Context) -> Mapping[str, Any]:
+    """The node's configuration; in Flower's simulation what the run's recipe says of the client of this number.
+
+    Raises:
+        ValueError: If a simulation has more nodes than the recipe has clients, or the recipe no ``out``.
+    """
+    node, run = context.node_config, context.run_config
+    if "partition-id" not in node or "recipe" in node:
+        return node
+    text, overrides = str(run["recipe"]), str(run.get("overrides", ""))
+    recipe = recipes.load(text, overrides.split())
+    names, number = [spec.name for spec in build_clients(recipe)[0]], int(node["partition-id"])
+    out = recipe.federation.out
+    require(number < len(names), f"the recipe has {len(names)} clients, and the simulation more nodes: num-supernodes")
+    require(out is not None, "a simulated node keeps its copy beside the run's folder: set out in the recipe")
+    return {"recipe": text, "overrides": overrides, "client": names[number], "folder": f"{out}-sites/{names[number]}"}
+
+
+def site_of(values: Mapping[str, Any]) -> Site:
+    """The party that a node's configuration describes; it is kept for the process's next message.
+
+    Raises:
+        ValueError: If the configuration lacks something, or the recipe has no such client.
+    """
+    for name in ("recipe", "client", "folder"):
+        require(bool(values.get(name)), f"the node's configuration lacks {name}: flower-supernode --node-config")
+    key = tuple(str(values.get(name, "")) for name in ("recipe", "overrides", "client", "folder"))
+    if key not in _SITES:
+        # A process of Flower's simulation answers for many clients: one model at a time.
+        _SITES.clear()
+        recipe = recipes.load(key[0], key[1].split())
+        specs = {spec.name: spec for spec in build_clients(recipe)[0]}
+        require(key[2] in specs, f"the node's recipe has no client {key[2]!r}; it has {', '.join(specs)}")
+        device, folder = pick_device(recipe.device), model_folder(recipe.model)
+        model = load_model(folder, device, pick_dtype(recipe.dtype, device))
+        _SITES[key] = Site(model, load_tokenizer(folder), specs[key[2]], Path(key[3]).expanduser())
+    return _SITES[key]
+
+
+Act = Callable[[Site, _Order, Tensors], tuple[dict[str, Any], Tensors]]
+
+
+def _answer(message: Message, context: Context, act: Act) -> Message:
+    """Do what a message asks for; what cannot be done is answered with its reason."""
+    try:
+        values, tensors = unpack(message.content)
+        order = _Order(**{**values, "terms": Terms(**values["terms"])})
+        site = site_of(settings_of(context))
+        site.begin(order.terms)
+        reply, sent = act(site, order, tensors)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        return Message(pack({"error": f"{type(error).__name__}: {error}"}), reply_to=message)
+    return Message(pack({"client": site.spec.name, "round": order.round, **reply}, sent), reply_to=message)
+
+
+def _follow(site: Site, order: _Order, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    changes: dict[int, Tensors] = {number: {} for number in order.changes}
+    for name, tensor in tensors.items():
+        number, _, part = name.partition(":")
+        if number != "start":
+            changes[int(number)][part] = tensor
+    site.receive(order.terms, order.since, list(changes.items()))
+    return {"weights": site.digest()}, {}
+
+
+def _train(site: Site, order: _Order, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+    _follow(site, order, tensors)
+    given = {name.removeprefix("start:"): tensor for name, tensor in tensors.items() if name.startswith("start:")}
+    modules = dict.fromkeys(name.rpartition("/")[0] for name in given)
+    start = {module: (given[f"{module}/A"], given[f"{module}/B"]) for module in modules}
+    update = site.train(order.terms, order.round, order.trainable, start, order.keep)
+    # A factor that is frozen, and came from the server, does not travel back.
+    sent = {
+        f"{module}/{part}": factor
+        for module, pair in update.adapters.items()
+        for part, factor in zip("AB", pair, strict=True)
+        if part in order.trainable or module not in start
+    }
+    return {"metrics": update.metrics, "scaling": update.scaling}, sent
+
+
+__all__ = ["client_app", "site_of"]
