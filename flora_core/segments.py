@@ -17,7 +17,7 @@ class Segments:
     copied once per device.
     """
 
-    __slots__ = ("_tables", "lengths", "offsets")
+    __slots__ = ("_slices", "_tables", "lengths", "offsets")
 
     lengths: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -31,6 +31,8 @@ class Segments:
             offsets.append(offsets[-1] + length)
         require(offsets[-1] < 2**31, f"segments must cover fewer than 2**31 rows, got {offsets[-1]}; split the batch")
         self.offsets = tuple(offsets)
+        # Every kernel goes through them several times a layer.
+        self._slices = tuple(map(slice, offsets[:-1], offsets[1:]))
         self._tables: dict[torch.device, torch.Tensor] = {}
 
     @classmethod
@@ -58,11 +60,10 @@ class Segments:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> slice:
-        index = range(len(self))[index]
-        return slice(self.offsets[index], self.offsets[index + 1])
+        return self._slices[index]
 
     def __iter__(self) -> Iterator[slice]:
-        return (self[index] for index in range(len(self)))
+        return iter(self._slices)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Segments) and self.lengths == other.lengths

@@ -152,6 +152,7 @@ LINEAR = [
     LinearCase("ranks around a block of dot products, tokens around a tile", (13, 0, 41), 130, 67, (1, 5, 13)),
     LinearCase("one token", (1, 1), 9, 300, (4, 0)),
     LinearCase("more columns than are summed at once", (6, 3), 2100, 40, (7, 2)),
+    LinearCase("more tokens than are summed at once, whole tiles, panels of ranks", (131, 260), 96, 144, (9, 20)),
 ]
 
 
@@ -185,9 +186,10 @@ def test_lora_primitives(isa, case, dropout):
 @pytest.mark.parametrize("isa", ISAS)
 def test_lora_bits_do_not_depend_on_threads_or_on_the_other_clients(isa):
     case = LinearCase("work enough to wake the threads", (40, 90, 30), 300, 200, (16, 24, 3), torch.float32)
-    inputs = make_linear(case, base=False, dropout=True)
-    one, two = (run(inputs, native, isa=isa, threads=threads) for threads in (1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    for dropout in (False, True):
+        inputs = make_linear(case, base=False, dropout=dropout)
+        one, two = (run(inputs, native, isa=isa, threads=threads) for threads in (1, 2))
+        assert all(torch.equal(one[name], two[name]) for name in one)
     rows, bank = inputs.tokens[1], inputs.ranks[1]
     alone = replace(
         inputs,

@@ -4,6 +4,7 @@
 #include "adamw.h"
 #include "merge.h"
 #include "shrink.h"
+#include "wgrad.h"
 
 namespace flora {
 namespace FLORA_ISA {

@@ -49,6 +49,12 @@ FLORA_INLINE void *element_at(const void *data, int32_t dtype, int64_t row, int6
     return reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(data) + ahead);
 }
 
+// Whether rows of a matrix may be read as T where they lie.
+template <class T>
+FLORA_INLINE bool is_plain(const flora_matrix &m) {
+    return m.dtype == (sizeof(T) == 8 ? FLORA_FP64 : FLORA_FP32) && step(m.columns, m.column_stride) == 1;
+}
+
 // Rows of a matrix from `row` on, as an operand whose inner axis they are.
 FLORA_INLINE Operand rows_of(const flora_matrix &m, int64_t row, int32_t via) {
     return {element_at(m.data, m.dtype, row, m.row_stride), step(m.rows, m.row_stride),
@@ -80,15 +86,19 @@ struct ExpandProducts {
     }
 };
 
-// dA_c = dS_c^T drop(X_c), then dB_c = s_c S_c^T dY_c.
+// dA_c = dS_c^T drop(X_c), then dB_c = s_c S_c^T dY_c, as far as they are wanted.
 struct WgradProducts {
     const flora_wgrad_args *args;
     Clients clients;
     Client client;
-    bool second;
+    bool second; // was given last; true before the first
+    bool wanted[2];
 
     bool operator()(Product &job) {
-        if (!second && !clients.next(client)) return false;
+        do {
+            if (second && !clients.next(client)) return false;
+            second = !second;
+        } while (!wanted[second]);
         const flora_vector &flat = second ? args->s : args->ds;
         const flora_matrix &right = second ? args->dy : args->x, &out = second ? args->dB : args->dA;
         job = {};
@@ -100,7 +110,6 @@ struct WgradProducts {
         job.mode = STORE;
         job.drop_right = !second && client.drops;
         job.draws = client.draws;
-        second = !second;
         return true;
     }
 };
@@ -126,15 +135,6 @@ static flora_status expand_workspace(const flora_exec &exec, const flora_expand_
 
 static flora_status expand(const flora_exec &exec, const flora_expand_args &args) {
     return run_products(exec, args.y.dtype, ExpandProducts{&args, {&args.clients, 0, 0}});
-}
-
-static flora_status wgrad_workspace(const flora_exec &exec, const flora_wgrad_args &args, size_t *bytes) {
-    *bytes = product_workspace(exec, args.x.dtype, WgradProducts{&args, {&args.clients, 0, 0}, {}, false});
-    return FLORA_OK;
-}
-
-static flora_status wgrad(const flora_exec &exec, const flora_wgrad_args &args) {
-    return run_products(exec, args.x.dtype, WgradProducts{&args, {&args.clients, 0, 0}, {}, false});
 }
 
 }  // namespace FLORA_ISA

@@ -1,5 +1,6 @@
 // shrink: S_c = s_c drop(X_c) A_c^T. Rows of X and of A are both contiguous along the sum, so these are dot products of
-// vectors along K: neither side is transposed. X is widened (and dropped) once per block of rows, A once per client.
+// vectors along K: neither side is transposed. X is widened (and dropped) once per block of rows, A once per client;
+// what lies plainly in memory, in the type of the sums, is read where it lies.
 #pragma once
 
 #include "clients.h"
@@ -27,18 +28,28 @@ FLORA_INLINE T sum_of(Vec<T, LANES<T>> v) {
     return parts[0];
 }
 
+// Rows of T, each `stride` after the one before.
+template <class T>
+struct Rows {
+    const T *data;
+    int64_t stride;
+
+    const T *at(int64_t row, int64_t column) const { return data + row * stride + column; }
+};
+
 // sums[i * sum_stride + j] = or += x_i . a_j over `columns`, a multiple of LANES.
 template <class T, int ROWS, int RANKS>
-static void dots(const T *x, const T *a, int64_t stride, int64_t columns, T *sums, int64_t sum_stride, bool first) {
+static void dots(const T *x, int64_t x_stride, const T *a, int64_t a_stride, int64_t columns, T *sums,
+                 int64_t sum_stride, bool first) {
     typedef Vec<T, LANES<T>> V;
     V acc[ROWS][RANKS] = {};
     for (int64_t k = 0; k < columns; k += LANES<T>) {
         V left[ROWS];
 #pragma GCC unroll 8
-        for (int i = 0; i < ROWS; ++i) left[i] = load_bytes<V>(x + i * stride + k);
+        for (int i = 0; i < ROWS; ++i) left[i] = load_bytes<V>(x + i * x_stride + k);
 #pragma GCC unroll 8
         for (int j = 0; j < RANKS; ++j) {
-            V right = load_bytes<V>(a + j * stride + k);
+            V right = load_bytes<V>(a + j * a_stride + k);
 #pragma GCC unroll 8
             for (int i = 0; i < ROWS; ++i) acc[i][j] += left[i] * right;
         }
@@ -54,7 +65,7 @@ static void dots(const T *x, const T *a, int64_t stride, int64_t columns, T *sum
 }
 
 template <class T>
-using Dots = void (*)(const T *, const T *, int64_t, int64_t, T *, int64_t, bool);
+using Dots = void (*)(const T *, int64_t, const T *, int64_t, int64_t, T *, int64_t, bool);
 
 template <class T, int ROWS, int RANKS = DOT_RANKS>
 FLORA_INLINE Dots<T> dots_of(int64_t ranks) {
@@ -94,6 +105,14 @@ static void widen_rows(const flora_matrix &m, int64_t row, int64_t end, int32_t 
     with_element(m.dtype, [&](auto e) { widen_rows_as<T, decltype(e)>(m, row, end, via, drop, to, width); });
 }
 
+// The rows of a matrix from `row` on where they lie, if they can be summed so; else nothing.
+template <class T>
+FLORA_INLINE Rows<T> rows_in_place(const flora_matrix &m, int64_t row) {
+    const int64_t stride = step(m.rows, m.row_stride);
+    if (!is_plain<T>(m) || m.columns % LANES<T>) return {nullptr, 0};
+    return {static_cast<const T *>(m.data) + row * stride, stride};
+}
+
 template <class T>
 struct ShrinkPlan {
     int64_t width; // of a widened row
@@ -111,20 +130,23 @@ struct ShrinkPlan {
     size_t left_bytes() const { return aligned(static_cast<size_t>(rows * (width + ranks)) * sizeof(T)); }
 };
 
-// s of the rows row .. end and the ranks rank .. rank + ranks of one client, whose A lies widened at `a`.
+// s of the rows row .. end and the ranks rank .. rank + ranks of one client, whose A is `a`.
 template <class T>
 static void shrink_task(const flora_shrink_args &args, const ShrinkPlan<T> &plan, const Client &c, int64_t row,
-                        int64_t end, int64_t rank, int64_t ranks, const T *a, T *x) {
-    T *sums = x + plan.rows * plan.width;
-    widen_rows<T>(args.x, row, end, 0, c.drops ? &c : nullptr, x, plan.width);
+                        int64_t end, int64_t rank, int64_t ranks, Rows<T> a, T *own) {
+    T *sums = own + plan.rows * plan.width;
+    Rows<T> x = c.drops ? Rows<T>{nullptr, 0} : rows_in_place<T>(args.x, row);
+    if (!x.data) {
+        widen_rows<T>(args.x, row, end, 0, c.drops ? &c : nullptr, own, plan.width);
+        x = {own, plan.width};
+    }
     if (!plan.width) __builtin_memset(sums, 0, static_cast<size_t>((end - row) * ranks) * sizeof(T));
     for (int64_t k = 0; k < plan.width; k += DOT_PIECE) {
         int64_t columns = smaller(DOT_PIECE, plan.width - k);
         for (int64_t j = 0; j < ranks; j += DOT_RANKS) {
             for (int64_t i = 0; i < end - row; i += DOT_ROWS) {
                 Dots<T> dot = dots_for<T>(end - row - i, ranks - j);
-                dot(x + i * plan.width + k, a + j * plan.width + k, plan.width, columns, sums + i * ranks + j, ranks,
-                    k == 0);
+                dot(x.at(i, k), x.stride, a.at(j, k), a.stride, columns, sums + i * ranks + j, ranks, k == 0);
             }
         }
     }
@@ -148,10 +170,14 @@ static void shrink_work(const flora_shrink_args &args, const ShrinkPlan<T> &plan
         if (!c.tokens) continue;
         for (int64_t rank = 0; rank < c.ranks; rank += plan.ranks, ++step) {
             int64_t ranks = smaller(plan.ranks, c.ranks - rank), now = step % 2;
-            T *a = reinterpret_cast<T *>(base + static_cast<size_t>(now) * plan.right_bytes());
-            for (int64_t j = take(&counters->packed[now]); j < ranks; j = take(&counters->packed[now]))
-                widen_rows<T>(args.A, c.rank + rank + j, c.rank + rank + j + 1, via, nullptr, a + j * plan.width,
-                              plan.width);
+            Rows<T> a = rows_in_place<T>(args.A, c.rank + rank);
+            if (!a.data) {
+                T *wide = reinterpret_cast<T *>(base + static_cast<size_t>(now) * plan.right_bytes());
+                for (int64_t j = take(&counters->packed[now]); j < ranks; j = take(&counters->packed[now]))
+                    widen_rows<T>(args.A, c.rank + rank + j, c.rank + rank + j + 1, via, nullptr, wide + j * plan.width,
+                                  plan.width);
+                a = {wide, plan.width};
+            }
             wait_for_all();
             if (thread_index() == 0) counters->packed[now] = counters->done[1 - now] = 0;
             int64_t *counter = &counters->done[now], last = c.token + c.tokens;

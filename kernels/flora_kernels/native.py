@@ -168,14 +168,17 @@ def merge_(
     merge_many_([item], **options)  # pyright: ignore[reportArgumentType]
 
 
-def _offsets(ranges: Ranges) -> list[int]:
-    return [0, *(part.stop for part in ranges)]
+def _offsets(ranges: Ranges) -> Sequence[int]:
+    """Where ranges begin and end: kept ready by whoever has them, else gathered."""
+    known = getattr(ranges, "offsets", None)
+    return known if isinstance(known, tuple) else [0, *(part.stop for part in ranges)]
 
 
 def _clients(tokens: Ranges, ranks: Ranges, scaling_C: Any, dropout: Dropout | None) -> Any:
-    scaling = [] if scaling_C is None else [float(scale) for scale in scaling_C]
+    if not isinstance(scaling_C, tuple):
+        scaling_C = () if scaling_C is None else [float(scale) for scale in scaling_C]
     q, seed, row = ([], [], []) if dropout is None else ([int(value) for value in values] for values in dropout)
-    return _native.Clients(_offsets(tokens), _offsets(ranks), scaling, q, [_key(value) for value in seed], row)
+    return _native.Clients(_offsets(tokens), _offsets(ranks), scaling_C, q, [_key(value) for value in seed], row)
 
 
 def _new(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
