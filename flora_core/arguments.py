@@ -7,6 +7,7 @@ H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 
 from .checks import check_choice, check_tensor, require
-from .segments import Segments
+from .segments import DeviceSegments, Segments
 
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
 Numbers = Sequence[float] | torch.Tensor
+Named = Sequence[tuple[str, torch.Tensor]]
+_INT64 = -(2**63), 2**63
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,28 @@ class MergeItem:
     B: torch.Tensor
     coef: torch.Tensor
     low_bits: torch.Tensor | None = None
+
+
+def check_kinds(tokens: Any, targets: Any) -> None:
+    """Check that tokens and every target's ranks are segments, and that scales are one number per client."""
+    check_segments("tokens", tokens)
+    for i, target in enumerate(targets):
+        prefix = f"targets[{i}]." if len(targets) > 1 else ""
+        if not isinstance(target, LoraWeights):
+            raise TypeError(f"targets[{i}] must be a flora_core.LoraWeights, got {type(target).__name__}")
+        check_segments(f"{prefix}ranks", target.ranks)
+        _check_per_client(f"{prefix}scaling_C", target.scaling_C)
+
+
+def check_segments(name: str, value: Any) -> None:
+    """Check that something is segments."""
+    if not isinstance(value, (Segments, DeviceSegments)):
+        raise TypeError(f"{name} must be Segments, got {type(value).__name__}; make them by Segments.from_lengths(...)")
+
+
+def _check_per_client(name: str, values: Any) -> None:
+    if not hasattr(values, "__len__") or isinstance(values, str):
+        raise TypeError(f"{name} must hold one number per client, got {type(values).__name__}")
 
 
 def check_rows(x_MK: torch.Tensor, total: int, segments: int) -> None:
@@ -124,15 +149,35 @@ def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, cli
     """The kernels' description of a target's dropout; None where nobody drops anything."""
     if dropout_C is None:
         return None
+    _check_per_client("dropout_C", dropout_C)
     require(len(dropout_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(dropout_C)}")
     q_C = _thresholds(dropout_C)
     if q_C is None:
         return None
     require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.seeds")
     row_C = [0] * clients if row_C is None else row_C
-    require(len(seed_C) == clients, f"dropout_seed_C must have {clients} entries, one per client, got {len(seed_C)}")
-    require(len(row_C) == clients, f"row_C must have {clients} entries, one per client, got {len(row_C)}")
+    for name, values, low, high in (("dropout_seed_C", seed_C, *_INT64), ("row_C", row_C, 0, 2**31)):
+        _check_per_client(name, values)
+        require(len(values) == clients, f"{name} must have {clients} entries, one per client, got {len(values)}")
+        _check_whole(name, values, low, high)
     return kernels.Dropout(q_C, seed_C, row_C)
+
+
+def _check_whole(name: str, values: Any, low: int, high: int) -> None:
+    """Check that numbers are whole and, where the host knows them, that low <= number < high."""
+    if isinstance(values, torch.Tensor):
+        whole, known = not (values.is_floating_point() or values.is_complex()), values.tolist() if values.is_cpu else []
+    else:
+        # A sum of whole numbers is one; any other makes it what it is.
+        try:
+            whole, known = hasattr(sum(values), "__index__"), values
+        except TypeError:
+            whole = False
+    if not whole:
+        raise TypeError(f"{name} must hold whole numbers, got {values}")
+    if len(known):
+        least, most = min(known), max(known)
+        require(low <= least and most < high, f"{name} must lie from {low} to {high - 1}, got {least} to {most}")
 
 
 def check_merges(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulate: str) -> None:
@@ -140,7 +185,11 @@ def check_merges(items: Sequence[MergeItem], rounding: str, seed: int | None, ac
     check_choice("rounding", rounding, ("nearest", "stochastic"))
     check_choice("accumulate", accumulate, ("float32", "float64"))
     require(rounding == "nearest" or seed is not None, "seed must be given for rounding='stochastic'")
+    if seed is not None:
+        _check_whole("seed", [seed], *_INT64)
     for i, item in enumerate(items):
+        if not isinstance(item, MergeItem):
+            raise TypeError(f"items[{i}] must be a flora_core.MergeItem, got {type(item).__name__}")
         _check_merge(f"items[{i}]." if len(items) > 1 else "", item, rounding)
 
 
@@ -163,6 +212,62 @@ def _check_merge(prefix: str, item: MergeItem, rounding: str) -> None:
         rounding == "nearest" or weight.dtype == torch.bfloat16,
         f"rounding='stochastic' is for bfloat16 weights, {prefix}weight_NK is {weight.dtype}; use 'nearest'",
     )
+
+
+def check_apart(written: Named, read: Named = ()) -> None:
+    """Check that what is written has a place for each element, and shares none with what is read or written beside it.
+
+    A kernel would give one of several answers.
+    """
+    for name, tensor in written:
+        if not tensor.is_contiguous() and _shares_places(tensor):
+            steps = " and ".join(map(str, tensor.stride()))
+            raise ValueError(f"{name} must have a place for each element, got strides {steps}; pass its clone()")
+    places: dict[int, list[tuple[int, bool, str, torch.Tensor]]] = defaultdict(list)
+    for is_written, group in ((True, written), (False, read)):
+        for name, tensor in group:
+            if tensor.numel():
+                places[tensor.untyped_storage().data_ptr()].append((tensor.data_ptr(), is_written, name, tensor))
+    for sharing in places.values():
+        if len(sharing) > 1 and any(one[1] for one in sharing):
+            _check_apart_in_storage(sorted(sharing, key=lambda one: one[:3]))
+
+
+def _check_apart_in_storage(sharing: Sequence[tuple[int, bool, str, torch.Tensor]]) -> None:
+    """As ``check_apart``, for tensors of one storage in the order of their addresses."""
+    for i, (start, is_written, name, tensor) in enumerate(sharing):
+        stop = start + _reach(tensor)
+        for other_start, other_written, other, beside in sharing[i + 1 :]:
+            if other_start >= stop:
+                break
+            if (is_written or other_written) and not _are_columns_apart(tensor, beside, other_start - start):
+                names = (name, other) if is_written else (other, name)
+                raise ValueError("{} is written and must share no memory with {}; pass its clone()".format(*names))
+
+
+def _shares_places(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie in one place: an axis must step over all that the smaller steps reach."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _are_columns_apart(one: torch.Tensor, other: torch.Tensor, ahead: int) -> bool:
+    """Whether two tensors, the other so many bytes ahead, are ranges of columns of one matrix, without a common one."""
+    if one.dim() != 2 or other.dim() != 2 or one.dtype != other.dtype or one.stride() != other.stride():
+        return False
+    (pitch, step), size = one.stride(), one.element_size()
+    ahead %= max(pitch * size, 1)
+    return step == 1 and one.shape[1] * size <= ahead and ahead + other.shape[1] * size <= pitch * size
 
 
 def check_adamw(
@@ -191,8 +296,11 @@ __all__ = [
     "MergeItem",
     "Numbers",
     "check_adamw",
+    "check_apart",
+    "check_kinds",
     "check_merges",
     "check_rows",
+    "check_segments",
     "check_target",
     "dropout_of",
     "dropout_threshold",

@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
-from .arguments import LoraWeights, MergeItem, check_adamw, check_merges, check_rows, check_target, dropout_of
+from .arguments import (
+    LoraWeights,
+    MergeItem,
+    check_adamw,
+    check_apart,
+    check_kinds,
+    check_merges,
+    check_rows,
+    check_segments,
+    check_target,
+    dropout_of,
+)
 from .backends import resolve
 from .checks import check_choice, check_tensor, require
 from .fused import Plan, without_autocast
@@ -31,6 +42,7 @@ def plan_linears(
     fuse: str = "auto",
 ) -> Plan:
     """Check what ``lora_linears`` was given; what its forward and gradients need."""
+    check_kinds(tokens, targets)
     check_rows(x_MK, tokens.total, len(tokens))
     kernels, _ = resolve(backend, "shrink", x_MK)
     check_fuse(fuse, kernels)
@@ -73,9 +85,22 @@ def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulat
     check_merges(items, rounding, seed, accumulate)
     if not items:
         return
+    check_apart(*_merged(items))
     options: dict[str, Any] = dict(rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
     with torch.no_grad(), without_autocast(items[0].weight):
         merge_with(merge_kernels(items, backend, **options), items, **options)
+
+
+def _merged(items: Sequence[MergeItem]) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
+    """What a merge writes and what it reads, by the arguments' names."""
+    written, read = [], []
+    for i, item in enumerate(items):
+        prefix = f"items[{i}]." if len(items) > 1 else ""
+        written.append((f"{prefix}weight_NK", item.weight))
+        if item.low_bits is not None:
+            written.append((f"{prefix}low_bits_NK", item.low_bits))
+        read += [(f"{prefix}A_PK", item.A), (f"{prefix}B_PN", item.B), (f"{prefix}coef_P", item.coef)]
+    return written, read
 
 
 def adamw(
@@ -87,8 +112,11 @@ def adamw(
 ) -> None:
     """Check, then take a step over param, grad and both moments."""
     check_tensor("param", buffers[0], (None,), dtypes=(torch.float32, torch.float64))
+    check_segments("segments", segments)
     kernels, _ = resolve(backend, "cohort_adamw_", buffers[0])
     check_adamw(buffers, segments.total, len(segments), hyper_CH, owner)
+    param, grad, exp_avg, exp_avg_sq = buffers
+    check_apart([("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)], [("grad", grad)])
     owner = range(len(segments)) if owner is None else owner
     with torch.no_grad():
         kernels.cohort_adamw_(*buffers, segments, hyper_CH, owner)

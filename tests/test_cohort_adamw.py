@@ -192,3 +192,13 @@ def test_ranges_take_rows_in_order_without_an_owner(backend):
         *(other.param, other.grads[0], *other.moments, other.segments, other.hyper_CH), owner=(0, 1, 2), backend=backend
     )
     assert torch.equal(flat.param, other.param)
+
+
+@pytest.mark.parametrize(("one", "other"), [("param", "grad"), ("param", "exp_avg"), ("exp_avg", "exp_avg_sq")])
+def test_buffers_that_share_memory_are_refused(one, other, backend):
+    buffer, segments = torch.ones(9), Segments.from_lengths([2, 4])
+    buffers = {name: torch.ones(6) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    buffers |= {one: buffer[:6], other: buffer[3:]}
+    with pytest.raises(ValueError, match=f"{one} is written and must share no memory with {other}; pass its clone"):
+        cohort_adamw_(**buffers, segments=segments, hyper_CH=torch.ones(2, 7), backend=backend)
+    assert (buffer == 1).all()

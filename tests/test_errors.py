@@ -79,6 +79,17 @@ WRONG_LINEAR = [
     ("dropout_seed_C", None, ValueError, "dropout_seed_C must be given where dropout_C is above 0"),
     ("dropout_seed_C", [1], ValueError, "dropout_seed_C must have 2 entries, one per client, got 1"),
     ("row_C", [0], ValueError, "row_C must have 2 entries, one per client, got 1"),
+    ("row_C", [-1, 0], ValueError, "row_C must lie from 0 to 2147483647, got -1 to 0"),
+    ("row_C", [0, 2**31], ValueError, "row_C must lie from 0 to 2147483647, got 0 to 2147483648"),
+    ("dropout_seed_C", [1.5, 2], TypeError, r"dropout_seed_C must hold whole numbers, got \[1.5, 2\]"),
+    ("dropout_seed_C", ["1", "2"], TypeError, "dropout_seed_C must hold whole numbers"),
+    ("dropout_seed_C", torch.tensor([1.0, 2.0]), TypeError, "dropout_seed_C must hold whole numbers, got tensor"),
+    ("dropout_seed_C", [1, 2**63], ValueError, "dropout_seed_C must lie from -9223372036854775808 to"),
+    ("dropout_seed_C", 7, TypeError, "dropout_seed_C must hold one number per client, got int"),
+    ("dropout_C", 0.5, TypeError, "dropout_C must hold one number per client, got float"),
+    ("scaling_C", None, TypeError, "scaling_C must hold one number per client, got NoneType"),
+    ("tokens", [2, 3], TypeError, r"tokens must be Segments, got list; make them by Segments.from_lengths"),
+    ("ranks", (2, 1), TypeError, r"ranks must be Segments, got tuple; make them by Segments.from_lengths"),
     ("backend", "cuda", ValueError, "backend must be one of auto, reference, triton, native, got 'cuda'"),
 ]
 
@@ -109,6 +120,8 @@ def test_lora_linears_names_the_target():
         flora_core.lora_linears(zeros(5, 4), [good, wrong], tokens)
     with pytest.raises(ValueError, match="targets must hold at least one LoraWeights, got none"):
         flora_core.lora_linears(zeros(5, 4), [], tokens)
+    with pytest.raises(TypeError, match=r"targets\[1\] must be a flora_core.LoraWeights, got tuple"):
+        flora_core.lora_linears(zeros(5, 4), [good, (1, 2)], tokens)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="dropout_seed_C must have one row for each of 2 targets, got 1"):
         flora_core.lora_linears(zeros(5, 4), [good, good], tokens, dropout_C=[0.5, 0.5], dropout_seed_C=[[1, 2]])
 
@@ -142,6 +155,12 @@ WRONG_MERGE = [
         dict(rounding="stochastic", seed=0),
         ValueError,
         "is for bfloat16 weights, weight_NK is torch.float32; use 'nearest'",
+    ),
+    (dict(rounding="stochastic", seed="0"), TypeError, "seed must hold whole numbers"),
+    (
+        dict(weight_NK=torch.ones(1, 4).expand(3, 4)),
+        ValueError,
+        "weight_NK must have a place for each element, got strides 0 and 1",
     ),
     (dict(backend="fast"), ValueError, "backend must be one of auto, .*got 'fast'"),
     (dict(LOW), ValueError, "low_bits_NK belongs to a bfloat16 weight, got torch.float32; leave it out"),
@@ -182,6 +201,8 @@ def test_many_are_checked_before_the_first_is_changed():
     wrong = MergeItem(wrong.weight, wrong.A, wrong.B[:, 1:], wrong.coef)
     with pytest.raises(ValueError, match=r"items\[1\]\.B_PN must have shape \(2, 3\)"):
         flora_core.stacked_merge_many_([good, wrong])
+    with pytest.raises(TypeError, match=r"items\[1\] must be a flora_core.MergeItem, got tuple"):
+        flora_core.stacked_merge_many_([good, (wrong.weight,)])  # pyright: ignore[reportArgumentType]
     assert (good.weight == 1).all()
 
 
@@ -202,6 +223,7 @@ WRONG_ADAMW = [
     (dict(exp_avg_sq=zeros(6).half()), TypeError, "exp_avg_sq must be one of float32, got float16"),
     (dict(grad=zeros(12)[::2]), ValueError, r"grad must be contiguous, got stride 2; pass grad.contiguous\(\)"),
     (dict(exp_avg=zeros(12)[::2]), ValueError, "exp_avg must be contiguous, got stride 2; pass a contiguous copy"),
+    (dict(segments=[2, 4]), TypeError, "segments must be Segments, got list"),
     (dict(segments=Segments([2, 3])), ValueError, "segments must cover the 6 elements of param, got 5"),
     (dict(owner=[0]), ValueError, "owner must name a row for each of 2 ranges, got 1"),
     (dict(owner=[0, 2]), ValueError, r"hyper_CH must have a row for each client, got 2 rows and clients \[0, 2\]"),

@@ -240,3 +240,17 @@ def test_a_frozen_parameter_is_no_obstacle(backend):
     inputs, before = make_merge(MERGE_SHAPES[0]), make_merge(MERGE_SHAPES[0])
     inputs.weight = torch.nn.Parameter(inputs.weight)
     check(merge(inputs, backend=backend).detach(), before)
+
+
+def test_what_is_merged_shares_memory_with_nothing(backend):
+    """On a GPU two tiles would write one place in either order, or one would read what another has written."""
+    whole, factors = torch.ones(6, 8), (torch.ones(2, 4), torch.ones(2, 3), torch.ones(2))
+    quarters = [MergeItem(whole[i : i + 3, j : j + 4], *factors) for i in (0, 3) for j in (0, 4)]
+    stacked_merge_many_(quarters, backend=backend)
+    assert torch.equal(whole, torch.full((6, 8), 3.0))
+    twice = [quarters[0], MergeItem(whole[2:5, 3:7], *factors)]
+    with pytest.raises(ValueError, match=r"items\[0\].weight_NK is written and must share no memory with items\[1\]"):
+        stacked_merge_many_(twice, backend=backend)
+    with pytest.raises(ValueError, match="weight_NK is written and must share no memory with A_PK; pass its clone"):
+        stacked_merge_(whole[:3, :4], whole[1:3, :4], *factors[1:], backend=backend)
+    assert torch.equal(whole, torch.full((6, 8), 3.0))

@@ -196,3 +196,30 @@ def test_a_tile_measured_here_goes_first_and_the_reason_is_told(monkeypatch):
     assert common.pick(table, torch.bfloat16).sizes == {"BLOCK_M": 64}
     assert common.pick(table[:1], torch.bfloat16).sizes == {"BLOCK_M": 16}
     assert all("chosen by counts" in told for told in tiles(torch.bfloat16, targets=3).values())
+
+
+def test_addresses_are_of_64_bits():
+    """What a tile steps over may be more than 32 bits hold; a wrong address crashes the process."""
+    code = """
+import torch
+import tests.triton_interpreter
+from flora_core import Segments
+from flora_kernels import reference, triton
+
+def spread(rows, columns, *strides):
+    reach = 1 + (rows - 1) * strides[0] + (columns - 1) * strides[1]
+    numbers = torch.randint(-1, 2, (rows, columns))
+    return torch.empty(reach, dtype=torch.half).as_strided((rows, columns), strides).copy_(numbers)
+
+# 64 steps of the one and 16 of the other pass 2**31; memory that nobody touches costs nothing.
+x, A, W = (spread(rows, 130, 1, 2**25 + 8) for rows in (2, 3, 4))
+B, two, s = spread(34, 4, 2**27 + 16, 1), Segments([2]), torch.ones(68, dtype=torch.half)
+for name, call in {
+    "shrink": lambda k: k.shrink(x, A, two, Segments([3])),
+    "expand_": lambda k: k.expand_(torch.zeros(2, 4).half(), s, B, two, Segments([34])),
+    "linear_lora": lambda k: k.linear_lora(x, W, None, s, B, two, Segments([34]), [1.0]),
+    "wgrad": lambda k: k.wgrad(s[:6], x, s[:6], x, two, Segments([3]), [1.0], torch.float32)[0],
+}.items():
+    assert torch.equal(call(triton), call(reference)), name
+"""
+    interpreted("-c", code)

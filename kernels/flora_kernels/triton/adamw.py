@@ -62,7 +62,8 @@ def _adamw_kernel(
     active = element < 0
     index = last_at_or_before(offsets_ptr, num_ranges, start, 1)
     first = tl.load(offsets_ptr + index)
-    while first < tl.minimum(start + BLOCK, numel):
+    # Not start + BLOCK, which is past 32 bits at the end of the longest buffer.
+    while first - start < tl.minimum(BLOCK, numel - start):
         stop = tl.load(offsets_ptr + index + 1)
         hyper = hyper_ptr + tl.load(owner_ptr + index) * COLUMNS
         lr, beta1, beta2 = tl.load(hyper), tl.load(hyper + 1), tl.load(hyper + 2)

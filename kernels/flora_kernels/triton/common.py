@@ -248,6 +248,12 @@ def last_at_or_before(table_ptr, count, value, STRIDE: tl.constexpr):
 
 
 @triton.jit
+def far(steps, stride):
+    """How far so many steps go, in int64: a tile's depth times a stride of 32 bits may be more than those hold."""
+    return tl.cast(stride, tl.int64) * steps
+
+
+@triton.jit
 def draws_of(row_M, column, seed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STREAM: tl.constexpr):
     """16-bit draws (BLOCK_M, BLOCK_N) of these counter rows and the columns from ``column``, a multiple of 8.
 
@@ -279,6 +285,7 @@ __all__ = [
     "clients_of_targets",
     "device_name",
     "draws_of",
+    "far",
     "find_tile",
     "find_tile_of_targets",
     "highest",

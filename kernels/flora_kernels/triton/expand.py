@@ -20,6 +20,7 @@ from .common import (
     are_aligned,
     clients_of_targets,
     draws_of,
+    far,
     find_tile_of_targets,
     on_device,
     pick,
@@ -65,7 +66,7 @@ def _product(
         B_RN = tl.load(B_ptrs, mask=real_R[:, None] & real_N[None, :], other=0.0).to(s_MR.dtype)
         acc_MN = tl.dot(s_MR, B_RN, acc_MN, input_precision="ieee")
         s_ptrs += BLOCK_R
-        B_ptrs += BLOCK_R * B_stride_p
+        B_ptrs += far(BLOCK_R, B_stride_p)
     return acc_MN
 
 

@@ -20,6 +20,7 @@ from .common import (
     are_aligned,
     clients_of_targets,
     draws_of,
+    far,
     find_tile_of_targets,
     on_device,
     pick,
@@ -105,9 +106,9 @@ def _shrink_kernel(
             real_KR = real_K[:, None] & (column_R < ranks[t])[None, :]
             A_KR = tl.load(factors[t], mask=real_KR, other=0.0).to(x_MK.dtype)
             new_sums += (tl.dot(kept_MK, A_KR, sums[t], input_precision="ieee"),)
-            new_factors += (factors[t] + BLOCK_K * A_strides_k[t],)
+            new_factors += (factors[t] + far(BLOCK_K, A_strides_k[t]),)
         sums, factors = new_sums, new_factors
-        x_ptrs += BLOCK_K * x_stride_k
+        x_ptrs += far(BLOCK_K, x_stride_k)
     for t in tl.static_range(TARGETS):
         factor = 1.0
         if SCALED:
