@@ -105,15 +105,17 @@ def _check_target(
 ) -> tuple[Deviation, float]:
     """One merged weight: its error against the exact sum, and the largest share of the bound."""
     entry, dtype = target.entry, DTYPES[target.entry.dtype]
+    sum_ = _Product(sides(target, applied))
+    wanted = sum_ if exact is applied else _Product(sides(target, exact))
     deviations, share = [], 0.0
     with open(entry.path, "rb", buffering=0) as one, open(made, "rb", buffering=0) as other:
         for part, start, stop in blocks(entry, _BLOCK_BYTES):
             before, after = (_read(file, start, stop, dtype).view(-1, entry.shape[1]) for file in (one, other))
-            sum_, size = _product(sides(target, applied), part)
-            bound = _bound(before, before + sum_, size, applied[0].shape[0], dtype)
-            share = max(share, _largest((after - before - sum_).abs_() / bound))
-            want = sum_ if exact is applied else _product(sides(target, exact), part)[0]
-            deviations.append(Deviation(float((after - before - want).norm()), float(want.norm())))
+            change, added = after.sub_(before), sum_.rows(part)
+            want = added if wanted is sum_ else wanted.rows(part)
+            deviations.append(Deviation(float((change - want).norm()), float(want.norm())))
+            bound = sum_.bound(part, before, added, dtype)
+            share = max(share, _largest(change.sub_(added).abs_().div_(bound)))
             advance(stop - start)
     require(
         share <= 1,
@@ -125,31 +127,37 @@ def _check_target(
 def _read(file: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
     buffer = bytearray(stop - start)
     read_into(file, start, memoryview(buffer))
-    return torch.frombuffer(buffer, dtype=dtype).double()
+    return torch.frombuffer(buffer, dtype=dtype).to(torch.float64, copy=True)
 
 
-def _product(stack: Stack, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some rows of a stack's product in float64, and ``||c B_n|| ||A_k||`` for each of their elements."""
-    columns, rows, coef_P = (tensor.double() for tensor in stack)
-    scaled = rows[:, part] * coef_P[:, None]
-    return scaled.T @ columns, torch.outer(scaled.norm(dim=0), columns.norm(dim=0))
+class _Product:
+    """A stack's product in float64, some rows at a time."""
 
+    def __init__(self, stack: Stack):
+        columns, rows, coef_P = (tensor.double() for tensor in stack)
+        self.right_PK, self.left_NP = columns, (rows * coef_P[:, None]).T
+        self.right_norms_K, self.left_norms_N = columns.norm(dim=0), self.left_NP.norm(dim=1)
 
-def _bound(
-    before: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, num_ranks: int, dtype: torch.dtype
-) -> torch.Tensor:
-    info, sums = torch.finfo(dtype), torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    unit, terms = info.eps / 2, num_ranks + 4
-    growth = terms * sums.eps / 2 / (1 - terms * sums.eps / 2)
-    slack = (before.abs() + size) * growth
-    # In float64 the oracle itself rounds as much again.
-    slack *= 2 if dtype == torch.float64 else 1
-    return exact.abs() * unit + slack * (1 + unit) + info.smallest_normal * info.eps / 2
+    def rows(self, part: slice) -> torch.Tensor:
+        """Some rows of the product."""
+        return self.left_NP[part] @ self.right_PK
+
+    def bound(self, part: slice, before: torch.Tensor, added: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """How far some rows of W + the product may be from what is stored of them."""
+        info, sums = torch.finfo(dtype), torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+        unit, terms = info.eps / 2, self.right_PK.shape[0] + 4
+        growth = terms * sums.eps / 2 / (1 - terms * sums.eps / 2)
+        # In float64 the oracle itself rounds as much again.
+        growth *= 2 if dtype == torch.float64 else 1
+        bound = (before + added).abs_().mul_(unit).add_(info.smallest_normal * info.eps / 2)
+        slack = torch.addr(before.abs(), self.left_norms_N[part], self.right_norms_K)
+        return bound.add_(slack, alpha=growth * (1 + unit))
 
 
 def _largest(shares: torch.Tensor) -> float:
     """The maximum, infinite where anything is not a number."""
-    return float(shares.nan_to_num_(nan=math.inf, posinf=math.inf).max()) if shares.numel() else 0.0
+    largest = float(shares.max()) if shares.numel() else 0.0
+    return math.inf if math.isnan(largest) else largest
 
 
 __all__ = ["RULE", "certify_files"]
