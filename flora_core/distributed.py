@@ -63,7 +63,7 @@ class Ranks:
         return [value] if self.size == 1 else self._meet(value, None)
 
     def _meet(self, value: int, error: BaseException | None) -> list[int]:
-        mine = torch.tensor([value, error is not None])
+        mine = torch.tensor([int(value), error is not None], dtype=torch.int64)
         found = [torch.zeros_like(mine) for _ in range(self.size)]
         with _lost():
             dist.all_gather(found, mine, group=self.group)
