@@ -136,15 +136,30 @@ def _owner(tokens: DeviceSegments) -> torch.Tensor:
 
 def _linear_rows(head: Head, hidden: torch.Tensor, target: torch.Tensor, needs_grad: bool):
     z_mV = head.chunk_logits(hidden)
-    # One buffer from the logits to their gradient: on a CPU these passes cost as much as they move.
-    logp_mV = torch.log_softmax(z_mV, dim=1, out=z_mV)
-    loss_m = -logp_mV.gather(1, target[:, None])[:, 0]
+    # One buffer from the logits to their gradient.
+    on_cpu, target_m1 = z_mV.device.type == "cpu", target[:, None]
+    share_mV = (torch.softmax if on_cpu else torch.log_softmax)(z_mV, dim=1, out=z_mV)
+    share_m = share_mV.gather(1, target_m1)[:, 0]
+    loss_m = _surprise(share_m, head, hidden, target) if on_cpu else -share_m
     if not needs_grad:
         return loss_m, None
-    grad_mV = logp_mV.exp_()
-    grad_mV[torch.arange(len(target), device=target.device), target] -= 1
+    grad_mV = share_mV if on_cpu else share_mV.exp_()
+    grad_mV.scatter_add_(1, target_m1, grad_mV.new_full(target_m1.shape, -1))
     weight = head.output.weight
     return loss_m, grad_mV.to(weight.dtype) @ weight
+
+
+def _surprise(p_m: torch.Tensor, head: Head, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """-log p of the targets.
+
+    On a CPU a pass over the logits costs what it moves. softmax makes one, for it does a row while that is in cache,
+    where log_softmax makes three and exp one more. But what is too unlikely for p's dtype needs its logits once more.
+    """
+    loss_m = -p_m.log()
+    lost = (p_m < torch.finfo(p_m.dtype).tiny).nonzero()[:, 0]
+    if len(lost):
+        loss_m[lost] = F.cross_entropy(head.logits(hidden[lost]), target[lost], reduction="none")
+    return loss_m
 
 
 def _model_rows(head: Head, hidden: torch.Tensor, target: torch.Tensor, needs_grad: bool):

@@ -75,6 +75,22 @@ def test_client_losses(family: str, dtype: torch.dtype, chunk: int, monkeypatch:
     assert loss_C[1] == 0, "a client without a labelled token"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+def test_targets_too_unlikely_for_a_probability(dtype: torch.dtype):
+    """Logits hundreds apart: p of a target is 0 in float32, its loss is not infinite."""
+    _, head = build("llama", dtype)
+    hidden_MH, target_M = inputs(dtype)
+    hidden_MH = (3000 * hidden_MH.detach()).requires_grad_()
+    up_C = torch.ones(4)
+    loss_C = client_losses(head, hidden_MH, target_M, TOKENS, WEIGHTS)
+    (grad_MH,) = torch.autograd.grad(loss_C, hidden_MH, up_C.to(loss_C.dtype))
+    exact, low = (oracle("llama", hidden_MH, target_M, up_C, kind) for kind in (torch.float64, dtype))
+    assert exact[0].max() > 800
+    for c, rows in enumerate(TOKENS):
+        assert budget_ratio(loss_C[c].detach(), exact[0][c], low[0][c]) <= 1
+        assert budget_ratio(grad_MH[rows], exact[1][rows], low[1][rows]) <= 1
+
+
 @pytest.mark.parametrize("family", list(KINDS))
 def test_nobody_has_a_label(family: str):
     _, head = build(family)
