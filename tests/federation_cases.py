@@ -15,6 +15,7 @@ import torch
 import flora_core as flora
 from flora_core.checkpoint import RunFolder
 from flora_core.peft_io import load_peft_adapter
+from flora_core.testing import ulp
 from flora_core.update import ClientUpdate
 
 WORDS = [f"w{i}" for i in range(24)]
@@ -160,3 +161,16 @@ def stop_after(number: int, out: Path, model=None, **changes) -> None:
 
     with pytest.raises(Stop):
         make_federation(out, model=model, callbacks=[callback], **{"rounds": 3, **changes}).run()
+
+
+def starts(out: Path, number: int) -> dict[str, torch.Tensor]:
+    """The A that clients a, b and c sent in a round, of their first module."""
+    return {
+        update.client: next(iter(update.adapters.values()))[0]
+        for update in updates_of(out, number, dict.fromkeys("abc", 1))
+    }
+
+
+def assert_within_one_ulp(after: torch.Tensor, ideal: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> None:
+    off = (after.double() - ideal.to(dtype).double()).abs()
+    assert (off <= ulp(torch.maximum(before.abs(), after.abs()), dtype)).all(), float(off.max())

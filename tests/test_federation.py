@@ -6,8 +6,6 @@ Letters: K in_features, N out_features, R one client's rank.
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,18 +14,18 @@ import torch
 import flora_core as flora
 from flora_core.aggregate import aggregate
 from flora_core.data.template import Example
-from flora_core.peft_io import load_peft_adapter, save_stacked_adapter
-from flora_core.testing import budget_ratio, ulp
+from flora_core.peft_io import save_stacked_adapter
+from flora_core.testing import budget_ratio
 from flora_core.update import ClientUpdate
 from flora_kernels.reference import join_master
 from tests.federation_cases import (
     RANKS,
+    assert_within_one_ulp,
     make_clients,
     make_federation,
     make_model,
-    make_records,
-    make_tokenizer,
     no_training,
+    starts,
     target_weights,
     updates_of,
 )
@@ -60,11 +58,6 @@ def ten_clients() -> list[flora.ClientSpec]:
 
 
 # A round writes the exact sum, rounded once.
-
-
-def assert_within_one_ulp(after: torch.Tensor, ideal: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> None:
-    off = (after.double() - ideal.to(dtype).double()).abs()
-    assert (off <= ulp(torch.maximum(before.abs(), after.abs()), dtype)).all(), float(off.max())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -218,13 +211,6 @@ def test_how_many_are_drawn(fraction, least, count):
     assert len(fed.sampled(1)) == count
 
 
-def starts(out: Path, number: int) -> dict[str, torch.Tensor]:
-    return {
-        update.client: next(iter(update.adapters.values()))[0]
-        for update in updates_of(out, number, dict.fromkeys("abc", 1))
-    }
-
-
 def test_adapters_start_afresh_each_round_whoever_else_takes_part(tmp_path):
     # At a rate of 0 what is saved is the start.
     make_federation(tmp_path / "all", lr=0.0).run()
@@ -291,165 +277,3 @@ def test_moments_are_carried_to_the_next_round_only_if_asked():
 
     assert steps(True) == {"b": 9}
     assert steps(False) == {}
-
-
-# Strategies that average factors apart.
-
-
-@pytest.mark.parametrize(("strategy", "ranks"), [("fedit", (3, 3, 3)), ("zero_pad", (4, 2, 3))])
-def test_a_global_adapter_is_kept_beside_the_base(strategy, ranks, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    model = make_model()
-    result = make_federation(tmp_path, model=model, strategy=strategy, clients=make_clients(ranks)).run()
-    base, updates = make_model(), updates_of(tmp_path, 2, {"a": 5, "b": 6, "c": 7})
-    assert all(torch.equal(weight, target_weights(base)[m]) for m, weight in target_weights(model).items())
-    adapter = load_peft_adapter(tmp_path / "adapter")
-    assert result.adapter is not None
-    for module, (A_RK, B_RN) in adapter.adapters.items():
-        assert A_RK.shape[0] == max(ranks)
-        mean_A, mean_B = torch.zeros(max(ranks), 16).double(), torch.zeros(max(ranks), 16).double()
-        for update in updates:
-            A, B = update.adapters[module]
-            mean_A[: len(A)] += update.weight / 18 * A.double()
-            mean_B[: len(B)] += update.weight / 18 * update.scaling[module] * B.double()
-        assert adapter.scaling[module] == 1
-        assert_within_one_ulp(A_RK, mean_A, A_RK, torch.float32)
-        assert_within_one_ulp(B_RN, mean_B, B_RN, torch.float32)
-        assert torch.equal(result.adapter.adapters[module][0], A_RK)
-    flora.merge_adapter_(base, adapter)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    assert all(torch.equal(weight, target_weights(base)[m]) for m, weight in target_weights(saved).items())
-
-
-def test_what_is_evaluated_is_the_base_with_the_global_adapter():
-    model, tokenizer = make_model(torch.float64), make_tokenizer()
-    with exact64():
-        fed = make_federation(model=model, strategy="zero_pad", tokenizer=tokenizer)
-        result = fed.run()
-        assert result.adapter is not None
-        assert result.after is not None
-        assert result.before is not None
-        plain = flora.evaluate(model, tokenizer, fed.eval_data, max_length=32)
-        flora.merge_adapter_(model, result.adapter)
-        merged = flora.evaluate(model, tokenizer, fed.eval_data, max_length=32)
-    assert result.before["loss"] == plain["loss"]
-    assert result.after["loss"] == pytest.approx(merged["loss"], rel=1e-9)
-    assert result.after["loss"] != plain["loss"]
-
-
-@pytest.mark.parametrize("strategy", ["fedit", "zero_pad"])
-def test_factors_that_are_averaged_apart_start_from_one_adapter(strategy, tmp_path):
-    ranks = (3, 3, 3) if strategy == "fedit" else (4, 2, 3)
-    make_federation(tmp_path, lr=0.0, strategy=strategy, clients=make_clients(ranks), rounds=1).run()
-    first = starts(tmp_path, 1)
-    for name, rank in zip("abc", ranks, strict=True):
-        assert torch.equal(first[name], first["a"][:rank])
-
-
-def test_clients_go_on_from_the_global_adapter(tmp_path):
-    fed = make_federation(tmp_path, strategy="fedit", clients=make_clients((3, 3, 3)), fraction=0.7, rounds=3, lr=1e-2)
-    state = fed.run().state
-    (tmp_path / "more").mkdir()
-    seen = {}
-    fed.server.state = state
-    cohort = flora.attach(fed.model, list(fed.specs.values()), fed.target_modules)
-    try:
-        fed.server.load_starts(cohort, 4)
-        seen = {name: cohort.update(name) for name in cohort.names}
-    finally:
-        flora.detach(fed.model)
-    for update in seen.values():
-        for module, (A_RK, B_RN) in update.adapters.items():
-            pair = state["adapter"][module]
-            assert torch.equal(A_RK, pair["A"].float())
-            assert torch.equal(B_RN, (pair["B"] / update.scaling[module]).float())
-
-
-# What is told.
-
-
-def test_the_events_of_a_run(tmp_path):
-    events = []
-    clients = make_clients()
-    result = make_federation(tmp_path, rounds=3, eval_every=2, callbacks=[events.append], clients=clients).run()
-    told = [(event["event"], event.get("round")) for event in events if event["event"] != "train_progress"]
-    round_of = lambda n: [("round_start", n), *[("client_done", n)] * 3, ("aggregated", n)]  # noqa: E731
-    assert told == [
-        ("run_start", None),
-        ("evaluated", 0),
-        *round_of(1),
-        ("round_end", 1),
-        *round_of(2),
-        ("evaluated", 2),
-        ("round_end", 2),
-        *round_of(3),
-        ("evaluated", 3),
-        ("round_end", 3),
-        ("run_end", None),
-    ]
-    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert written == [event for event in events if event["event"] != "train_progress"] == result.events
-    steps = [event["step"] for event in events if event["event"] == "train_progress"]
-    assert steps == [1, 2, 3, 4] * 3
-    start, end = events[0], [event for event in events if event["event"] == "round_end"][-1]
-    assert start["clients"][0] == {"name": "a", "rank": 4, "examples": 5, "parameters": 4 * 4 * (16 + 16)}
-    assert (start["rounds"], start["strategy"], start["device"], start["seed"]) == (3, "flora", "cpu", 0)
-    assert Path(end["checkpoint"]) == tmp_path / "rounds" / "0003"
-    assert end["peak_memory_bytes"] > 0
-    (aggregated, *_) = [event for event in events if event["event"] == "aggregated"]
-    assert aggregated["bytes_up"] == 4 * sum(client["parameters"] for client in start["clients"])
-    assert aggregated["clients"] == 3
-
-
-def test_the_report_and_the_progress_take_the_events_of_a_run(tmp_path):
-    import io
-
-    from flora_core.history import History, summary_tables
-    from flora_core.progress import PlainProgress
-
-    stream = io.StringIO()
-    result = make_federation(tmp_path, callbacks=[PlainProgress(stream, 0.0)]).run()
-    assert "round 2/2: done" in stream.getvalue()
-    assert [title for title, *_ in summary_tables(History.of(result.events))] == [
-        "Clients",
-        "Traffic",
-        "Held-out data",
-        "Certificate",
-        "The whole run",
-    ]
-
-
-def test_the_result_of_a_run():
-    model, tokenizer, data = make_model(), make_tokenizer(), make_records("held out", 6)
-    before = flora.evaluate(model, tokenizer, data, max_length=32)
-    result = make_federation(model=model, tokenizer=tokenizer, eval_data=data).run()
-    after = flora.evaluate(model, tokenizer, data, max_length=32)
-    assert result.before is not None
-    assert result.after is not None
-    assert before.items() <= result.before.items()
-    assert after.items() <= result.after.items()
-    assert [one["round"] for one in result.history] == [1, 2]
-    assert [one["evaluation"]["round"] for one in result.history] == [1, 2]
-    assert set(result.history[0]["clients"]) == {"a", "b", "c"}
-    assert (result.adapter, result.out) == (None, None)
-    without = make_federation(eval_data=None).run()
-    assert (without.before, without.after) == (None, None)
-
-
-def test_a_run_without_out_leaves_no_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    make_federation().run()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_model_is_given_back_when_a_round_fails():
-    model = make_model()
-
-    def fail(event) -> None:
-        if event["event"] == "train_progress":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        make_federation(model=model, callbacks=[fail]).run()
-    make_federation(model=model, rounds=1).run()
