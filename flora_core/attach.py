@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .backends import resolve
-from .bank import AdapterBank, BankModule, matches_target
+from .bank import AdapterBank, BankModule, check_targets, matches_target
 from .calls import check_fuse
 from .checks import require
 from .cohort import ClientSpec, Cohort
@@ -48,11 +48,22 @@ def attach(
     Returns:
         The cohort. ``detach(model)`` undoes it.
     Raises:
+        TypeError: If the model is no transformers causal LM, or a client no ``ClientSpec``.
         ValueError: If a target is unknown (candidates are listed), tied, quantised, the output head, or behind an
             input that is not the packed tokens; if a rank is out of range; if our loss is not the model's own.
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
+        raise TypeError(
+            f"model must be a transformers causal LM, got {type(model).__name__}; load one with "
+            "AutoModelForCausalLM.from_pretrained, or bring your own model to flora_core.ops"
+        )
     require(model not in _COHORTS, "the model already has a cohort attached; call flora_core.detach(model) first")
     require(len(clients) > 0, "clients must hold at least one ClientSpec, got none")
+    for client in clients:
+        if not isinstance(client, ClientSpec):
+            raise TypeError(f"clients must hold ClientSpec only, got {client!r:.80}; write ClientSpec(name, data=...)")
+    if target_modules is not None:
+        check_targets(target_modules)
     names = [client.name for client in clients]
     twice = sorted({name for name in names if names.count(name) > 1})
     require(not twice, f"client names must be unique, got twice: {', '.join(twice)}")
@@ -72,7 +83,11 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Put the model's own layers back and restore which parameters ask for gradients; weights are not touched."""
+    """Put the model's own layers back and restore which parameters ask for gradients; weights are not touched.
+
+    Raises:
+        ValueError: If the model has no cohort attached.
+    """
     cohort = _COHORTS.pop(model, None)
     if cohort is None:
         raise ValueError("the model has no cohort attached: there is nothing to detach; attach one first")
@@ -115,7 +130,7 @@ def _targets(
             require(found, _unknown_target(model, name, known))
     targets = {path: tuple(client.adapter.targets(path, default) for client in clients) for path in known}
     targets = {path: who for path, who in targets.items() if any(who)}
-    require(bool(targets), "no client adapts any module: every rank is 0; give at least one client a rank of 1 or more")
+    require(bool(targets), "no client adapts any module: no targets, or every rank is 0; give at least one client both")
     for path in targets:
         _check_target(model, path, known[path])
     return targets
@@ -158,7 +173,11 @@ def _bank(model: nn.Module, clients: Sequence[ClientSpec], targets: Mapping[str,
     modules = {path: model.get_submodule(path) for path in targets}
     weights = [module.weight for module in modules.values()]
     devices = {str(weight.device) for weight in weights}
-    require(len(devices) == 1, f"all targets must be on one device, got {', '.join(sorted(devices))}")
+    require(
+        len(devices) == 1,
+        f"all targets must be on one device, got {', '.join(sorted(devices))}: load the model without device_map, or "
+        "move it with .to()",
+    )
     require(
         not weights[0].is_meta, "the model's weights are on the meta device: load it without disk or meta offloading"
     )

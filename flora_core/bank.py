@@ -11,7 +11,7 @@ import functools
 import math
 import mmap
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -37,7 +37,7 @@ class AdapterConfig:
         rank_pattern, alpha_pattern: Other values for modules whose path matches ``(.*\\.)?key$``; first match wins.
         target_modules: The client's own targets (names, or one regex over the whole path); None: the cohort's.
     Raises:
-        ValueError: If a number is out of range.
+        ValueError, TypeError: If a number is out of range, or a pattern is no regular expression.
     """
 
     rank: int
@@ -55,10 +55,15 @@ class AdapterConfig:
         check_number("alpha", self.alpha, 0)
         check_number("dropout", self.dropout, 0)
         require(self.dropout < 1, f"dropout must be below 1, got {self.dropout}")
-        for key, rank in (self.rank_pattern or {}).items():
-            check_number(f"rank_pattern[{key!r}]", rank, 0, whole=True)
-        for key, alpha in (self.alpha_pattern or {}).items():
-            check_number(f"alpha_pattern[{key!r}]", alpha, 0)
+        for field, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+            patterns = getattr(self, field)
+            if not isinstance(patterns, Mapping | None):
+                raise TypeError(f"{field} must map patterns of module paths to numbers, got {patterns!r:.80}")
+            for key, number in (patterns or {}).items():
+                check_number(f"{field}[{key!r}]", number, 0, whole=whole)
+                _check_pattern(field, key)
+        if self.target_modules is not None:
+            check_targets(self.target_modules)
 
     def rank_of(self, module: str) -> int:
         """The rank in one module."""
@@ -75,6 +80,23 @@ class AdapterConfig:
         """Whether the client adapts a module: in its own target list, with a rank above 0."""
         wanted = self.target_modules if self.target_modules is not None else default
         return self.rank_of(module) > 0 and matches_target(wanted, module)
+
+
+def check_targets(wanted: Sequence[str] | str) -> None:
+    """Make sure that ``target_modules`` is a list of names, or a regex that compiles."""
+    if isinstance(wanted, str):
+        _check_pattern("target_modules", wanted)
+    elif not isinstance(wanted, Iterable) or not all(isinstance(name, str) for name in wanted):
+        raise TypeError(f"target_modules must be a list of names, a regex or 'all-linear', got {wanted!r:.80}")
+
+
+def _check_pattern(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{field}: {pattern!r} is not a regular expression ({error}); write .* for any text and \\. for a dot"
+        ) from None
 
 
 def match_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -130,7 +152,7 @@ class AdapterBank:
         dtype: float32, or float64 for a float64 base.
         device: Where the base lives.
     Raises:
-        ValueError: If a rank is below 0 or above min(N, K).
+        ValueError: If names repeat, entries are missing, or a rank is below 0 or above min(N, K).
     """
 
     def __init__(
@@ -146,6 +168,9 @@ class AdapterBank:
         self.shapes = dict(shapes)
         clients = len(set(self.names))
         require(clients == len(self.names), f"clients must have different names, got {', '.join(self.names)}")
+        for name, given in (("ranks", ranks), ("scaling", scaling)):
+            missing = ", ".join(sorted(set(self.shapes) - set(given))[:3])
+            require(not missing, f"{name} must have an entry for each module of shapes, got none for {missing}")
         for module, (n, k) in self.shapes.items():
             require(
                 len(ranks[module]) == len(scaling[module]) == clients,

@@ -31,6 +31,8 @@ class ClientSpec:
         data: Path of a JSONL file, a list of records, or a list of encoded ``Example``.
         adapter: Rank, alpha, dropout, ...
         train: Fields of ``TrainConfig`` that differ for this client: a mapping, or a whole ``TrainConfig``.
+    Raises:
+        ValueError, TypeError: If the name cannot be a folder's, or the adapter is no ``AdapterConfig``.
     """
 
     name: str
@@ -39,15 +41,28 @@ class ClientSpec:
     train: Any = None
 
     def __post_init__(self) -> None:
-        fine = self.name and not self.name.startswith(".") and all(ch.isalnum() or ch in "._-" for ch in self.name)
+        name = self.name if isinstance(self.name, str) else ""
         require(
-            bool(fine),
+            bool(name) and not name.startswith(".") and all(ch.isalnum() or ch in "._-" for ch in name),
             f"a client's name must be letters, digits, '.', '_' or '-' and not begin with '.', got {self.name!r}",
         )
+        if not isinstance(self.adapter, AdapterConfig):
+            raise TypeError(
+                f"client {name!r}: adapter must be an AdapterConfig such as AdapterConfig(rank=8, alpha=16), "
+                f"got {self.adapter!r:.80}"
+            )
 
 
 class Cohort:
-    """Clients attached to one model: the bank of their adapters and the wrapped layers. Made by ``attach``."""
+    """Clients attached to one model: the bank of their adapters and the wrapped layers. Made by ``attach``.
+
+    Attributes:
+        model: The model, its base frozen.
+        clients: The clients' ``ClientSpec``, in order; ``names`` has their names.
+        bank: Their adapters, float32 (float64 for a float64 base), on the device of the base.
+        layers: Path of each target -> the layer that wraps it.
+        packs: Whether batches are packed without padding; ``packing_reason`` says why not.
+    """
 
     def __init__(
         self, model: nn.Module, clients: Sequence[ClientSpec], bank: AdapterBank, backend: str, fuse: str = "auto"

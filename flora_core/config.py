@@ -76,7 +76,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay"):
             check_number(name, getattr(self, name), 0)
-        require(len(self.betas) == 2, f"betas must be two numbers, got {self.betas}")
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        require(pair, f"betas must be two numbers such as (0.9, 0.999), got {self.betas!r}")
         for beta in self.betas:
             check_number("betas", beta, 0)
             require(beta < 1, f"betas must be below 1, got {self.betas}")
@@ -90,8 +91,9 @@ class TrainConfig:
         for name in ("clip_norm", "memory_budget_gb"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0)
-                require(getattr(self, name) > 0, f"{name} must be above 0, or None for no limit")
-        require(not isinstance(self.recompute, str), f"recompute must be a list of names, got {self.recompute!r}")
+                require(getattr(self, name) > 0, f"{name} must be above 0, or None for no limit, got 0")
+        names = isinstance(self.recompute, (tuple, list))
+        require(names, f"recompute must be a list of names, got {self.recompute!r}; write ['norms'] for one")
         for kind in self.recompute:
             check_choice("recompute", kind, RECOMPUTABLE)
         object.__setattr__(self, "recompute", tuple(self.recompute))
@@ -112,6 +114,8 @@ class TrainConfig:
             return self
         if isinstance(train, TrainConfig):
             return train
+        if not isinstance(train, Mapping):
+            raise TypeError(f"train must be a TrainConfig or a mapping of its fields to values, got {train!r:.80}")
         known = [field.name for field in fields(self)]
         for name in train:
             require(name in known, f"train: unknown field {name!r}; {nearest(name, known)}")

@@ -16,7 +16,7 @@ from flora_core.backends import resolve
 from flora_core.forward import lay_out
 from flora_core.linear import MultiLoRALinear
 from flora_core.testing import budget_ratio
-from tests import models
+from tests import models, peft_oracle
 from tests.models import FAMILIES, exact64
 
 TARGETS = ["q_proj", "v_proj"]
@@ -105,6 +105,8 @@ REFUSED: dict[str, tuple[Any, Sequence[flora.ClientSpec], Any, str]] = {
     "unknown target of a client": (llama, [client(target_modules=["query"])], TARGETS, "matches 'query'"),
     "not a linear layer": (llama, [client()], ["embed_tokens"], r"embed_tokens is a Embedding\); candidates"),
     "output head": (llama, [client()], ["lm_head"], "'lm_head' is the output head"),
+    "a pattern for a name": (llama, [client()], "*.q_proj", r"target_modules: '\*.q_proj' is not a regular expression"),
+    "no targets": (llama, [client()], [], "no client adapts any module: no targets"),
     "nobody adapts": (llama, [client(rank=0), client("b", rank=0)], TARGETS, "no client adapts any module"),
     "rank above min(N, K)": (llama, [client(rank=9)], TARGETS, r"v_proj must be between 0 and min\(N, K\) = 8, got 9"),
     "quantised": (quantised, [client()], TARGETS, "layers.1.self_attn.q_proj is a .*Int8Linear with torch.int8"),
@@ -122,6 +124,26 @@ def test_attach_refuses(case: str):
         flora.attach(model, clients, targets)
     assert dict(model.named_modules()) == modules
     assert [p.requires_grad for p in model.parameters()] == wanted
+
+
+WRONG_KIND: dict[str, tuple[Any, Any, Any, str]] = {
+    "no transformers model": (
+        nn.Linear(2, 2),
+        [client()],
+        TARGETS,
+        "model must be a transformers .*, got Linear; load",
+    ),
+    "no model": ("llama", [client()], TARGETS, "model must be a transformers causal LM, got str"),
+    "names for clients": (None, ["a"], TARGETS, r"clients must hold ClientSpec only, got 'a'; write ClientSpec\(name"),
+    "a number for targets": (None, [client()], 4, "target_modules must be a list of names, .* got 4"),
+}
+
+
+@pytest.mark.parametrize("case", list(WRONG_KIND))
+def test_attach_names_what_is_of_the_wrong_kind(case: str):
+    model, clients, targets, words = WRONG_KIND[case]
+    with pytest.raises(TypeError, match=words):
+        flora.attach(model or llama(), clients, targets)
 
 
 def test_a_refused_model_is_left_as_it_was_and_may_be_attached_otherwise():
@@ -142,10 +164,15 @@ def test_one_cohort_at_a_time():
         flora.attach(model, [client()], TARGETS)
 
 
-@pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b"])
-def test_client_names_are_fit_for_folders(name: str):
+@pytest.mark.parametrize("name", ["", "../up", ".hidden", "a/b", 7])
+def test_client_names_are_fit_for_folders(name: Any):
     with pytest.raises(ValueError, match="a client's name must be letters, digits"):
         flora.ClientSpec(name)
+
+
+def test_a_client_s_adapter_is_an_adapter_config():
+    with pytest.raises(TypeError, match=r"client 'a': adapter must be an AdapterConfig such as .* got {'rank': 8}"):
+        flora.ClientSpec("a", adapter={"rank": 8})  # pyright: ignore[reportArgumentType]
 
 
 def test_base_with_nan_weights_is_refused():
@@ -286,8 +313,8 @@ def test_use(family: str):
         cohort = flora.attach(model, clients, targets)
         for i, spec in enumerate(clients[:3]):
             cohort.load(spec.name, models.random_adapters(cohort.update(spec.name).adapters, i))
-            peft = models.peft_model(plain, spec, targets, cohort.update(spec.name).adapters).eval()
-            for layer in models.lora_layers(peft).values():
+            peft = peft_oracle.peft_model(plain, spec, targets, cohort.update(spec.name).adapters).eval()
+            for layer in peft_oracle.lora_layers(peft).values():
                 layer.lora_dropout["default"] = nn.Identity()
             with cohort.use(spec.name):
                 logits = model(input_ids=ids()).logits
@@ -315,7 +342,7 @@ def test_own_training_loop(family: str):
             cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
         config = flora.TrainConfig(max_steps=1)
         own = [config.overridden(spec.train) for spec in clients]
-        first = [models.step_batches(spec, train)[0] for spec, train in zip(clients, own, strict=True)]
+        first = [peft_oracle.step_batches(spec, train)[0] for spec, train in zip(clients, own, strict=True)]
         factors = cohort.parameters()
         batch = lay_out(first, packs=True)
         with cohort.batch(batch.tokens, sequences=batch.sequences, dropout_step=0, seed_C=[c.seed for c in own]):
@@ -326,7 +353,7 @@ def test_own_training_loop(family: str):
         found: dict[str, Any] = {}
         mine = {path: (entry.A_PK.grad, entry.B_PN.grad) for path, entry in cohort.bank.modules.items()}
         assert len(factors) == 2 * len(mine)
-        with models.first_gradients(found):
+        with peft_oracle.first_gradients(found):
             flora.CohortTrainer(cohort, config).run()
     for c, name in enumerate(cohort.names):
         for path, pair in found[name].items():

@@ -262,6 +262,14 @@ WRONG_CONFIG = [
     (dict(rank_pattern={"q": -2}), ValueError, r"rank_pattern\['q'\] must be at least 0, got -2"),
     (dict(rank_pattern={"q": 1.5}), TypeError, r"rank_pattern\['q'\] must be a whole number, got 1.5"),
     (dict(alpha_pattern={"q": None}), TypeError, r"alpha_pattern\['q'\] must be a number, got None"),
+    (dict(rank_pattern=["q"]), TypeError, r"rank_pattern must map patterns of module paths to numbers, got \['q'\]"),
+    (dict(rank_pattern={"(q": 2}), ValueError, r"rank_pattern: '\(q' is not a regular expression"),
+    (
+        dict(target_modules="*.q"),
+        ValueError,
+        r"target_modules: '\*.q' is not a regular expression .* write \.\* for any",
+    ),
+    (dict(target_modules=3), TypeError, "target_modules must be a list of names, a regex or 'all-linear', got 3"),
 ]
 
 
@@ -277,6 +285,7 @@ WRONG_BANK = [
     (dict(ranks={"q": [1]}), "q must have a rank and a scale for each of the 2 clients, got 1 and 2"),
     (dict(scaling={"q": [1.0] * 3}), "q must have a rank and a scale for each of the 2 clients, got 2 and 3"),
     (dict(names=["a", "a"]), "clients must have different names, got a, a"),
+    (dict(scaling={}), "scaling must have an entry for each module of shapes, got none for q"),
 ]
 
 

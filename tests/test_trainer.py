@@ -248,6 +248,8 @@ def test_errors_before_training():
         trainer(client(data=(65,)))
     with pytest.raises(ValueError, match="train: unknown field 'learning_rate'"):
         trainer(client(train={"learning_rate": 1.0}))
+    with pytest.raises(TypeError, match="train must be a TrainConfig or a mapping of its fields to values, got 'fast'"):
+        trainer(client(train="fast"))
 
 
 @pytest.mark.parametrize(
@@ -255,8 +257,10 @@ def test_errors_before_training():
     [
         ({"lr": -1.0}, "lr must be at least 0"),
         ({"betas": (0.9, 1.0)}, "betas must be below 1"),
+        ({"betas": 0.9}, r"betas must be two numbers such as \(0.9, 0.999\), got 0.9"),
+        ({"recompute": None}, r"recompute must be a list of names, got None; write \['norms'\]"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"clip_norm": 0.0}, "clip_norm must be above 0, or None"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0, or None for no limit, got 0"),
         ({"schedule": "cosin"}, "did you mean 'cosine'"),
         ({"dtype": "float16"}, "float16 would need a loss scale per client"),
         ({"token_budget": 0}, "token_budget must be at least 1"),

@@ -67,7 +67,11 @@ def partition(
             split = _dirichlet(_labels(records, label), num_clients, alpha, min_examples, seed)
         parts = {f"client-{number:0{len(str(num_clients - 1))}d}": sorted(part) for number, part in enumerate(split)}
     poor = [f"{name} ({len(part)})" for name, part in parts.items() if len(part) < min_examples]
-    require(not poor, f"clients with fewer than min_examples={min_examples} examples: {', '.join(poor[:10])}")
+    require(
+        not poor,
+        f"clients with fewer than min_examples={min_examples} examples: {', '.join(poor[:10])}; lower min_examples, or "
+        "leave their records out",
+    )
     return parts
 
 
