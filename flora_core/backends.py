@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -77,10 +78,14 @@ def _unfit(name: str, op: str, tensor: torch.Tensor | None, auto: bool) -> str |
 
 def able(op: str, tensor: torch.Tensor | None = None) -> list[str]:
     """The backends that ``auto`` may take for an op on a tensor, the one to prefer first."""
+    return list(_able(op, tensor))
+
+
+def _able(op: str, tensor: torch.Tensor | None) -> Iterator[str]:
     on_gpu = tensor is not None and tensor.device.type == "cuda"
     order = ("triton", "native", "reference") if on_gpu else ("native", "triton", "reference")
     reasons = availability()
-    return [name for name in order if reasons.get(name, "") is None and _unfit(name, op, tensor, auto=True) is None]
+    return (name for name in order if reasons.get(name, "") is None and _unfit(name, op, tensor, auto=True) is None)
 
 
 def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[ModuleType, str]:
@@ -92,7 +97,7 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
     reasons = availability()
     available = [name for name, reason in reasons.items() if reason is None]
     if backend == "auto":
-        for name in able(op, tensor)[:1]:
+        for name in _able(op, tensor):
             skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
             return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
         raise ValueError(f"no backend has {op} here; available: {', '.join(available)}")

@@ -7,6 +7,7 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,11 @@ def _name(dtype: Any) -> str:
     return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
 
 
+@functools.cache
+def _code_of(dtype: Any) -> int | None:
+    return _CODES.get(_name(dtype))
+
+
 def _choose(name: str, value: Any, known: dict[str, int]) -> int:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -76,13 +82,12 @@ def _shared(name: str, array: Any, devices: tuple[str, ...] = ("cpu",)) -> Any:
         raise ValueError(f"{name} requires grad, which this function does not track; call it under torch.no_grad()")
     if array.layout != torch.strided or array.is_conj() or array.is_neg():
         raise ValueError(f"{name} must be a plain strided tensor, got layout {array.layout}; copy it first")
-    code = _CODES.get(_name(array.dtype))
+    code, device = _code_of(array.dtype), array.device
     if code is None:
         raise TypeError(f"{name} must be one of {', '.join(_CODES)}, got {_name(array.dtype)}")
-    if array.device.type not in devices:
-        raise ValueError(f"{name} must be on {' or '.join(devices)}, got {array.device}; use another backend")
-    place = _DEVICE_CODES[array.device.type], array.device.index or 0
-    return array.data_ptr(), code, *place, tuple(array.shape), array.stride()
+    if device.type not in devices:
+        raise ValueError(f"{name} must be on {' or '.join(devices)}, got {device}; use another backend")
+    return array.data_ptr(), code, _DEVICE_CODES[device.type], device.index or 0, tuple(array.shape), array.stride()
 
 
 def _stream_of(array: Any) -> int:
@@ -310,8 +315,10 @@ def __getattr__(name: str) -> Any:
     import torch
 
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    ops = dict.fromkeys(("merge_", "merge_many_", "shrink", "expand_", "wgrad"), floats)
-    return {**ops, "cohort_adamw_": (torch.float32, torch.float64)}
+    found = dict.fromkeys(("merge_", "merge_many_", "shrink", "expand_", "wgrad"), floats)
+    found["cohort_adamw_"] = torch.float32, torch.float64
+    globals()[name] = found  # asked for at every call of an op
+    return found
 
 
 __all__ = [
