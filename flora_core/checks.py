@@ -51,6 +51,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}"
 
 
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "none"
+
+
 def check_choice(name: str, value: str, known: Iterable[str]) -> str:
     """Check that a word is one of the known ones."""
     known = list(known)

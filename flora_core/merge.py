@@ -13,7 +13,7 @@ import torch
 
 from .aggregate.certificate import Deviation, sample_rows, total, write_deviation
 from .aggregate.inputs import Stack, check_adapters
-from .checks import FLOAT_DTYPES, check_choice, nearest, require
+from .checks import FLOAT_DTYPES, check_choice, listed, nearest, require
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .ops import MergeItem, stacked_merge_many_
 from .update import ClientUpdate
@@ -86,7 +86,7 @@ def apply_base_delta_(
     """
     check_choice("rounding", rounding, ROUNDINGS)
     unknown = [module for module in base_delta if module not in weights]
-    require(not unknown, f"base_delta has modules without a weight: {', '.join(unknown)}; known: {_some(weights)}")
+    require(not unknown, f"base_delta has modules without a weight: {', '.join(unknown)}; known: {listed(weights)}")
     lows = {module: _low_bits(module, weights[module], low_bits or {}, rounding) for module in base_delta}
     items = [MergeItem(weights[module], *base_delta[module], lows[module]) for module in base_delta]
     rows = {m: sample_rows(weights[m].shape[0], check_rows, weights[m].device) for m in base_delta}
@@ -180,11 +180,6 @@ def _master_rows(weight: torch.Tensor, low_bits: torch.Tensor | None, rows_S: to
     from flora_kernels.reference import join_master
 
     return weight[rows_S] if low_bits is None else join_master(weight[rows_S], low_bits[rows_S])
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 
 __all__ = ["ROUNDINGS", "apply_base_delta_", "merge_adapter_", "new_low_bits", "target_weights"]

@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 
 from .aggregate.robust import outliers, product_norm
-from .checks import FLOAT_DTYPES
+from .checks import FLOAT_DTYPES, listed
 from .cohort import Cohort
 from .update import ClientUpdate
 
@@ -89,10 +89,10 @@ def why_refused(update: ClientUpdate, expected: ClientUpdate, max_norm: float | 
 def _wrong_modules(update: ClientUpdate, expected: ClientUpdate) -> str | None:
     unknown = sorted(set(update.adapters) - set(expected.adapters))
     if unknown:
-        return f"it has modules that its configuration does not name: {_some(unknown)}"
+        return f"it has modules that its configuration does not name: {listed(unknown, 3)}"
     missing = sorted(set(expected.adapters) - set(update.adapters))
     if missing:
-        return f"it lacks modules that its configuration names: {_some(missing)}"
+        return f"it lacks modules that its configuration names: {listed(missing, 3)}"
     return None
 
 
@@ -123,10 +123,6 @@ def _wrong_factors(update: ClientUpdate, expected: ClientUpdate, module: str) ->
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 __all__ = ["product_norm", "promised", "sift", "why_refused"]

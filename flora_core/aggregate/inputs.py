@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import check_tensor, require
+from ..checks import check_tensor, listed, require
 from ..update import ClientUpdate
 
 Stack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -142,7 +142,7 @@ def check_same_modules(updates: Sequence[ClientUpdate], strategy: str, remedy: s
 
 
 def _names(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return listed(map(repr, names), 3)
 
 
 def shares(updates: Sequence[ClientUpdate]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..checks import require
+from ..checks import listed, require
 from .adapters import Adapter
 from .shards import DTYPES, Checkpoint, Entry
 
@@ -74,14 +74,14 @@ def _tensor_names(checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter:
     tied = [module for module in missing if module.rpartition(".")[2] in _HEADS]
     require(
         not tied,
-        f"adapter {adapter.name} adapts {_some(tied)}, of which base {checkpoint.folder} stores no weight of its own:"
+        f"adapter {adapter.name} adapts {listed(tied)}, of which base {checkpoint.folder} stores no weight of its own:"
         f" it is tied to the embeddings (tie_word_embeddings), which the merge would change too; {_UNTIE}",
     )
     linears = sorted({name.removesuffix(".weight") for name, one in tensors.items() if _is_matrix(name, one)})
     raise ValueError(
         f"adapter {adapter.name} does not fit base {checkpoint.folder}: {len(missing)} of its {len(modules)} modules"
-        f" are not there: {_some(missing)}; {_of_fused(missing[0], linears)}the base has, for example,"
-        f" {_some(_kinds(linears))}; {_trained_on(adapter)}"
+        f" are not there: {listed(missing)}; {_of_fused(missing[0], linears)}the base has, for example,"
+        f" {listed(_kinds(linears))}; {_trained_on(adapter)}"
     )
 
 
@@ -103,9 +103,9 @@ def _of_fused(module: str, linears: Sequence[str]) -> str:
     near = [name.rpartition(".")[2] for name in linears if name.rpartition(".")[0] == parent]
     fused = [name for name in near if "_proj" in name and ("qkv" in name or "gate_up" in name)]
     if fused and last not in fused:
-        return f"it stores {parent} fused as {_some(fused)}: train on the fused module, or save the base unfused; "
+        return f"it stores {parent} fused as {listed(fused)}: train on the fused module, or save the base unfused; "
     if "qkv" in last or "gate_up" in last:
-        return f"it stores {parent} as {_some(near)}, not fused: train on these; "
+        return f"it stores {parent} as {listed(near)}, not fused: train on these; "
     return ""
 
 
@@ -223,10 +223,6 @@ def _check_dtypes(checkpoint: Checkpoint, targets: Iterable[Target], mixed_dtype
         f"base {checkpoint.folder} stores the weights to merge into in several dtypes: {', '.join(examples)}; its"
         " shards may be of two downloads: save it in one dtype, or allow it with mixed_dtypes=True (--mixed-dtypes)",
     )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 
 __all__ = ["Target", "match_targets"]

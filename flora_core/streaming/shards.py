@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import require
+from ..checks import listed, require
 from ..headers import parse_json, read_header
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
@@ -145,7 +145,7 @@ def _shard_names(folder: Path) -> list[str]:
             found = sorted(path.name for path in folder.glob("*.safetensors"))
             raise FileNotFoundError(
                 f"base {folder}: {INDEX} names {len(names)} shards, and {len(missing)} of them are missing: "
-                f"{_some(missing)} (there are: {_some(found)}); fetch the checkpoint again"
+                f"{listed(missing)} (there are: {listed(found)}); fetch the checkpoint again"
             )
         return names
     if single.is_file():
@@ -162,7 +162,7 @@ def _refuse_other_formats(folder: Path) -> None:
             " transformers where you trust it and save it again with save_pretrained, which writes safetensors"
         )
     found = sorted(path.name for path in folder.glob("*.safetensors"))
-    hint = f"; it has {_some(found)}: rename it to {SINGLE} if that is the whole model" if found else ""
+    hint = f"; it has {listed(found)}: rename it to {SINGLE} if that is the whole model" if found else ""
     raise FileNotFoundError(f"base {folder} holds neither {SINGLE} nor {INDEX}{hint}")
 
 
@@ -195,10 +195,6 @@ def _check_index(folder: Path, shards: Mapping[str, Shard]) -> None:
         f"base {folder}: {INDEX} disagrees with the shards on {len(wrong)} tensors: {'; '.join(wrong[:3])};"
         " they are not of one download: fetch the checkpoint again",
     )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "") or "none"
 
 
 __all__ = [
