@@ -111,7 +111,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     for name in ("a", "b", "held-out"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in make_records(name, 6)))
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    exec(code, {"path": "model"})  # noqa: S102
+    exec(code, {})  # noqa: S102
     before, after = map(float, capsys.readouterr().out.split())
     assert after < before
 
