@@ -93,6 +93,9 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
 
     ``auto`` takes the first that ``able`` names: native on a CPU, Triton on a GPU, else the reference; a named backend
     runs or raises. (Merges on a GPU are chosen by measurement: ``merge_ways``.)
+
+    Raises:
+        ValueError: If a named backend is unknown, is not here (with the reason) or lacks the op.
     """
     reasons = availability()
     available = [name for name, reason in reasons.items() if reason is None]

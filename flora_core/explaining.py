@@ -42,7 +42,15 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Tell for every target which op, backend, kernel, way to fuse and tiles run and why, and which path is slower."""
+    """Tell for every target which op, backend, kernel, way to fuse and tiles run and why, and which path is slower.
+
+    Args:
+        model: A model with a cohort attached.
+    Returns:
+        One row per target and notes on the whole model; ``print`` shows them as a table.
+    Raises:
+        ValueError: If the model has no cohort attached.
+    """
     cohort = cohort_of(model)
     _, reason = resolve(cohort.backend, "shrink", next(iter(cohort.layers.values())).weight)
     rows = tuple(

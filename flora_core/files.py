@@ -108,7 +108,11 @@ def write_safetensors(
 
 @contextlib.contextmanager
 def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise what safetensors meets while it writes ``path`` as the system's own error, which says what is wrong."""
+    """Tell what safetensors meets while it writes ``path`` as the system does.
+
+    Raises:
+        OSError: In place of a ``SafetensorError`` that hides one.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -149,7 +153,11 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def explained(target: Path, kept: str = "what was saved before is unchanged") -> Iterator[None]:
-    """Raise a ``SaveError`` with a remedy for whatever the system refuses while ``target`` is saved."""
+    """Explain whatever the system refuses while ``target`` is saved; ``kept`` says what is left of it.
+
+    Raises:
+        SaveError: In place of another ``OSError``, with a remedy.
+    """
     try:
         yield
     except (SaveError, FileExistsError):

@@ -95,7 +95,9 @@ def _lengths(examples: Sequence[Example]) -> list[int]:
 class Executor(Protocol):
     """Runs a function of static buffers; ``key`` tells functions apart, None is for one that does not come again."""
 
-    def run(self, key: Hashable | None, function: Callable[[], None]) -> None: ...
+    def run(self, key: Hashable | None, function: Callable[[], None]) -> None:
+        """Run a function."""
+        ...
 
 
 class Eager:

@@ -140,9 +140,15 @@ def stacked_merge_many_(
     accumulate: str = "float32",
     backend: str = "auto",
 ) -> None:
-    """Merge many weights, checked all together before the first is changed. See ``stacked_merge_``.
+    """Merge many weights, checked all together before the first is changed.
 
-    With stochastic rounding, item i uses the key ``seed + i``.
+    Args:
+        items: One ``MergeItem`` per weight.
+        rounding, accumulate, backend: As in ``stacked_merge_``.
+        seed: Key of the stochastic rounding; item i uses ``seed + i``.
+    Raises:
+        ValueError: If a shape, a device or an option does not fit; nothing is changed then. TypeError for a dtype.
+    Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
     """
     run = library.stacked_merge_many_ if torch.compiler.is_compiling() else calls.merge
     run(items, rounding, seed, accumulate, backend)

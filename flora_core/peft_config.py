@@ -51,7 +51,12 @@ _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 
 
 def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:
-    """Read an adapter's config, refuse what this engine does not have, and fill in r, alpha and their patterns."""
+    """Read an adapter's config, refuse what this engine does not have, and fill in r, alpha and their patterns.
+
+    Raises:
+        FileNotFoundError: If the folder holds none.
+        ValueError: If it is damaged, or says what this engine does not have; the field is named.
+    """
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")

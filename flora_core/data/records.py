@@ -55,7 +55,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def check_records(records: Sequence[Record], source: str) -> None:
-    """Check records that were not read from a file; ``source`` names them in errors."""
+    """Check records that were not read from a file; ``source`` names them in errors.
+
+    Raises:
+        ValueError: If there are none, or one has no known form.
+    """
     if not records:
         raise ValueError(f"{source} has no records; accepted fields: {ACCEPTED}")
     for index, record in enumerate(records):
@@ -63,7 +67,11 @@ def check_records(records: Sequence[Record], source: str) -> None:
 
 
 def check_record(record: Record, place: str) -> str:
-    """Check one record and return its form; ``place`` says in errors where it stands."""
+    """Check one record and return its form; ``place`` says in errors where it stands.
+
+    Raises:
+        ValueError: If it has no known form, or a field is no text.
+    """
     if not isinstance(record, dict):
         raise ValueError(f"{place}: a record must be a JSON object, got {type(record).__name__}")
     form = record_form(record)

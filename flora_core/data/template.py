@@ -109,7 +109,11 @@ def encode_prompts(records: Sequence[Record], tokenizer: Any, *, template: str =
 
 
 def require_examples(client: str, examples: Sequence[Example], report: EncodeReport | None = None) -> None:
-    """Raise ``ValueError`` when a client has nothing to train on, saying whether there was anything."""
+    """Make sure that a client has something to train on.
+
+    Raises:
+        ValueError: If it has not, saying whether there was anything.
+    """
     if examples:
         return
     if report is None or not report.records:
@@ -120,7 +124,11 @@ def require_examples(client: str, examples: Sequence[Example], report: EncodeRep
 
 
 def uses_chat(tokenizer: Any, template: str) -> bool:
-    """Resolve ``template``: whether the tokenizer's chat template is used."""
+    """Resolve ``template``: whether the tokenizer's chat template is used.
+
+    Raises:
+        ValueError: If the template is unknown, or ``chat`` and the tokenizer has none.
+    """
     check_choice("template", template, TEMPLATES)
     has_chat = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has_chat:
