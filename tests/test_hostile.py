@@ -26,7 +26,7 @@ from flora_core.peft_io import CONFIG, WEIGHTS, load_peft_adapter, save_peft_ada
 from flora_core.update import ClientUpdate
 from flora_core.validate import sift, why_refused
 from tests.federation_cases import new_folder
-from tests.hostile_files import LIES, mutate, mutate_json, mutate_safetensors, tree
+from tests.hostile_files import LIES, mutate, mutate_json, mutate_safetensors, overwrite, tree
 from tests.test_validate import make_update, promised
 
 
@@ -242,7 +242,7 @@ def test_mutated_adapters_never_crash_or_hang_or_touch_anything(sent, tmp_path, 
             changed = json.dumps(mutate_json(json.loads(config), random)).encode()
         else:
             changed = mutate(config, random) if name == CONFIG else mutate_safetensors(weights, random)
-        (sent / name).write_bytes(changed)
+        overwrite(sent / name, changed)
         began = time.monotonic()
         read = partial(receive, sent, promised()) if number % 2 else partial(load_peft_adapter, sent, client="ann")
         update, refusal = attempt(read, (ValueError, FileNotFoundError))
@@ -253,7 +253,7 @@ def test_mutated_adapters_never_crash_or_hang_or_touch_anything(sent, tmp_path, 
             assert len(good) + len(refused) == 1
             assert not good or all(t.isfinite().all() for pair in good[0].adapters.values() for t in pair)
         loaded, slowest = loaded + (update is not None), max(slowest, time.monotonic() - began)
-        (sent / name).write_bytes(whole)
+        overwrite(sent / name, whole)
     assert list(tree(tmp_path)) == before
     assert 0 < loaded < total
     assert slowest < 10, f"one took {slowest:.1f} s"
@@ -278,7 +278,7 @@ def test_mutated_checkpoints_are_found_out_and_the_round_before_is_used(tmp_path
             changed = json.dumps(mutate_json(json.loads(data), random)).encode()
         else:
             changed = mutate_safetensors(data, random) if path.suffix == ".safetensors" else mutate(data, random)
-        path.write_bytes(changed)
+        overwrite(path, changed)
         again = RunFolder(tmp_path / "run")
         notes, refusal = attempt(partial(again.begin, {"rounds": 3}, {"torch": "1"}, "start"), (ValueError,))
         if notes is None:
@@ -293,7 +293,7 @@ def test_mutated_checkpoints_are_found_out_and_the_round_before_is_used(tmp_path
         assert torch.equal(snapshot.state["weights"]["m"], torch.full((3, 4), float(snapshot.round)))
         assert all(event["event"] for event in again.restore_metrics(snapshot))
         for one in files:
-            one.write_bytes(contents[one])
+            overwrite(one, contents[one])
 
 
 def _json(data: bytes) -> object:
