@@ -104,6 +104,12 @@ def test_every_command_that_is_shown_reads_its_recipe(command, tmp_path, monkeyp
     assert load(words[2], words[3:])
 
 
+def test_the_readme_leads_to_every_page():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert all((ROOT / link).exists() for link in links)
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(links)
+
+
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     make_model().save_pretrained("model")
