@@ -35,6 +35,11 @@ CASES = {
     "inf-weight": ([update(weight=math.inf)], "weight must be a finite number of at least 0, got inf"),
     "text-weight": ([update(weight="3")], "weight must be a finite number of at least 0, got '3'"),
     "all-zero": ([update("a", weight=0), update("b", weight=0.0)], "weights of the round are all zero"),
+    "sum-of-weights": ([update("a", weight=1e308), update("b", weight=1e308)], "must have a finite sum; divide"),
+    "no-pair": (
+        [ClientUpdate("a", {"q_proj": (torch.ones(2, 8),)}, {"q_proj": 1.0})],  # pyright: ignore[reportArgumentType]
+        r"client 'a', module 'q_proj': adapters must hold a pair \(A, B\), got 1 of them",
+    ),
     "k-differs": (
         [update("a", k=8), update("b", k=8), update("c", k=9)],
         r"module 'q_proj' must have one shape .* got K=8, N=6 on cpu from 'a', 'b'; K=9, N=6 on cpu from 'c'",
@@ -84,6 +89,16 @@ def test_wrong_types_are_refused():
         aggregate([{}])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"module 'q_proj': A must be a torch.Tensor, got list"):
         aggregate([with_tensors([[1.0]], torch.ones(1, 6))])
+    with pytest.raises(TypeError, match="updates must be a sequence of ClientUpdate, got NoneType"):
+        aggregate(None)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="updates must be a sequence of ClientUpdate, got dict"):
+        aggregate({"a": update()})  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match=r"client 'a', module 'q_proj': scaling must be a number, got '2'"):
+        aggregate([update(scaling="2")])  # pyright: ignore[reportArgumentType]
+    with pytest.raises(
+        TypeError, match="client 'a': adapters and scaling must be mappings by module, got list and dict"
+    ):
+        aggregate([ClientUpdate("a", [], {})])  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=r"B must be one of float32, .* got int64"):
         aggregate([with_tensors(torch.ones(2, 8), torch.ones(2, 6, dtype=torch.int64))])
 
@@ -104,6 +119,8 @@ def test_unknown_strategy_shows_the_nearest_name_and_the_table():
         ValueError, match=r"(?s)unknown strategy 'fedti'; did you mean 'fedit'\?.*name +exact.*zero_pad"
     ):
         aggregate([update()], "fedti")
+    with pytest.raises(ValueError, match=r"(?s)unknown strategy \['flora'\]; .*name +exact"):
+        aggregate([update()], ["flora"])  # pyright: ignore[reportArgumentType]
 
 
 def test_unknown_option_names_the_strategy(own_table):

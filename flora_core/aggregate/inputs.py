@@ -9,7 +9,7 @@ import math
 import numbers
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,26 +63,41 @@ def _check_bases(updates: Sequence[ClientUpdate]) -> None:
     )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _check_weights(updates: Sequence[ClientUpdate]) -> None:
     for update in updates:
-        number = isinstance(update.weight, numbers.Real) and not isinstance(update.weight, bool)
         require(
-            number and math.isfinite(update.weight) and update.weight >= 0,
+            _is_number(update.weight) and math.isfinite(update.weight) and update.weight >= 0,
             f"client {update.client!r}: weight must be a finite number of at least 0, got {update.weight!r}",
         )
     require(
         any(update.weight > 0 for update in updates),
         "the weights of the round are all zero; give at least one client a weight above 0",
     )
+    require(
+        math.isfinite(sum(float(update.weight) for update in updates)),
+        "the weights of the round must have a finite sum; divide them all by one number",
+    )
 
 
 def check_adapters(update: ClientUpdate) -> None:
     """Check one client's factors: floating-point, finite, one rank for A and B, a scaling for each."""
     who = f"client {update.client!r}"
+    if not isinstance(update.adapters, Mapping) or not isinstance(update.scaling, Mapping):
+        kinds = " and ".join(type(value).__name__ for value in (update.adapters, update.scaling))
+        raise TypeError(f"{who}: adapters and scaling must be mappings by module, got {kinds}")
     odd = sorted(set(update.adapters) ^ set(update.scaling))
     require(not odd, f"{who}: scaling must have the modules of adapters, got one without the other for {odd[:3]}")
-    for module, (A_RK, B_RN) in update.adapters.items():
+    for module, pair in update.adapters.items():
         where = f"{who}, module {module!r}"
+        require(
+            isinstance(pair, Sequence) and len(pair) == 2,
+            f"{where}: adapters must hold a pair (A, B), got {_told(pair)}",
+        )
+        A_RK, B_RN = pair
         check_tensor(f"{where}: A", A_RK, (None, None))
         check_tensor(f"{where}: B", B_RN, (None, None), like=("A", A_RK))
         require(
@@ -91,10 +106,16 @@ def check_adapters(update: ClientUpdate) -> None:
             " B is stored R x N, the transpose of PEFT's lora_B",
         )
         scaling = update.scaling[module]
+        if not (_is_number(scaling) or (isinstance(scaling, torch.Tensor) and scaling.numel() == 1)):
+            raise TypeError(f"{where}: scaling must be a number, got {scaling!r}")
         require(
             math.isfinite(scaling) and _is_finite(A_RK) and _is_finite(B_RN),
             f"{where}: A, B and scaling must be finite, got NaN or infinity; leave this client out of the round",
         )
+
+
+def _told(pair: Any) -> str:
+    return f"{len(pair)} of them" if isinstance(pair, Sequence) else type(pair).__name__
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -178,7 +178,8 @@ def get_strategy(name: str) -> Strategy:
     Raises:
         ValueError: If it is unknown; the message holds the nearest name and the table.
     """
-    require(name in STRATEGIES, f"unknown strategy {name!r}; {nearest(str(name), STRATEGIES)}\n{table()}")
+    known = isinstance(name, str) and name in STRATEGIES
+    require(known, f"unknown strategy {name!r}; {nearest(str(name), STRATEGIES)}\n{table()}")
     return STRATEGIES[name]
 
 
@@ -227,8 +228,9 @@ def aggregate(
         raise TypeError(f"state must be what RoundResult.state was, or None, got {type(state).__name__}")
     owner = (state or {}).get("strategy", strategy)
     require(owner == strategy, f"state must be that of strategy {strategy!r}, got {owner!r}; start with state=None")
-    if isinstance(updates, ClientUpdate):
-        raise TypeError("updates must be a sequence of ClientUpdate, got one alone; put it into a list")
+    if isinstance(updates, (ClientUpdate, Mapping)) or not isinstance(updates, Iterable):
+        told = "one alone; put it into a list" if isinstance(updates, ClientUpdate) else type(updates).__name__
+        raise TypeError(f"updates must be a sequence of ClientUpdate, got {told}")
     updates = list(updates)
     check_updates(updates)
     chosen.check_fits(updates)

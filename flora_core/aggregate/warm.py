@@ -51,8 +51,9 @@ class FloraWarm(AdapterStrategy):
     def check_options(self, *, start: str = "shared", floor: Floor | int | None = None) -> None:
         """Check both options."""
         check_choice("start", start, ("shared", "directions"))
-        for name, value in floor.items() if isinstance(floor, Mapping) else [("floor", 0 if floor is None else floor)]:
-            check_number(f"floor of {name}", value, 0, whole=True)
+        bounds = floor if isinstance(floor, Mapping) else {"": 0 if floor is None else floor}
+        for module, value in bounds.items():
+            check_number(f"floor of {module}" if module else "floor", value, 0, whole=True)
 
     def population_options(self, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         """The smallest rank of all clients, module by module."""
