@@ -5,8 +5,9 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +28,29 @@ SCALE = 2.0  # alpha = 2r
 
 
 @dataclass(frozen=True)
-class Contender:
-    """``forward(n)`` on the n-th buffer, and the leaves besides x whose gradients backward takes."""
+class Part:
+    """One call of a contender: its rows of x and of dY in every buffer, and the leaves besides x."""
 
-    forward: Callable[[int], torch.Tensor]
+    x: Sequence[torch.Tensor]
+    dy: Sequence[torch.Tensor]
+    call: Callable[[torch.Tensor], torch.Tensor]
     leaves: list[torch.Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One call over all tokens, or one after another for each client on tensors of its own."""
+
+    parts: list[Part]
+
+    def forward(self, n: int) -> list[torch.Tensor]:
+        """Y of every call on the n-th buffer."""
+        return [part.call(part.x[n]) for part in self.parts]
+
+    def backward(self, ys: Sequence[torch.Tensor], n: int) -> list[tuple[torch.Tensor, ...]]:
+        """dX and the leaves' gradients of every call."""
+        calls = zip(self.parts, ys, strict=True)
+        return [torch.autograd.grad(y, [part.x[n], *part.leaves], part.dy[n]) for part, y in calls]
 
 
 class Linear:
@@ -78,15 +97,24 @@ class Linear:
             options = dict(dropout_C=(self.case.dropout,) * clients, dropout_seed_C=seeds)
         scales = (SCALE,) * len(self.case.ranks)
         rest = self.weight, None, self.A, self.B, self.tokens, self.ranks, scales
-        return Contender(lambda n: lora_linear(self.x[n], *rest, **options), [self.A, self.B])
+        return self.packed(lambda x: lora_linear(x, *rest, **options), [self.A, self.B])
 
-    def backward(self, y: torch.Tensor, n: int, contender: Contender) -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(y, [self.x[n], *contender.leaves], self.dy[n])
+    def packed(self, call: Callable[[torch.Tensor], torch.Tensor], leaves: Sequence[torch.Tensor] = ()) -> Contender:
+        """A contender that takes all tokens in one call."""
+        return Contender([Part(self.x, self.dy, call, list(leaves))])
+
+    @functools.cached_property
+    def apart(self) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """x and dY of every client as tensors of its own, as clients have them who train one after another."""
+        return [
+            ([x.detach()[rows].clone().requires_grad_() for x in self.x], [dy[rows].clone() for dy in self.dy])
+            for rows in self.tokens
+        ]
 
     def check(self, result: Contender, low: torch.dtype | None = None) -> Check:
         """y, dx, dA and dB of every client by the error budget; ``low`` is the plain formula in the base's dtype."""
-        y = result.forward(0)
-        out = [y.detach(), *self.backward(y, 0, result)]
+        ys = result.forward(0)
+        out = [ys[0].detach(), *result.backward(ys, 0)[0]]
         exact, rounded = self._plain(torch.float64), self._plain(low or self.dtype)
         parts = self.tokens, self.tokens, self.ranks, self.ranks
         ratios = [
@@ -112,7 +140,7 @@ class Linear:
 
 
 def _frozen(setting: Linear) -> Contender:
-    return Contender(lambda n: F.linear(setting.x[n], setting.weight))
+    return setting.packed(lambda x: F.linear(x, setting.weight))
 
 
 def _peft_layer(setting: Linear, rank: int, autocast: bool) -> Any:
@@ -126,44 +154,43 @@ def _peft_layer(setting: Linear, rank: int, autocast: bool) -> Any:
     return model.base_model.model.linear.train()
 
 
-def _of_layers(setting: Linear, layers: list[Any], lengths: tuple[int, ...]) -> Contender:
-    leaves = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+def _one_by_one(setting: Linear, autocast: bool) -> Contender:
+    layers = [_peft_layer(setting, rank, autocast) for rank in setting.case.ranks]
+    parts = zip(setting.apart, layers, strict=True)
+    return Contender([Part(x, dy, layer, _trained(layer)) for (x, dy), layer in parts])
 
-    def forward(n: int) -> torch.Tensor:
-        parts = zip(layers, setting.x[n].split(lengths), strict=True)
-        return torch.cat([layer(part) for layer, part in parts]) if len(layers) > 1 else layers[0](setting.x[n])
 
-    return Contender(forward, leaves)
+def _trained(layer: Any) -> list[torch.Tensor]:
+    return [p for p in layer.parameters() if p.requires_grad]
 
 
 def _peft(setting: Linear) -> Contender:
-    layers = [_peft_layer(setting, rank, True) for rank in setting.case.ranks]
-    return _of_layers(setting, layers, setting.tokens.lengths)
+    return _one_by_one(setting, True)
 
 
 def _peft_bf16(setting: Linear) -> Contender:
     need_bfloat16(setting)
-    layers = [_peft_layer(setting, rank, False) for rank in setting.case.ranks]
-    return _of_layers(setting, layers, setting.tokens.lengths)
+    return _one_by_one(setting, False)
 
 
 def _peft_one(setting: Linear) -> Contender:
     mean = max(1, round(setting.ranks.total / len(setting.case.ranks)))
-    return _of_layers(setting, [_peft_layer(setting, mean, setting.dtype.itemsize != 2)], (setting.tokens.total,))
+    layer = _peft_layer(setting, mean, setting.dtype.itemsize != 2)
+    return setting.packed(layer, _trained(layer))
 
 
 def _addmm(setting: Linear) -> Contender:
     A, B = (tensor.detach().to(setting.dtype).requires_grad_() for tensor in (setting.A, setting.B))
     banks = [(A[bank], B[bank]) for bank in setting.ranks]
 
-    def forward(n: int) -> torch.Tensor:
-        x, y = setting.x[n], F.linear(setting.x[n], setting.weight)
+    def call(x: torch.Tensor) -> torch.Tensor:
+        y = F.linear(x, setting.weight)
         dropped = F.dropout(x, setting.case.dropout) if setting.case.dropout else x
         for rows, (A_RK, B_RN) in zip(setting.tokens, banks, strict=True):
             y[rows].addmm_(dropped[rows] @ A_RK.T, B_RN, alpha=SCALE)
         return y
 
-    return Contender(forward, [A, B])
+    return setting.packed(call, [A, B])
 
 
 def _grouped(setting: Linear) -> Contender:
@@ -176,20 +203,20 @@ def _grouped(setting: Linear) -> Contender:
     A = torch.randn(clients, setting.K, widest, **where).requires_grad_()  # pyright: ignore[reportCallIssue, reportArgumentType]
     B = torch.randn(clients, widest, setting.N, **where).requires_grad_()  # pyright: ignore[reportCallIssue, reportArgumentType]
 
-    def forward(n: int) -> torch.Tensor:
-        x = setting.x[n]
+    def call(x: torch.Tensor) -> torch.Tensor:
         dropped = F.dropout(x, setting.case.dropout) if setting.case.dropout else x
         branch = product(product(dropped, A, offs=offsets), B, offs=offsets)
         return F.linear(x, setting.weight).add_(branch, alpha=SCALE)
 
-    return Contender(forward, [A, B])
+    return setting.packed(call, [A, B])
 
 
 RIVALS = (
     Rival(FROZEN, "the linear without adapters: the limit of any method; backward takes dX alone", _frozen),
     Rival(
         "PEFT",
-        "one client after another, each with a layer of its own from get_peft_model as it comes (float32 adapters)",
+        "one client after another, each with a layer of its own from get_peft_model as it comes (float32 adapters), on "
+        "rows that are tensors of their own: nothing is split or joined in its time",
         _peft,
     ),
     Rival("PEFT bf16", "the same with autocast_adapter_dtype=False: adapters in the base's 16 bits", _peft_bf16),
@@ -219,7 +246,7 @@ def compare(benchmark: Any, scale: Any, case: Case, part: str) -> None:
         setting = Linear(case)
         result.save(rates=rates(setting.device), flops=setting.flops[part], bytes=setting.bytes[part])
         contenders = {"flora": setting.ours(), **ready(RIVALS, setting, result)}
-        outputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, list[torch.Tensor]] = {}
         turns = dict.fromkeys(contenders, 0)
 
         def before(name: str) -> None:
@@ -229,8 +256,8 @@ def compare(benchmark: Any, scale: Any, case: Case, part: str) -> None:
 
         def work(name: str) -> Any:
             if part == "forward":
-                return contenders[name].forward(turns[name]).shape
-            return len(setting.backward(outputs.pop(name), turns[name], contenders[name]))
+                return len(contenders[name].forward(turns[name]))
+            return len(contenders[name].backward(outputs.pop(name), turns[name]))
 
         calls = {name: lambda name=name: work(name) for name in contenders}
         ours = "flora", calls.pop("flora")
@@ -240,4 +267,4 @@ def compare(benchmark: Any, scale: Any, case: Case, part: str) -> None:
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
 
 
-__all__ = ["RIVALS", "Contender", "Linear", "compare"]
+__all__ = ["RIVALS", "Contender", "Linear", "Part", "compare"]

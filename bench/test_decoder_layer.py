@@ -26,12 +26,38 @@ Factors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """``forward()`` gives the hidden states M x H of every client in order; ``leaves`` ask for gradients."""
+class Part:
+    """One call: from hidden states to hidden states (tokens x H), dY, and the leaves that ask for gradients."""
 
-    forward: Callable[[], torch.Tensor]
+    call: Callable[[torch.Tensor], torch.Tensor]
+    x: torch.Tensor
+    dy: torch.Tensor
     leaves: Factors = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One call for everybody, or one after another for each client on tensors of its own."""
+
+    parts: list[Part]
     around: Callable[[], Any] = nullcontext
+
+    def run(self) -> list[tuple[torch.Tensor, ...]]:
+        """Forward and backward of every call: hidden states, dX and the leaves' gradients."""
+        found = []
+        with self.around():
+            for part in self.parts:
+                y = part.call(part.x)
+                found.append((y.detach(), *torch.autograd.grad(y, [part.x, *part.leaves.values()], part.dy)))
+        return found
+
+    def results(self) -> Factors:
+        """What ``run`` gives, joined: y and x of all tokens, and each leaf's gradient by its name."""
+        found = self.run()
+        joined = {"y": torch.cat([y for y, *_ in found]), "x": torch.cat([dx for _, dx, *_ in found])}
+        for part, (_, _, *grads) in zip(self.parts, found, strict=True):
+            joined |= zip(part.leaves, grads, strict=True)
+        return joined
 
 
 class Layer:
@@ -60,54 +86,43 @@ class Layer:
         positions = torch.arange(tokens, device=self.device).repeat(clients)[None]
         options: dict[str, Any] = dict(sequences=[tokens] * clients, dropout_step=0 if dropout else None)
 
-        def forward() -> torch.Tensor:
-            packed = self.x.reshape(1, clients * tokens, hidden)
+        def call(x: torch.Tensor) -> torch.Tensor:
+            packed = x.reshape(1, clients * tokens, hidden)
             inner = self.cohort.model.base_model
             return inner(inputs_embeds=packed, position_ids=positions, use_cache=False).last_hidden_state[0]
 
-        return Contender(forward, leaves, lambda: self.cohort.batch([tokens] * clients, **options))
+        everything = Part(call, self.x, self.dy.flatten(0, 1), leaves)
+        return Contender([everything], lambda: self.cohort.batch([tokens] * clients, **options))
 
     def peft(self, autocast: bool, dropout: float, wide: bool = False) -> Contender:
-        """Each client's pass through a PEFT model of its own; ``wide`` in float64."""
-        leaves, models = {}, []
-        whole = copy.deepcopy(self.model).double() if wide else self.model
-        for name, adapters in self.adapters.items():
+        """Each client's pass through a PEFT model of its own on tensors of its own; ``wide`` in float64."""
+        parts, whole = [], copy.deepcopy(self.model).double() if wide else self.model
+        kind = torch.float64 if wide else self.dtype
+        for c, (name, adapters) in enumerate(self.adapters.items()):
             model = cohorts.peft_model(cohorts.shared_copy(whole), adapters, dropout, autocast)
-            models.append((model.double() if wide else model).base_model.model.model)
-            named = dict(model.named_parameters())
-            for path in adapters:
-                for letter in "AB":
-                    key = f"base_model.model.{path}.lora_{letter}.default.weight"
-                    leaves[f"{name} {path} {letter}"] = named[key]
-        x = self.x.double() if wide else self.x
-
-        def forward() -> torch.Tensor:
-            rows = zip(models, x, strict=True)
-            return torch.cat([m(inputs_embeds=one[None], use_cache=False).last_hidden_state[0] for m, one in rows])
-
-        return Contender(forward, leaves)
+            inner, named = (model.double() if wide else model).base_model.model.model, dict(model.named_parameters())
+            keys = {f"{name} {path} {letter}": (path, letter) for path in adapters for letter in "AB"}
+            leaves = {
+                key: named[f"base_model.model.{path}.lora_{letter}.default.weight"]
+                for key, (path, letter) in keys.items()
+            }
+            x, dy = (tensor.detach()[c].to(kind, copy=True) for tensor in (self.x, self.dy))
+            parts.append(Part(lambda x, inner=inner: _hidden(inner, x[None])[0], x.requires_grad_(), dy, leaves))
+        return Contender(parts)
 
     def frozen(self) -> Contender:
         inner = self.model.base_model
-        return Contender(lambda: inner(inputs_embeds=self.x, use_cache=False).last_hidden_state.flatten(0, 1))
-
-    def run(self, contender: Contender) -> Factors:
-        """Forward and backward: hidden states, dX and every factor's gradient."""
-        with contender.around():
-            y = contender.forward()
-            dy = self.dy.flatten(0, 1).to(y.dtype)
-            grads = torch.autograd.grad(y, [self.x, *contender.leaves.values()], dy)
-        return {"y": y.detach(), "x": grads[0], **dict(zip(contender.leaves, grads[1:], strict=True))}
+        return Contender([Part(lambda x: _hidden(inner, x).flatten(0, 1), self.x, self.dy.flatten(0, 1))])
 
     def check(self) -> Check:
         """Ours without dropout's random masks against float64 PEFT, client by client; PEFT itself is ``low``."""
         clients = len(self.case.ranks)
-        mine, found = self.run(self.ours(dropout=False)), {}
+        mine, found = self.ours(dropout=False).results(), {}
         for path, entry in self.cohort.bank.modules.items():
             for name, bank in zip(self.cohort.names, entry.ranks, strict=True):
                 found |= {f"{name} {path} A": mine[f"{path} A"][bank], f"{name} {path} B": mine[f"{path} B"][bank].T}
-        exact = self.run(self.peft(True, 0.0, wide=True))
-        low = self.run(self.peft(self.dtype.itemsize != 2, 0.0))
+        exact = self.peft(True, 0.0, wide=True).results()
+        low = self.peft(self.dtype.itemsize != 2, 0.0).results()
 
         def apart(results: Factors) -> Factors:
             hidden = self.case.shapes.hidden
@@ -119,6 +134,10 @@ class Layer:
         return Check(ratio, "hidden states, dX and every factor's gradient, client by client, against float64 PEFT")
 
 
+def _hidden(inner: Any, embedded: torch.Tensor) -> torch.Tensor:
+    return inner(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+
 def _bf16(setting: Layer) -> Contender:
     need_bfloat16(setting)
     return setting.peft(False, setting.case.dropout)
@@ -128,7 +147,8 @@ RIVALS = (
     Rival(FROZEN, "the layer without adapters, every client's sequence in one batch: the limit", Layer.frozen),
     Rival(
         "PEFT",
-        "get_peft_model as it comes, one client after another, each with a PEFT model of its own on the shared weights",
+        "get_peft_model as it comes, one client after another, each with a PEFT model of its own on the shared weights "
+        "and hidden states that are a tensor of its own",
         lambda setting: setting.peft(True, setting.case.dropout),
     ),
     Rival("PEFT bf16", "the same with autocast_adapter_dtype=False: adapters in the base's 16 bits", _bf16),
@@ -145,9 +165,9 @@ def test_bench_decoder_layer(benchmark: Any, scale: Any, case: Case):
         setting = Layer(case)
         result.save(rates=rates(setting.device), dtype=str(setting.dtype))
         contenders = ready(RIVALS, setting, result)
-        works = {name: lambda c=contender: len(setting.run(c)) for name, contender in contenders.items()}
+        works = {name: lambda c=contender: len(c.run()) for name, contender in contenders.items()}
         ours = setting.ours(dropout=case.dropout > 0)
-        mine = "flora", lambda: len(setting.run(ours))
+        mine = "flora", lambda: len(ours.run())
         interleave(benchmark, result, mine, works, seconds=6 * scale.seconds, least=5, most=25)
         print("\n" + result.conclude(setting.check(), "flora", dict.fromkeys(contenders)))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

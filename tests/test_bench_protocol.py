@@ -17,18 +17,9 @@ from bench.protocol import Check, Result, Timing, interleave, quantile
 from flora_core.backends import resolve
 from flora_core.data.template import IGNORE, Example
 from tests import models
+from tests.bench_clock import Pedantic
 
 RANKS = (4, 3, 1)
-
-
-class Pedantic:
-    """What ``interleave`` needs of pytest-benchmark's fixture."""
-
-    def pedantic(self, work: Any, setup: Any, rounds: int, **others: Any) -> None:
-        assert others["iterations"] == 1
-        for _ in range(rounds):
-            setup()
-            work()
 
 
 def run(folder: Path) -> tuple[Result, Check]:

@@ -1,0 +1,165 @@
+"""Results of benchmarks: rivals that are missing or fail, stops, spreads, and two runs against each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import compare, publish, tables
+from bench.outcomes import Outcomes
+from bench.protocol import Check, Missing, Result, interleave, reason, speedup
+from bench.rivals import Rival, ready
+from tests.bench_clock import Pedantic, timed
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_missing_rival_is_told_and_the_others_go_on(tmp_path, capsys):
+    def absent(_: Any) -> Any:
+        raise Missing("the package x is not installed (pip install x)")
+
+    rivals = [Rival("x", "", absent), Rival("y", "", lambda setting: setting)]
+    result = Result("r", "?", {}, tmp_path)
+    assert ready(rivals, "made", result) == {"y": "made"}
+    assert json.loads(result.path.read_text())["missing"] == {"x": "the package x is not installed (pip install x)"}
+    assert "without x: the package x is not installed" in capsys.readouterr().out
+    assert ["x", "the package x is not installed (pip install x)", "r"] in tables.missing_rows({"r": result.data})
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory: CUDA out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (ValueError("two\nlines"), "ValueError: two lines"),
+        (MemoryError(), "out of memory: MemoryError"),
+    ],
+)
+def test_rival_that_fails_in_the_middle_is_left_out_with_its_reason(error, words, tmp_path):
+    calls: list[int] = []
+
+    def fails() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+
+    result = Result("r", "?", {"model": "m"}, tmp_path)
+    rivals = {"bad": fails, "good": lambda: None}
+    values = interleave(Pedantic(), result, ("flora", lambda: 7), rivals, seconds=0, least=4, most=4)
+    result.conclude(Check(0.1, "exactly"), "flora", {"bad": None, "good": None})
+    found = json.loads(result.path.read_text())
+    assert words in found["missing"]["bad"] == reason(error)
+    assert (list(found["speedups"]), len(values["flora"]), len(calls)) == (["good"], 5, 2)
+    assert any("not measured: " + found["missing"]["bad"] in row for row in tables.speed_rows(found))
+
+
+def test_own_failure_is_in_the_file_and_in_the_table(tmp_path):
+    result = Result("r", "Is it fast?", {"model": "m"}, tmp_path)
+    with pytest.raises(torch.OutOfMemoryError), result.told():
+        raise torch.OutOfMemoryError("no room")
+    found = json.loads(result.path.read_text())
+    assert not found["finished"]
+    assert "failed: out of memory: no room" in publish.step_table([found])
+    assert "failed: out of memory: no room" in tables.cases_rows([found])[1][0][1]
+
+
+def test_interrupted_run_leaves_valid_json_and_says_so(tmp_path):
+    result = Result("r", "?", {}, tmp_path)
+
+    def stops() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), result.told():
+        interleave(Pedantic(), result, ("flora", stops), {"PEFT": lambda: None}, seconds=0, least=3, most=3)
+    found = json.loads(result.path.read_text())
+    assert (found["finished"], found["failed"]) == (False, "KeyboardInterrupt: KeyboardInterrupt")
+    assert "failed: KeyboardInterrupt" in publish.step_table([found])
+
+
+def test_numbers_that_json_does_not_have_are_written_as_words(tmp_path):
+    result = Result("r", "?", {}, tmp_path)
+    with pytest.raises(AssertionError, match="check is red"):
+        result.conclude(Check(float("nan"), "?", {"losses": (float("inf"), 1.0)}), "flora", {})
+    text = result.path.read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["check"]["losses"] == ["inf", 1.0]
+    assert "speedups" not in json.loads(text)
+
+
+def test_outcomes_tell_what_was_skipped_and_keep_the_first_failure(tmp_path):
+    class Report:
+        when, outcome, duration = "setup", "skipped", 0.0
+        longrepr: Any = ("file", 3, "Skipped: out of time: 1 minutes were over before its turn")
+
+    path = tmp_path / "outcomes" / "cpu.json"
+    outcomes = Outcomes(path)
+    first = "bench/test_optimizer.py::b"
+    outcomes.add(first, Report())
+    Report.when, Report.outcome, Report.longrepr = "call", "failed", "out of\nmemory"
+    outcomes.add("bench/test_merge.py::c", Report())
+    Report.longrepr = "tear-down"
+    outcomes.add("bench/test_merge.py::c", Report())
+    outcomes.add("bench/gone.py::d", Report())
+    rows = tables.outcome_rows(tmp_path)
+    assert rows == [
+        ["test_merge.py::c", "failed", "out of memory"],
+        ["test_optimizer.py::b", "skipped", "out of time: 1 minutes were over before its turn"],
+    ]
+    Report.when, Report.outcome = "call", "passed"
+    Outcomes(path).add(first, Report())  # a later run
+    assert [row[0] for row in tables.outcome_rows(tmp_path)] == ["test_merge.py::c"]
+
+
+# Spreads: two runs agree, a slower engine is seen, drift of the machine is not.
+
+
+def test_two_runs_differ_by_less_than_the_spread_that_they_report(tmp_path, monkeypatch):
+    runs = [timed(tmp_path, f"r{seed}", seed, monkeypatch) for seed in range(12)]
+    for one, two in zip(runs[::2], runs[1::2], strict=True):
+        apart = abs(one["times"]["flora"]["median_s"] - two["times"]["flora"]["median_s"])
+        spread = sum(found["times"]["flora"]["p80_s"] - found["times"]["flora"]["p20_s"] for found in (one, two))
+        assert apart < spread
+        assert compare.changes({"r": one}, {"r": two})[0]["verdict"] == "within the noise"
+
+
+def test_regression_beyond_the_noise_is_shown(tmp_path, monkeypatch):
+    before = timed(tmp_path, "a", 1, monkeypatch)
+    after = timed(tmp_path, "b", 2, monkeypatch, ours=1.6)
+    text, slower = compare.report({"r": before}, {"r": after})
+    assert slower
+    assert "**slower**" in text
+    assert "faster" in compare.report({"r": after}, {"r": before})[0]
+    assert not compare.report({"r": after}, {"r": before})[1]
+
+
+def test_machine_that_drifts_is_no_regression():
+    fast, slow = ({"median_s": s, "wall_s": [s, 1.1 * s, 0.9 * s]} for s in (1.0, 1.5))
+    rival, slow_rival = ({"median_s": 2 * t["median_s"], "wall_s": [2 * s for s in t["wall_s"]]} for t in (fast, slow))
+    one, two = speedup(fast, rival), speedup(slow, slow_rival)
+    old, new = ({"r": {"settings": {}, "speedups": {"PEFT": found}}} for found in (one, two))
+    assert not compare.report(old, new)[1]
+
+
+def test_speed_up_that_is_gone_and_other_settings_are_told():
+    one = {"settings": {"layers": 1}, "speedups": {"PEFT": {"times": 2.0, "rounds": [2.0], "target": None}}}
+    text, slower = compare.report({"r": one}, {"r": {"settings": {"layers": 1}}})
+    assert slower
+    assert "no speed-up any more" in text
+    text, slower = compare.report({"r": one, "s": one}, {"r": {**one, "settings": {"layers": 2}}})
+    assert not slower
+    assert "settings differ: r" in text
+    assert "only one of them has it: s" in text
+
+
+def test_compare_reads_commits_and_refuses_what_is_none(capsys, tmp_path):
+    assert compare.main(["no-such-commit", "HEAD"]) == 2
+    assert "no-such-commit" in capsys.readouterr().err
+    assert compare.main([]) == 2
+    repository = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True).returncode == 0
+    if repository:
+        assert compare.main(["HEAD", "HEAD"]) == 0
+        assert "within the noise" in capsys.readouterr().out
