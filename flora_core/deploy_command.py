@@ -133,13 +133,21 @@ def _steps(out: Path, options: argparse.Namespace, names: list[str]) -> list[str
     for place, name in enumerate(names):
         config = f'recipe="{recipe}" client="{name}" folder="sites/{name}"'
         own = ["--auth-supernode-private-key", f"{name}.key", "--port", str(options.port + 1 + place)]
-        text.append(f"   {shlex.join([*node, *own, '--node-config', config])}")
+        text.append(f"   {again(shlex.join([*node, *own, '--node-config', config]))}")
     run = ["flwr", "run", str(out / "flower" / "app"), "flora", "--stream", "--run-config", f'recipe="{recipe}"']
     return [*text, "4. On the server, start the run (again, after a stop: it goes on):", f"   {shlex.join(run)}"]
+
+
+def again(command: str) -> str:
+    """A shell's line that starts a command again while it fails.
+
+    A node that died is refused, and ends, until its last sign of life is a minute old: Flower counts it as connected.
+    """
+    return f"until {command}; do sleep 15; done"
 
 
 def _listen(host: str) -> str:
     return host if host in ("127.0.0.1", "localhost") else "0.0.0.0"
 
 
-__all__ = ["add_parser", "deploy", "write_app"]
+__all__ = ["add_parser", "again", "deploy", "write_app"]

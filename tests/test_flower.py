@@ -331,7 +331,8 @@ def test_deploy_makes_keys_app_and_commands(tmp_path, capsys):
 
     assert main(["deploy", "quickstart", "--out", str(tmp_path / "d"), "--host", "127.0.0.1", "--nodes", "a,b"]) == 0
     told = capsys.readouterr().out
-    for word in ("flower-superlink --host 127.0.0.1", "flwr supernode register", 'client="b"', "flwr run"):
+    words = ("flower-superlink --host 127.0.0.1", "flwr supernode register", "until flower-supernode", 'client="b"')
+    for word in (*words, "flwr run"):
         assert word in told
     assert {path.name for path in (tmp_path / "d" / "keys").iterdir()} >= {"ca.crt", "a.key", "b.pub"}
     app, ready = tmp_path / "d" / "flower" / "app", Path(__file__).parents[1] / "examples" / "flower"
