@@ -81,8 +81,9 @@ class Choices:
             stored = json.loads(self.path.read_text("utf-8"))
             if (stored["format"], stored["platform"]) != (FORMAT, self.platform):
                 raise ValueError("it is of another format or device")
-            if not all(isinstance(entry["way"], str) for entry in stored["choices"].values()):
-                raise ValueError("an entry has no way")
+            for entry in stored["choices"].values():
+                if not isinstance(entry["way"], str) or not isinstance(entry["us"], dict):
+                    raise ValueError("an entry has no way or no times")
             return stored["choices"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(
@@ -98,8 +99,17 @@ class Choices:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
             self.known = {**self._read(), **self.known}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(self.path, {"format": FORMAT, "platform": self.platform, "choices": self.known})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(self.path, {"format": FORMAT, "platform": self.platform, "choices": self.known})
+        except OSError as error:
+            # A run does not end for it: it has its choices in run.json.
+            warnings.warn(
+                f"{self.path} cannot be written ({error}): ways to fuse are measured again by the next process; set "
+                "FLORA_CACHE to a folder that can",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def pick(self, shape: Shape, ways: Mapping[str, Callable[[], Any]], timer: Timer, may_measure: bool = True) -> str:
         """The way for a shape: a known one, else measured; the first of ``ways`` where nothing may be measured now."""

@@ -185,7 +185,12 @@ def test_choices_for_a_device_that_is_not_here_are_kept(new_process: Callable[[]
     assert tuning.used() == recorded
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 9, "platform": {}, "choices": {}}'])
+NO_TIMES = json.dumps({"format": tuning.FORMAT, "platform": PLATFORM, "choices": {SHAPE.key: {"way": "prewrite"}}})
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 9, "platform": {}, "choices": {}}', NO_TIMES]
+)
 def test_a_damaged_table_is_told_and_written_anew(text: str, tmp_path: Path):
     Choices(PLATFORM, tmp_path).pick(SHAPE, TWO, timer(5.0, 4.0))
     (path,) = tmp_path.iterdir()
@@ -196,6 +201,15 @@ def test_a_damaged_table_is_told_and_written_anew(text: str, tmp_path: Path):
         choices = Choices(PLATFORM, tmp_path)
     assert choices.pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
     assert Choices(PLATFORM, tmp_path).pick(SHAPE, TWO, timer()) == "separate"
+
+
+def test_a_table_that_cannot_be_written_is_told_and_the_run_goes_on(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    choices = Choices(PLATFORM, tmp_path / "file")
+    with pytest.warns(RuntimeWarning, match=r"cannot be written .*; set FLORA_CACHE to a folder that can"):
+        assert choices.pick(SHAPE, TWO, timer(5.0, 4.0)) == "prewrite"
+    assert choices.pick(SHAPE, TWO, timer()) == "prewrite"
+    assert SHAPE.key in choices.used
 
 
 def test_two_processes_keep_each_other_s_choices(tmp_path: Path):
