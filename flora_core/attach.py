@@ -133,6 +133,13 @@ def _targets(
     require(bool(targets), "no client adapts any module: no targets, or every rank is 0; give at least one client both")
     for path in targets:
         _check_target(model, path, known[path])
+    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
+    require(
+        not sharded,
+        f"{len(sharded)} parameters are sharded over processes, such as {', '.join(sharded[:1])}: here every process "
+        "needs the whole base; load it without FSDP and tensor parallelism (gradient_checkpointing and bfloat16 save "
+        "memory)",
+    )
     return targets
 
 

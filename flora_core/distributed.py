@@ -128,6 +128,15 @@ class Ranks:
             for rank, count in enumerate(counts)
         ]
 
+    def add_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add all ranks' tensors up, in place; every rank gets the same bits."""
+        if self.size > 1:
+            self.meet()
+            with _lost():
+                dist.all_reduce(tensor, group=self.group)
+            self.moved_bytes += 2 * (self.size - 1) * _size(tensor)
+        return tensor
+
     def agree(self, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> list[str]:
         """Make sure that all ranks run the same thing with the same software; warnings of what else differs.
 

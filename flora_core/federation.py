@@ -92,12 +92,12 @@ class Federation(Resuming):
         )
         self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
         self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
-        self.paused, self.heard, self.stop, self.ranks = {}, [], lambda: False, ranks()
+        self.paused, self.heard, self.sums, self.stop, self.ranks = {}, [], {}, lambda: False, ranks()
         clients = list(clients)
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
-        writes = config.out is not None and self.ranks.first
-        self.folder = RunFolder(config.out, config.keep_snapshots) if writes else None
+        out = config.out if self.ranks.first else None
+        self.folder = None if out is None else RunFolder(out, config.keep_snapshots)
         self.private = None if config.privacy is None else self._private_sum(config.privacy)
 
     def _private_sum(self, privacy: Privacy) -> PrivateSum:
@@ -284,13 +284,13 @@ class Federation(Resuming):
         state = {"server": self.server.saved(), "optimizer": self.optimizer}
         events = [event for event in self.events if event.get("round") == number]
         # What single clients sent is nobody's but the server's under privacy.
-        updates = updates if self.private is None else []
+        updates = updates if self.private is None and self.config.save_adapters else []
         folder.save_round(number, updates, state, [*events, end], **self.server.peft_options())
 
     def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
         began = time.perf_counter()
         if self.private is None:
-            result = self.server.apply(updates, number)
+            result = self.server.apply(updates, number, **({"sums": self.sums} if self.sums else {}))
         else:
             result = self.private.apply(self.server, updates, number)
         errors = result.certificate

@@ -39,8 +39,9 @@ class FederationConfig:
         clip_update: Norm down to which larger updates are scaled; None clips none.
         deadline_s: How long clients elsewhere are waited for in a round, in seconds; None waits for ever.
         privacy: Differential privacy of the global model towards every client (``flora_core.privacy``).
-        keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay.
+        keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay (``save_adapters``).
         save_model: Save the global model as a whole at the end.
+        save_adapters: Save what every client trained in every round.
         strategy_options: Options of the strategy.
     Raises:
         ValueError or TypeError: If a value is out of range.
@@ -65,6 +66,7 @@ class FederationConfig:
     privacy: Privacy | None = None
     keep_snapshots: int = 2
     save_model: bool = True
+    save_adapters: bool = True
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -6,12 +6,15 @@ marked ? may be missing or None. Losses are means over labelled tokens; sizes ar
 
 run_start       rounds, strategy, clients: [{name, rank, examples, parameters?}], device?, out?, seed?,
                 resumed_from?: the last round found done in `out` (its events stand in metrics.jsonl already)
-round_start     round, rounds, clients: [name], cohorts?: number of cohorts the planner made
+round_start     round, rounds, clients: [name], cohorts?: number of cohorts the planner made,
+                shares?: [[name]]: the clients of each process, where torchrun started several
 train_progress  round, step, steps: optimizer steps done and planned in this round, over all cohorts,
                 loss: mean over the clients that just stepped, tokens: trained so far in this round, seconds: since
                 round_start, cohort?: 1.., cohorts?            (not written to metrics.jsonl)
 client_done     round, client, rank, examples, tokens, steps, loss_first?, loss_last?, seconds, tokens_per_s,
                 refused?: why this update was not used (non-finite, too large, ...)
+exchanged       round, reduced: modules of which sums moved between processes and not adapters, reason,
+                gather_bytes: what all adapters would move, bytes: what moved
 aggregated      round, strategy, clients: number of updates used, aggregation_error?, application_error? and both
                 _by_module: {module: error}?, application_rows?: rows of each weight that it is of (None: all),
                 bytes_up, bytes_down, up?, down?: {client: bytes}, forms?: {stack, recompressed, dense or none: number

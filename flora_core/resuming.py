@@ -106,7 +106,7 @@ class Resuming(TrainingRound):
     def _identity(self) -> dict[str, Any]:
         ours = asdict(replace(self.config, out=None))
         # These change what is kept, and nothing that is computed.
-        for name in ("out", "keep_snapshots", "save_model"):
+        for name in ("out", "keep_snapshots", "save_model", "save_adapters"):
             ours.pop(name)
         targets = {weight.data_ptr() for weight in self.server.weights.values()}
         rest = [(name, p) for name, p in self.model.named_parameters() if p.data_ptr() not in targets]

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from .aggregate import aggregate, get_strategy
+from .aggregate import Certificate, Deviation, aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
 from .aggregate.strategy import BOTH
 from .attach import attach, detach
 from .bank import AdapterConfig
 from .checks import require
 from .cohort import ClientSpec, Cohort
+from .exchange import dense_stack, light
 from .linear import is_conv1d
 from .merge import apply_base_delta_, merge_adapter_, new_low_bits, target_weights
 from .penalty import TailPenalty
@@ -158,13 +159,22 @@ class Server:
             starts[module] = torch.empty(rank, K).uniform_(-(K**-0.5), K**-0.5, generator=random)
         return starts
 
-    def apply(self, updates: Sequence[ClientUpdate], number: int) -> RoundResult:
+    def apply(
+        self, updates: Sequence[ClientUpdate], number: int, sums: Mapping[str, torch.Tensor] | None = None
+    ) -> RoundResult:
         """Aggregate a round's updates and write the sum into the base, rounded once.
 
+        Args:
+            updates: The good ones.
+            number: The round.
+            sums: Module -> ``sum_k p_k s_k B_k A_k`` in float64, where it was made elsewhere (``flora_core.exchange``).
         Returns:
             The round's result, whose certificate has the error of the write too.
         """
-        result = aggregate(updates, self.strategy.name, self.state, **self.options)
+        sent = [light(update, sums) for update in updates] if sums else updates
+        result = aggregate(sent, self.strategy.name, self.state, **self.options)
+        if sums:
+            self._add_sums(result, updates, sums)
         began = time.perf_counter()
         written = apply_base_delta_(
             self.weights,
@@ -180,6 +190,17 @@ class Server:
         self.log.record(number, sum(size for _, size in result.forms.values()), [one.client for one in updates])
         result.certificate = replace(result.certificate, application=written, rows=self.check_rows)
         return result
+
+    def _add_sums(self, result: RoundResult, updates: Sequence[ClientUpdate], sums: Mapping[str, torch.Tensor]) -> None:
+        """Put modules into a result whose sums are known: they travel dense, which many clients' factors exceed."""
+        items = {m: A.element_size() for update in updates for m, (A, _) in update.adapters.items()}
+        forms = {module: ("dense", total.numel() * items[module]) for module, total in sums.items()}
+        result.forms = {**result.forms, **forms}
+        result.base_delta |= {module: dense_stack(total) for module, total in sums.items()}
+        exact = {module: Deviation(0.0, None) for module in sums}
+        result.certificate = Certificate({**result.certificate.aggregation, **exact})
+        result.up = {update.client: update.size_bytes for update in updates}
+        result.down = dict.fromkeys(result.up, sum(size for _, size in result.forms.values()))
 
     def adapter(self) -> ClientUpdate | None:
         """The global adapter, scalings 1, of a strategy that keeps one in ``state["adapter"]``."""

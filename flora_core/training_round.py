@@ -19,6 +19,7 @@ from .checkpoint import RunFolder
 from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .distributed import Ranks
+from .exchange import choose, light, partial_sum, whole, why_gather
 from .federation_config import FederationConfig
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
@@ -53,6 +54,7 @@ class TrainingRound:
     optimizer: dict[str, Any]
     paused: dict[str, Any]
     heard: list[Event]
+    sums: dict[str, torch.Tensor]
     ranks: Ranks
     stop: Callable[[], bool]
 
@@ -109,14 +111,15 @@ class TrainingRound:
         self, number: int, here: Sequence[str], names: Sequence[str], done: dict[str, Event]
     ) -> tuple[list[ClientUpdate], dict[str, str]]:
         start: Event = {"round": number, "rounds": self.config.rounds, "clients": list(names)}
-        self.heard = []
+        self.heard, self.sums = [], {}
         if not here:
             self._emit("round_start", **start, cohorts=0)
             return [], {}
-        shares = spread({name: self._work(name) for name in here}, self.ranks.size)
+        several = self.ranks.size > 1
+        shares = spread({name: self._work(name) for name in here}, self.ranks.size) if several else [list(here)]
         with self._trainer(number, shares[self.ranks.rank], done) as trainer:
             cohorts = sum(self.ranks.meet(len(trainer.plan().cohorts) if trainer else 0))
-            dealt = {"shares": shares} if self.ranks.size > 1 else {}
+            dealt = {"shares": shares} if several else {}
             self._emit("round_start", **start, cohorts=cohorts, **dealt)
             updates = self._train_share(trainer)
         mine = {} if trainer is None else {name: trainer.optimizer_state.get(name) for name in trainer.clients}
@@ -149,7 +152,7 @@ class TrainingRound:
     def _work(self, name: str) -> float:
         """What training a client in this round is predicted to cost: tokens times the numbers that each meets."""
         spec = self.specs[name]
-        client = LocalClient(name, self.train.overridden(spec.train), list(spec.data), self.round)
+        client = LocalClient(name, self.train.overridden(spec.train), spec.data, self.round)
         mean = sum(len(example.input_ids) for example in client.examples) / len(client.examples)
         tokens = client.steps * min(client.per_step, len(client.examples)) * mean
         own = sum(factor.numel() for pair in self.expected[name].adapters.values() for factor in pair)
@@ -181,9 +184,16 @@ class TrainingRound:
         """What all ranks' clients did, on all ranks: updates, failures, moments, events."""
         if self.ranks.size == 1:
             return updates, failures
-        ready = {update.client: update for update in updates}
+        before, mine = self.ranks.moved_bytes, shares[self.ranks.rank]
+        everybody = [self.expected[name] for share in shares for name in share]
+        way = choose(everybody, self.ranks.size, why_gather(self.server.strategy.name, self.config))
+        if way.reduced:
+            # The others will not see these factors.
+            updates, refused = self._judge(updates, mine)
+            failures |= refused
+        ready = {update.client: light(update, way.reduced) for update in updates}
         parts: list[dict[str, Any]] = [{"fuse": tuning.used(), "warnings": self.heard}]
-        for name in shares[self.ranks.rank]:
+        for name in mine:
             part = {"client": name, "done": done[name], "failure": failures.get(name)}
             part |= {"update": packed(ready[name]) if name in ready else None, "optimizer": self.optimizer.get(name)}
             parts.append(part)
@@ -198,8 +208,15 @@ class TrainingRound:
                 name = part["client"]
                 done[name] = part["done"]
                 failures |= {} if part["failure"] is None else {name: part["failure"]}
-                updates += [] if part["update"] is None else [unpacked(part["update"])]
+                updates += [] if part["update"] is None else [whole(unpacked(part["update"]), self.expected[name])]
                 self.optimizer |= {} if part["optimizer"] is None else {name: part["optimizer"]}
+        if way.reduced and updates:
+            order = {name: place for place, name in enumerate(self.expected)}
+            updates.sort(key=lambda update: order[update.client])
+            for module in way.reduced:
+                self.sums[module] = partial_sum(module, updates, mine, self.server.weights[module])
+                self.ranks.add_(self.sums[module])
+        self._emit("exchanged", round=self.round + 1, **way.to_json(), bytes=self.ranks.moved_bytes - before)
         return updates, failures
 
     def _use_choices(self, used: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
@@ -247,6 +264,9 @@ class TrainingRound:
     def _judge(
         self, updates: Sequence[ClientUpdate], names: Sequence[str]
     ) -> tuple[list[ClientUpdate], dict[str, str]]:
+        if self.sums:
+            # Of clients whose factors do not move each rank judges its own.
+            return list(updates), {}
         bound = self.server.largest if self.config.max_norm is None else min(self.server.largest, self.config.max_norm)
         config = self.config
         good, refused = sift(updates, {name: self.expected[name] for name in names}, bound, config.outlier_factor)

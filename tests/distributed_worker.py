@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 import flora_core as flora
 from flora_core.distributed import Ranks, session
 from flora_core.identity import tensor_digest
+from flora_core.privacy import Privacy
 from flora_core.server import Server
 from flora_core.trainer import CohortTrainer
 from tests.federation_cases import Stop, make_clients, make_federation, target_weights
@@ -85,7 +87,7 @@ def no_memory(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     whole = CohortTrainer._forward_backward
 
     def narrow(self: Any, clients: Any, batches: Any, step: int, token_budget: int) -> Any:
-        if sum(len(example.input_ids) for batch in batches for example in batch) > token_budget:
+        if self.tokens_in_flight is not None:
             return whole(self, clients, batches, step, token_budget)
         raise torch.OutOfMemoryError("no room for the whole step")
 
@@ -119,7 +121,7 @@ def _asked_to_stop(patch: pytest.MonkeyPatch, at: int) -> None:
 
 @fault(0)
 def term_to_rank_0(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    _asked_to_stop(patch, 4)
+    _asked_to_stop(patch, 2)
 
 
 @fault(1)
@@ -151,7 +153,9 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
     """What of a job is for ``make_federation``; JSON has no clients and no dtypes."""
     changes = dict(job.get("changes", {}))
     clients = make_clients(changes.pop("ranks", (4, 2, 3)), dropout=changes.pop("dropout", 0.0))
-    poisoned = changes.pop("poisoned", None)
+    poisoned, own = changes.pop("poisoned", None), changes.pop("own_targets", None)
+    if own:  # all but the first adapt other modules
+        clients[1:] = [replace(one, adapter=replace(one.adapter, target_modules=own)) for one in clients[1:]]
     changes["clients"] = [
         flora.ClientSpec(one.name, one.data, one.adapter, {"lr": 1e38}) if one.name == poisoned else one
         for one in clients
@@ -161,10 +165,17 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
 
         changes["model"] = make_model(getattr(torch, changes.pop("base")))
     if changes.pop("private", False):
-        changes |= {"privacy": flora.Privacy(clip=1.0, noise_multiplier=1.0), "weights": "uniform"}
+        changes |= {"privacy": Privacy(clip=1.0, noise_multiplier=1.0), "weights": "uniform"}
     if changes.pop("elsewhere", False):
         changes |= {"remote": {"a": lambda task: None}, "weights": "uniform"}
     return changes
+
+
+def paused_at(job: dict[str, Any]) -> dict[str, int]:
+    """Client -> the step at which it stopped, of those that had begun."""
+    path = Path(job["out"] or "") / "paused" / "round.json"
+    clients = json.loads(path.read_text())["state"]["clients"] if path.is_file() else {}
+    return {name: state["step"] for name, state in clients.items()}
 
 
 def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -178,7 +189,7 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         except BaseException as error:
             if job.get("ends"):
                 raise
-            return {"error": type(error).__name__, "text": str(error)}
+            return {"error": type(error).__name__, "text": str(error), "steps": paused_at(job)}
     digest = tensor_digest(target_weights(federation.model).items())
     found = [event for event in result.events if event["event"] == "evaluated"]
     return {"digest": digest, "moved": ranks.moved_bytes - before, "evaluated": len(found)}
