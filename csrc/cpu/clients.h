@@ -1,4 +1,4 @@
-// Each client's part of a packed batch, and the products of expand and wgrad.
+// Each client's part of a packed batch, and the products of expand.
 #pragma once
 
 #include "run.h"
@@ -82,34 +82,6 @@ struct ExpandProducts {
         set_out(job, args->y, c.token);
         job.mode = c.drops ? ADD_MASKED : ADD;
         job.draws = c.draws;
-        return true;
-    }
-};
-
-// dA_c = dS_c^T drop(X_c), then dB_c = s_c S_c^T dY_c, as far as they are wanted.
-struct WgradProducts {
-    const flora_wgrad_args *args;
-    Clients clients;
-    Client client;
-    bool second; // was given last; true before the first
-    bool wanted[2];
-
-    bool operator()(Product &job) {
-        do {
-            if (second && !clients.next(client)) return false;
-            second = !second;
-        } while (!wanted[second]);
-        const flora_vector &flat = second ? args->s : args->ds;
-        const flora_matrix &right = second ? args->dy : args->x, &out = second ? args->dB : args->dA;
-        job = {};
-        job.rows = client.ranks, job.columns = out.columns, job.inner = client.tokens;
-        job.scale = second ? client.scale : 1.0;
-        job.left = {element_at(flat.data, flat.dtype, client.flat, 1), client.ranks, 1, flat.dtype, 0};
-        job.right = rows_of(right, client.token, 0);
-        set_out(job, out, client.rank);
-        job.mode = STORE;
-        job.drop_right = !second && client.drops;
-        job.draws = client.draws;
         return true;
     }
 };
