@@ -379,6 +379,11 @@ def test_tf32_is_three_products_and_never_one():
     assert tf32_products("tf32x3") >= 3 * tf32_products("tf32") > 0
 
 
+def test_the_published_table_has_every_configuration():
+    page = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text().partition("<!-- tables -->")[2]
+    assert re.findall(r"^\| (\S+) \| \d+ / ", page, re.MULTILINE) == list(CONFIGURATIONS)
+
+
 def test_a_launch_is_recorded_and_not_run():
     with recorded() as launches:
         adamw(torch.float32)

@@ -69,6 +69,15 @@ def are_aligned(*tensors: torch.Tensor) -> bool:
     )
 
 
+# A kernel goes on by a tile's depth times a stride, both of 32 bits; no tile is deeper than 64.
+_FAR = 2**31 // 64
+
+
+def near(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor, copied into rows where a step from tile to tile would be more than 32 bits hold."""
+    return tensor if max(tensor.stride()) < _FAR else tensor.contiguous()
+
+
 def rank_block(ranks: Ranges) -> int:
     """Columns of rank that a tile holds; it cuts the output alone, so no sum depends on it."""
     return 16 if max((bank.stop - bank.start for bank in ranks), default=0) <= 16 else 64
@@ -248,12 +257,6 @@ def last_at_or_before(table_ptr, count, value, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def far(steps, stride):
-    """How far so many steps go, in int64: a tile's depth times a stride of 32 bits may be more than those hold."""
-    return tl.cast(stride, tl.int64) * steps
-
-
-@triton.jit
 def draws_of(row_M, column, seed, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STREAM: tl.constexpr):
     """16-bit draws (BLOCK_M, BLOCK_N) of these counter rows and the columns from ``column``, a multiple of 8.
 
@@ -285,12 +288,12 @@ __all__ = [
     "clients_of_targets",
     "device_name",
     "draws_of",
-    "far",
     "find_tile",
     "find_tile_of_targets",
     "highest",
     "last_at_or_before",
     "lengths_known",
+    "near",
     "offsets",
     "on_device",
     "pick",

@@ -20,8 +20,8 @@ from .common import (
     are_aligned,
     clients_of_targets,
     draws_of,
-    far,
     find_tile_of_targets,
+    near,
     on_device,
     pick,
     scale_up,
@@ -66,7 +66,7 @@ def _product(
         B_RN = tl.load(B_ptrs, mask=real_R[:, None] & real_N[None, :], other=0.0).to(s_MR.dtype)
         acc_MN = tl.dot(s_MR, B_RN, acc_MN, input_precision="ieee")
         s_ptrs += BLOCK_R
-        B_ptrs += far(BLOCK_R, B_stride_p)
+        B_ptrs += BLOCK_R * B_stride_p
     return acc_MN
 
 
@@ -135,6 +135,7 @@ def expand_many_(
     dropout: Sequence[Dropout | None],
 ) -> torch.Tensor:
     """Y_c += the scaled and masked S_c B_c of every target, in one launch and with one rounding."""
+    factors = [near(B) for B in factors]
     alone = TILES if are_aligned(y_MN, *factors) else ODD_TILES
     tile = pick(alone if len(factors) == 1 else SHARED_TILES, y_MN.dtype)
     rows = clients_of_targets(tokens, ranks, scaling, dropout, y_MN.device)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..reference import Ranges
-from .common import Tile, are_aligned, clients, far, on_device, pick
+from .common import Tile, are_aligned, clients, near, on_device, pick
 
 TILES = (
     Tile((torch.bfloat16, torch.float16), dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, BLOCK_R=32, GROUP_M=8), 8, 3),
@@ -94,7 +94,7 @@ def _tail(
             s_MR = tl.load(s_ptrs + r, mask=mine_M[:, None] & real_R[None, :], other=0.0)
             B_RN = tl.load(B_ptrs, mask=real_R[:, None] & real_N[None, :], other=0.0).to(dtype)
             acc_MN = tl.where(mine_M[:, None], tl.dot(s_MR, B_RN, acc_MN, input_precision="ieee"), acc_MN)
-            B_ptrs += far(BLOCK_R, B_stride_p)
+            B_ptrs += BLOCK_R * B_stride_p
     return acc_MN * scale_M[:, None]
 
 
@@ -147,8 +147,8 @@ def _linear_kernel(
         x_MK = tl.load(x_ptrs, mask=real_M[:, None] & real_K[None, :], other=0.0)
         weight_KN = tl.load(weight_ptrs, mask=real_K[:, None] & real_N[None, :], other=0.0)
         acc_MN = tl.dot(x_MK, weight_KN, acc_MN, input_precision="ieee")
-        x_ptrs += far(BLOCK_K, x_stride_k)
-        weight_ptrs += far(BLOCK_K, weight_stride_k)
+        x_ptrs += BLOCK_K * x_stride_k
+        weight_ptrs += BLOCK_K * weight_stride_k
     if BIAS:
         acc_MN += tl.load(bias_ptr + column_N, mask=real_N, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + row_M.to(tl.int64)[:, None] * N + column_N[None, :]
@@ -158,6 +158,7 @@ def _linear_kernel(
 def _launch(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None, *tail: Any, **options: Any):
     (M, K), N = x_MK.shape, weight_NK.shape[0]
     s_flat, B_PN, tables = tail
+    x_MK, weight_NK, B_PN = near(x_MK), near(weight_NK), B_PN if B_PN is None else near(B_PN)
     tiles = TAIL_TILES if options["TAIL"] else TILES
     y_MN = x_MK.new_empty(M, N)
     rows = x_MK, weight_NK, y_MN, *(() if B_PN is None else (B_PN,))

@@ -20,8 +20,8 @@ from .common import (
     are_aligned,
     clients_of_targets,
     draws_of,
-    far,
     find_tile_of_targets,
+    near,
     on_device,
     pick,
     rank_block,
@@ -106,9 +106,9 @@ def _shrink_kernel(
             real_KR = real_K[:, None] & (column_R < ranks[t])[None, :]
             A_KR = tl.load(factors[t], mask=real_KR, other=0.0).to(x_MK.dtype)
             new_sums += (tl.dot(kept_MK, A_KR, sums[t], input_precision="ieee"),)
-            new_factors += (factors[t] + far(BLOCK_K, A_strides_k[t]),)
+            new_factors += (factors[t] + BLOCK_K * A_strides_k[t],)
         sums, factors = new_sums, new_factors
-        x_ptrs += far(BLOCK_K, x_stride_k)
+        x_ptrs += BLOCK_K * x_stride_k
     for t in tl.static_range(TARGETS):
         factor = 1.0
         if SCALED:
@@ -133,6 +133,7 @@ def shrink_many(
         cuts = slice(None, _MOST_TARGETS), slice(_MOST_TARGETS, None)
         parts = ([each[cut] for each in (factors, ranks, scaling, dropout)] for cut in cuts)
         return [s_flat for mine, *own in parts for s_flat in shrink_many(x_MK, mine, tokens, *own)]
+    x_MK, factors = near(x_MK), [near(A) for A in factors]
     s_flats = [x_MK.new_empty(s_numel(tokens, part)) for part in ranks]
     aligned, alone = are_aligned(x_MK, *factors), len(factors) == 1
     tile = pick((TILES if aligned else ODD_TILES) if alone else SHARED_TILES, x_MK.dtype)
