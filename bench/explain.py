@@ -232,7 +232,9 @@ def explain(layers: int | None = None, tokens: int | None = None, words: Sequenc
     command = " ".join(["flora bench --explain", *words])
     folder = RESULTS if whole else SMOKE
     result = Result(name, question, {**case.settings, "layers": depth}, folder, command)
-    found, rate = measure(step), rates(step.device)
+    # On both sides of the step: a machine that slows down meanwhile would make limits of its bad moments.
+    before, found, after = rates(step.device), measure(step), rates(step.device, turn=1)
+    rate = {key: max(before[key], after[key]) for key in before}
     shown, text = tables(step, found, rate)
     result.save(**found, limits=limits(step, rate), rates=rate, text=text, finished=True)
     return shown, text
@@ -271,7 +273,8 @@ def tables(step: Step, found: dict[str, Any], rate: dict[str, float]) -> tuple[l
     rows.append(["whole step", f"{1e3 * whole:.1f}", "100.0%", f"{1e3 * sum(limit.values()):.1f}", ""])
     memory = [["base weights", found["weights_bytes"]], ["adapters", found["adapter_bytes"]]]
     memory += [["gradients and moments", found["optimizer_bytes"]]]
-    memory += [[f"kept for backward: {part}", size] for part, size in sorted(found["saved_bytes"].items())]
+    kept = sorted(found["saved_bytes"].items(), key=lambda item: -item[1])
+    memory += [[f"kept for backward: {part}", size] for part, size in kept if size >= 1e5]
     case, per_token = step.case, sum(found["saved_bytes"].values()) / step.tokens
     title = f"{case.model}, {step.layers} layers, {len(case.ranks)} clients ({case.mix}), {case.tokens} tokens each"
     part, gap = largest_gap(found, limit)
@@ -281,7 +284,8 @@ def tables(step: Step, found: dict[str, Any], rate: dict[str, float]) -> tuple[l
         f"A step{how} takes {1e3 * whole:.0f} ms: {whole / found['frozen_seconds']:.2f} times the frozen base "
         f"(forward, loss and dX, {1e3 * found['frozen_seconds']:.0f} ms in turns with it) and {whole / frozen:.2f} "
         f"times what the frozen base would take at the measured {rate['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s and "
-        f"{rate['copy_bytes_per_s'] / 1e9:.1f} GB/s. The largest gap to a limit is {part}: {1e3 * gap:.0f} ms."
+        f"{rate['copy_bytes_per_s'] / 1e9:.1f} GB/s. A part's limit is its operations or its bytes at these rates; what should "
+        f"cost nothing has none. The largest gap to a limit is {part}: {1e3 * gap:.0f} ms."
     )
     shown = [[name, f"{size / 1e6:.1f}"] for name, size in memory]
     return [

@@ -20,10 +20,13 @@ def dtype(where: torch.device) -> torch.dtype:
 
 
 @functools.cache
-def rates(where: torch.device, side: int | None = None, size_bytes: int | None = None) -> dict[str, float]:
+def rates(
+    where: torch.device, side: int | None = None, size_bytes: int | None = None, turn: int = 0
+) -> dict[str, float]:
     """Bytes read and written a second by a large copy, and operations a second of a large square product.
 
-    Both are the best of seven: a limit is what the machine can do, not what it did in a bad moment.
+    Both are the best of seven: a limit is what the machine can do, not what it did in a bad moment. They are measured
+    once a process, and again for another ``turn``.
     """
     gpu = where.type == "cuda"
     side, size_bytes = side or (8192 if gpu else 2048), size_bytes or (2**31 if gpu else 2**28)

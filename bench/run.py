@@ -133,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     # As the flora command does, before torch loads OpenMP: threads that spin make everything slower beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The profiler says on the terminal when it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     if options.out is not None:
         os.environ["FLORA_BENCH_RESULTS"] = str(options.out.resolve())
     if options.threads is not None:

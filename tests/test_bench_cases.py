@@ -111,7 +111,9 @@ def test_time_goes_to_the_part_that_made_the_operation():
 def test_explain_names_the_largest_gap_and_its_memory(tmp_path, monkeypatch):
     for name in ("RESULTS", "SMOKE"):
         monkeypatch.setattr(explain, name, tmp_path)
-    monkeypatch.setattr(explain, "rates", lambda _: {"copy_bytes_per_s": 1e10, "matrix_flops_per_s": 1e11})
+    monkeypatch.setattr(
+        explain, "rates", lambda _, turn=0: {"copy_bytes_per_s": 1e10 * (turn + 1), "matrix_flops_per_s": 1e11}
+    )
     (times, memory), text = explain.explain(None, None, ["tiny", "few"])
     assert re.search(r"The largest gap to a limit is [\w ]+: \d+ ms", text)
     assert {row[0] for row in times[2]} == {*explain.PARTS, "whole step"}
@@ -120,5 +122,6 @@ def test_explain_names_the_largest_gap_and_its_memory(tmp_path, monkeypatch):
     saved = json.loads(next(tmp_path.glob("explain*.json")).read_text())
     assert saved["saved_bytes"]["LoRA"] > 0
     assert saved["seconds"] > 0
+    assert saved["rates"] == {"copy_bytes_per_s": 2e10, "matrix_flops_per_s": 1e11}, "the better of both sides"
     with pytest.raises(ValueError, match=r"knows models, cohorts and targets .*SmolLM2-135M.* got 'x'"):
         explain.explain(None, None, ["x"])
