@@ -54,6 +54,37 @@ def test_dir_appears_at_the_end_and_not_at_all_after_an_error(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["deep"]
 
 
+def watch_renames(monkeypatch) -> tuple[list[str], set[str]]:
+    """What is renamed before it is on the disk, and the folders whose renames a power cut could still undo."""
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("reads /proc")
+    synced, due, faults = set(), set(), []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle) -> None:
+        fsync(handle)
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+        due.discard(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def watched_replace(old, new) -> None:
+        faults.extend(str(path) for path in (Path(old), *Path(old).rglob("*")) if str(path) not in synced)
+        due.add(str(Path(new).parent))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    return faults, due
+
+
+def test_nothing_appears_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    early, due = watch_renames(monkeypatch)
+    atomic_write_bytes(tmp_path / "file", b"1")
+    with atomic_dir(tmp_path / "deep" / "round") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+    assert (early, due) == ([], set())
+
+
 def test_dir_replaces_only_what_it_may(tmp_path):
     target = tmp_path / "adapter"
     target.mkdir()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import signal
+from random import Random
 from typing import Any
 
 import pytest
@@ -105,7 +106,14 @@ def test_secret_normals_are_standard_normals():
     assert abs(float((values[1:] * values[:-1]).mean())) < 6 / math.sqrt(4e5)
     inside = float((values.abs() < 1).double().mean())
     assert abs(inside - math.erf(math.sqrt(0.5))) < 6 * math.sqrt(0.25 / 4e5)
-    assert not torch.equal(values[:100], secret_normals(100))
+
+
+def test_noise_and_draws_come_from_the_system_s_own_generator_alone(monkeypatch):
+    assert not torch.equal(secret_normals(100), secret_normals(100))
+    assert len({tuple(secret_draw("abcdefghijklmnopqrstuvwxyz", 0.5)) for _ in range(20)}) > 10
+    monkeypatch.setattr(privacy_module.os, "urandom", lambda count: Random(7).randbytes(count))
+    assert torch.equal(secret_normals(100), secret_normals(100))
+    assert secret_draw("abcdefghij", 0.5) == secret_draw("abcdefghij", 0.5)
 
 
 @needs_accountant

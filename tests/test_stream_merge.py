@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -324,14 +325,23 @@ def test_one_adapter_has_the_sum_of_all(layout, strategy, options, tmp_path):
 
 def test_what_vllm_reads_alone_gives_the_right_scaling(tmp_path):
     """vLLM's reader takes r, lora_alpha and use_rslora of the config, one for all modules, and no pattern."""
-    folder = save_checkpoint(tmp_path / "base", weights())
-    paths = [*save_adapters(tmp_path / "a", (4, 7)), *save_adapters(tmp_path / "b", (3,), modules=["mlp.up_proj"])]
+    folder, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path, (4, 7))
+    paths += save_adapters(tmp_path / "b", (3,), modules=["mlp.up_proj"])
+    configs = {"use_rslora": True, "lora_alpha": 6}, {"lora_alpha": 21, "alpha_pattern": {"up_proj": 14}}, {}
+    exact: dict[str, Any] = dict.fromkeys(flora.load_peft_adapter(paths[0]).adapters, 0)
+    for path, fields in zip(paths, configs, strict=True):
+        file = tmp_path / path / "adapter_config.json"
+        config = {**json.loads(file.read_text()), **fields}
+        file.write_text(json.dumps(config))
+        for module, (A, B) in flora.load_peft_adapter(path).adapters.items():
+            scale = {4: 6 / 2, 7: 14 / 7 if "up_proj" in module else 21 / 7, 3: 0.75}[A.shape[0]]
+            exact[module] = exact[module] + scale / 3 * B.double().T @ A.double()
     flora.export_adapter(folder, dict.fromkeys(paths, 1), tmp_path / "one", layout="vllm")
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "one" / "adapter_model.safetensors")
     assert config["r"] == 16
     assert not config["use_rslora"]
-    exact = flora.aggregate([flora.load_peft_adapter(path, client=path) for path in paths]).dense()
+    assert len(tensors) == 2 * len(exact) == 18
     for module, change in exact.items():
         A, B = (tensors[f"base_model.model.{module}.lora_{factor}.weight"].double() for factor in "AB")
         assert A.shape[0] == B.shape[1] == config["r"]

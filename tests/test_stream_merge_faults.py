@@ -25,6 +25,7 @@ import flora_core as flora
 from flora_core.files import SaveError
 from flora_core.streaming import staging, write
 from tests.streaming_cases import files, save_adapters, save_checkpoint, weights
+from tests.test_files import watch_renames
 
 ROOT = Path(__file__).resolve().parents[1]
 _FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile"}
@@ -219,6 +220,13 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
     assert not any(there for there, *_ in steps)
     assert [done for _, _, done, _ in steps] == sorted(done for _, _, done, _ in steps)
     assert steps[-1][2] == steps[-1][3] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+def test_no_shard_and_no_model_appears_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    base, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
+    early, due = watch_renames(monkeypatch)
+    flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out")
+    assert (early, due) == ([], set())
 
 
 def test_other_inputs_start_anew_and_another_start_of_the_machine_trusts_no_partial_file(tmp_path, monkeypatch):
