@@ -84,9 +84,10 @@ template <class T, class E>
 static void widen_rows_as(const flora_matrix &m, int64_t row, int64_t end, int32_t via, const Client *drop, T *to,
                           int64_t width) {
     uint16_t draws[128];
-    const int64_t stride = step(m.columns, m.column_stride);
+    // Rows without a column are nowhere: their stride may be anything.
+    const int64_t row_stride = m.columns ? step(m.rows, m.row_stride) : 0, stride = step(m.columns, m.column_stride);
     for (; row < end; ++row, to += width) {
-        const auto *from = static_cast<const typename E::raw *>(m.data) + row * step(m.rows, m.row_stride);
+        const auto *from = static_cast<const typename E::raw *>(m.data) + row * row_stride;
         for (int64_t k = 0; k < width; k += LANES<T>) {
             auto value = load_some<T, E>(from + k * stride, stride, m.columns - k);
             if (via) value = through<T>(value, via);
@@ -109,7 +110,7 @@ static void widen_rows(const flora_matrix &m, int64_t row, int64_t end, int32_t 
 template <class T>
 FLORA_INLINE Rows<T> rows_in_place(const flora_matrix &m, int64_t row) {
     const int64_t stride = step(m.rows, m.row_stride);
-    if (!is_plain<T>(m) || m.columns % LANES<T>) return {nullptr, 0};
+    if (!is_plain<T>(m) || !m.columns || m.columns % LANES<T>) return {nullptr, 0};
     return {static_cast<const T *>(m.data) + row * stride, stride};
 }
 
