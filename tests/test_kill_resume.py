@@ -37,7 +37,7 @@ _TIMES = {"seconds", "seconds_of", "tokens_per_s", "peak_memory_bytes", "out", "
 def run_once(request: dict[str, Any]) -> int:
     """In a fork: one run; it kills itself before its file operation number ``kill_at``. The number of operations.
 
-    ``largest_file`` is what a full disk is like.
+    ``largest_file`` is what a full disk is like; ``intact``: nothing is damaged, so that no whole round may be redone.
     """
     import resource
 
@@ -54,6 +54,12 @@ def run_once(request: dict[str, Any]) -> int:
             if count == request.get("kill_at"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    rounds = len(list(Path(request["out"], "rounds").glob("[0-9]*")))
+
+    def check(event: dict[str, Any]) -> None:
+        if event["event"] == "round_start" and request.get("intact") and event["round"] <= rounds:
+            raise AssertionError(f"round {event['round']} is redone, though {rounds} rounds are whole")
+
     sys.addaudithook(watch)
     if request.get("largest_file"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"], -1))
@@ -61,7 +67,8 @@ def run_once(request: dict[str, Any]) -> int:
     dtype, dropout = getattr(torch, changes.pop("base", "float32")), changes.pop("dropout", 0.0)
     model, tokenizer = load(request["model"], dtype)
     clients = make_clients((4, 2, 3), dropout=dropout)
-    make_federation(request["out"], model=model, tokenizer=tokenizer, clients=clients, **changes).run()
+    changes |= dict(model=model, tokenizer=tokenizer, clients=clients, callbacks=[check])
+    make_federation(request["out"], **changes).run()
     return count
 
 
@@ -182,7 +189,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(case, runner, tmp_pat
             kill = {"kill_at": random.randint(1, operations)}
         else:
             kill = {"kill_after": random.uniform(0, seconds)}
-        killed, *_ = runner.run(out, changes, **kill)
+        killed, *_ = runner.run(out, changes, intact=True, **kill)
         kills += killed
         if not killed:
             assert left_behind(out) == wanted
