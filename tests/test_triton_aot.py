@@ -2,8 +2,7 @@
 
 Every launcher is called on tensors without data, its launch is kept instead of run, and what it would have compiled is
 compiled for each target: so nothing is checked that cannot be chosen, and nothing that can be chosen is left out.
-``python tests/test_triton_aot.py`` writes the tables of docs/kernels.md.
-Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
+``python -m tests.test_triton_aot`` writes the tables of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -13,12 +12,8 @@ import importlib
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,252 +22,12 @@ from unittest import mock
 import pytest
 import torch
 
-# The compiler asks that this be said; it is the default of every version that we run on.
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
-
-from flora_core import Segments  # noqa: E402
-from flora_kernels import triton as kernels  # noqa: E402
-from flora_kernels.triton import counts  # noqa: E402
-from flora_kernels.triton.common import Tile  # noqa: E402
-
-ROWS, RANKS = (820,) * 2 + (819,) * 8, (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
-LOW_RANKS = (16, 8, 4, 1)
-M, K, N = sum(ROWS), 4096, 4096
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTER = {
-    **{dtype: name for name, dtype in DTYPES.items()},
-    torch.float64: "fp64",
-    torch.int16: "i16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU, its matrix instruction, and the shared memory that one block may take."""
-
-    name: str
-    gpu: Any
-    matrix: str
-    shared_bytes: int
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", GPUTarget("cuda", 80, 32), r"\bHMMA\.", 166912),
-        Target("sm_90", GPUTarget("cuda", 90, 32), r"\bHGMMA\.", 232448),
-        Target("sm_100", GPUTarget("cuda", 100, 32), r"\bUTC\w*MMA\b", 232448),
-        Target("gfx942", GPUTarget("hip", "gfx942", 64), r"\bv_mfma_", 65536),
-    )
-}
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def lora(
-    op: str,
-    dtype: torch.dtype,
-    ranks: tuple[int, ...] = RANKS,
-    dropout: bool = False,
-    factor: torch.dtype = torch.float32,
-    K: int = K,
-    N: int = N,
-    rows: tuple[int, ...] = ROWS,
-    targets: int = 3,
-) -> None:
-    """Call one of the LoRA launchers."""
-    rows = rows[: len(ranks)]
-    tokens, bank, scaling = Segments(rows), Segments(ranks), [2.0] * len(ranks)
-    draws = kernels.Dropout([6554] * len(ranks), [1] * len(ranks), [0] * len(ranks)) if dropout else None
-    x, dy, s = empty(sum(rows), K, dtype=dtype), empty(sum(rows), N, dtype=dtype), empty(1, dtype=dtype)
-    A, B = (empty(sum(ranks), size, dtype=factor) for size in (K, N))
-    weight, bias = empty(N, K, dtype=dtype), empty(N, dtype=dtype)
-    if op == "shrink":
-        kernels.shrink(x, A, tokens, bank, None if dropout else scaling, draws)
-    elif op == "shrink_many":
-        kernels.shrink_many(x, [A] * targets, tokens, [bank] * targets, [None] * targets, [draws] * targets)
-    elif op == "expand_":
-        kernels.expand_(dy, s, B, tokens, bank, None if dropout else scaling, draws)
-    elif op == "expand_many_":
-        many: list[list[Any]] = [[value] * targets for value in (s, B, bank, None, draws)]
-        kernels.expand_many_(dy, many[0], many[1], tokens, *many[2:])
-    elif op == "wgrad":
-        kernels.wgrad(s, x, s, dy, tokens, bank, scaling, factor, draws)
-    elif op == "place_":
-        kernels.place_(empty(sum(rows), K % 256 + 192, dtype=dtype), s, tokens, bank, scaling)
-    elif op == "dx":
-        kernels.linear_lora(dy, weight.T, None, s, A, tokens, bank, scaling)
-    elif op == "linear":
-        kernels.linear(x, weight, bias)
-    else:
-        kernels.linear_lora(x, weight, bias, s, B, tokens, bank, scaling)
-
-
-def merge(dtype: torch.dtype, factor: torch.dtype = torch.float32, K: int = K, N: int = N, **options: Any) -> None:
-    A, B = (empty(sum(RANKS), size, dtype=factor) for size in (K, N))
-    low_bits = empty(N, K, dtype=torch.int16) if options.pop("low_bits", False) else None
-    kernels.merge_(empty(N, K, dtype=dtype), A, B, empty(sum(RANKS)), low_bits_NK=low_bits, **options)
-
-
-def adamw(dtype: torch.dtype) -> None:
-    buffer = empty(4096, dtype=dtype)
-    hyper_CH = empty(2, 7, dtype=torch.float64)
-    kernels.cohort_adamw_(buffer, buffer, buffer, buffer, Segments([1000, 3096]), hyper_CH, [0, 1])
-
-
-def split_wgrad() -> None:
-    """One client long enough to be cut into chunks."""
-    tokens, bank, s = Segments([M]), Segments([16]), empty(1, dtype=torch.bfloat16)
-    x, dy = empty(M, K, dtype=torch.bfloat16), empty(M, N, dtype=torch.bfloat16)
-    kernels.wgrad(s, x, s, dy, tokens, bank, [2.0], torch.float32)
-
-
-# Sizes and addresses that no vector width divides; a crowd; more targets that share X than a model has.
-ODD: dict[str, Any] = dict(K=4093, N=4091)
-CROWD: dict[str, Any] = dict(ranks=(8,) * 256, rows=(32,) * 256)
-DROPS = ("shrink", "shrink_many", "expand_", "expand_many_", "wgrad")
-LORA = (*DROPS, "linear_lora")
-
-# Name -> what calls the launcher. Products in 16 bits must use the matrix instructions of their target.
-CONFIGURATIONS: dict[str, Callable[[], None]] = {}
-
-
-def configure(name: str, op: str, dtype: str, **options: Any) -> None:
-    run = merge if op == "merge" else lambda d, **rest: lora(op.partition("-")[2] or op, d, **rest)
-    CONFIGURATIONS[name] = lambda: run(DTYPES[dtype], **options)
-
-
-for _name in DTYPES:
-    for _op in DROPS:
-        for _dropout, _suffix in ((False, ""), (True, "-dropout")):
-            configure(f"{_op}-{_name}{_suffix}", _op, _name, dropout=_dropout)
-            # A narrower tile of ranks is another matrix instruction; in float32 it is less of the same.
-            if _name == "bf16" and not _op.startswith("expand"):
-                configure(f"{_op}-{_name}{_suffix}-low-ranks", _op, _name, dropout=_dropout, ranks=LOW_RANKS)
-    for _op in ("linear", "linear_lora", "linear_lora-dx", "place_", "merge"):
-        configure(f"{_op}-{_name}", _op, _name)
-    configure(f"merge-{_name}-fp64-sum", "merge", _name, accumulate=torch.float64)
-for _name in DTYPES:
-    for _op in (*LORA, "linear", "merge"):
-        configure(f"{_op}-{_name}-unaligned", _op, _name, **ODD, **(dict(dropout=True) if _op in DROPS else {}))
-    for _op in ("shrink_many", "expand_many_"):
-        configure(f"{_op}-{_name}-five", _op, _name, dropout=True, targets=5)
-for _name in ("bf16", "fp16"):
-    for _op in (*LORA, "merge"):
-        configure(f"{_op}-{_name}-narrow-factors", _op, _name, factor=DTYPES[_name])
-        if _op != "merge":
-            configure(f"{_op}-{_name}-crowd", _op, _name, **CROWD, **(dict(dropout=True) if _op in DROPS else {}))
-for _kind, _options in {
-    "stochastic": dict(rounding="stochastic"),
-    "low-bits": dict(low_bits=True),
-    "fp64-sum": dict(accumulate=torch.float64),
-}.items():
-    if _kind != "fp64-sum":
-        configure(f"merge-bf16-{_kind}", "merge", "bf16", **_options)
-        configure(f"merge-bf16-{_kind}-fp64-sum", "merge", "bf16", **_options, accumulate=torch.float64)
-    configure(f"merge-bf16-{_kind}-unaligned", "merge", "bf16", **_options, **ODD)
-configure("place_-bf16-unaligned", "place_", "bf16", **ODD)
-CONFIGURATIONS |= {
-    "merge-fp64": lambda: merge(torch.float64),
-    "wgrad-bf16-in-chunks": split_wgrad,
-    "adamw-fp32": lambda: adamw(torch.float32),
-    "adamw-fp32-unaligned": lambda: adamw(torch.float32),
-    "adamw-fp64": lambda: adamw(torch.float64),
-}
-# What make test compiles: one of each kernel; make test-all compiles all of them for all targets.
-FEW = ("shrink-bf16-dropout", "expand_-bf16", "wgrad-bf16-dropout", "linear_lora-bf16", "merge-bf16", "adamw-fp32")
-FEW += ("shrink_many-bf16-dropout", "expand_many_-bf16-dropout", "wgrad-bf16-unaligned", "expand_-bf16-narrow-factors")
-
-
-@contextmanager
-def recorded() -> Iterator[list[tuple[JITFunction, dict[str, Any]]]]:
-    """Keep every launch instead of running it."""
-    launches: list[tuple[JITFunction, dict[str, Any]]] = []
-    run = JITFunction.run
-
-    def keep(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        names = [parameter.name for parameter in self.params]
-        launches.append((self, {**dict(zip(names, args, strict=False)), **options}))
-
-    JITFunction.run = keep
-    try:
-        yield launches
-    finally:
-        JITFunction.run = run
-
-
-@dataclass(frozen=True)
-class Built:
-    """A compiled kernel: its code, and what it takes on the GPU."""
-
-    name: str
-    code: str
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
-
-    def count(self, pattern: str) -> int:
-        return len(re.findall(pattern, self.code))
-
-
-# Whether tensors begin at multiples of 16 bytes; what ``built`` compiles for.
-ALIGNED = True
-
-
-def specialised(value: Any, path: tuple[int, ...], constants: dict[Any, Any], attributes: dict[Any, Any]) -> Any:
-    """The type of an argument as a launch would specialise it; tuples element by element."""
-    if isinstance(value, tuple):
-        return tuple(specialised(item, (*path, i), constants, attributes) for i, item in enumerate(value))
-    if value is None or (isinstance(value, int) and value == 1):
-        constants[path] = value
-        return "constexpr"
-    if ALIGNED if isinstance(value, torch.Tensor) else value % 16 == 0:
-        attributes[path] = [["tt.divisibility", 16]]
-    if isinstance(value, torch.Tensor):
-        return f"*{POINTER[value.dtype]}"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
-def source(kernel: JITFunction, launch: dict[str, Any]) -> ASTSource:
-    """What the launch would compile, specialised as it would be."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = launch[parameter.name]
-        if parameter.is_constexpr:
-            signature[parameter.name], constants[(index,)] = "constexpr", value
-        else:
-            signature[parameter.name] = specialised(value, (index,), constants, attributes)
-    return ASTSource(kernel, signature, constants, attributes)
-
-
-def build(kernel: JITFunction, launch: dict[str, Any], target: Target) -> Built:
-    options = {name: launch[name] for name in ("num_warps", "num_stages") if name in launch}
-    compiled = triton.compile(source(kernel, launch), target=target.gpu, options=options)
-    shared = compiled.metadata.shared
-    if target.gpu.backend == "hip":
-        code = compiled.asm["amdgcn"]
-        registers, stack = (int(re.findall(rf"{n}:?\s+(\d+)", code)[-1]) for n in (r"\.vgpr_count", "ScratchSize"))
-        return Built(kernel.__name__, code, registers, stack, shared)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        told = subprocess.run(
-            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    registers, stack = (int(re.findall(rf"{name}:(\d+)", told)[-1]) for name in ("REG", "STACK"))
-    return Built(kernel.__name__, told, registers, stack, shared)
+from flora_kernels.triton import counts
+from flora_kernels.triton.common import Tile
+from tests.triton_compile import TARGETS, Built, Target, build, recorded
+from tests.triton_launches import CONFIGURATIONS, FEW, RANKS, ROWS, K, N, adamw, merge
 
 
 def built(configuration: str, target: Target) -> list[Built]:
@@ -282,8 +37,8 @@ def built(configuration: str, target: Target) -> list[Built]:
     with recorded() as launches, mock.patch.object(torch.version, "hip", hip):
         CONFIGURATIONS[configuration]()
     assert launches, f"{configuration} launches nothing"
-    with mock.patch.dict(globals(), ALIGNED="unaligned" not in configuration):
-        return [build(kernel, launch, target) for kernel, launch in launches]
+    aligned = "unaligned" not in configuration
+    return [build(kernel, launch, target, aligned) for kernel, launch in launches]
 
 
 FLOAT_ATOMIC = r"\b(RED|ATOM\w*)\.\S*(F16|BF16|F32|F64)|(global|flat|buffer|ds)_(atomic_)?(pk_)?add_(rtn_)?(f|bf)\d+"
@@ -345,7 +100,7 @@ def test_what_is_compiled_ahead_of_time(scale):
     assert not wrong, "\n".join(wrong)
 
 
-def chosen_by(module: ModuleType, launches: list[tuple[JITFunction, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def chosen_by(module: ModuleType, launches: list[tuple[Any, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """What a module's own launches were given."""
     yield from (launch for kernel, launch in launches if kernel.fn.__module__ == module.__name__)
 
