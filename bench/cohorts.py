@@ -136,17 +136,17 @@ class Packed:
         """The trainer's state of a round: a working bank, its optimizer, evaluation mode."""
         self._clients = list(self.trainer.clients.values())
         with evaluation_mode(self.model), self.cohort.training(self.cohort.names) as bank:
-            self._optimizer = self.trainer._optimizer(bank, self._clients)
+            self._steps = self.trainer.steps_of(bank, self._clients)
             try:
                 yield self
             finally:
-                self.trainer._release(self._optimizer)
+                self._steps.release()
 
     def step(self) -> list[float]:
         """Forward, backward and AdamW for every client; their losses."""
         # Here and not around the whole run, for the rivals take their turns in between.
         with deterministic_libraries(self.cohort.bank.param.device, self.trainer.config.deterministic):
-            self.trainer._step(self._optimizer, self._clients, self._step, self.budget)
+            self._steps.step(self._step, self.budget)
         self._step += 1
         return [client.losses[-1] if len(client.losses) == self._step else math.nan for client in self._clients]
 

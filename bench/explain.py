@@ -23,7 +23,7 @@ from bench.protocol import RESULTS, SMOKE, Result, Timing
 from bench.rates import rates
 from bench.rivals import FROZEN
 from bench.steps import RIVALS, Step
-from flora_core import trainer
+from flora_core import steps
 from flora_core.backends import resolve
 from flora_core.optimizer import CohortAdamW
 
@@ -88,7 +88,7 @@ class Marks:
     def on(self) -> Iterator[None]:
         kernels, _ = resolve(self.step.packed.cohort.backend, "shrink", self.step.model.get_input_embeddings().weight)
         places = [(kernels, name, "LoRA") for name in _KERNELS if hasattr(kernels, name)]
-        places += [(trainer, "lay_out", "data"), (trainer, "client_losses", "loss")]
+        places += [(steps, "lay_out", "data"), (steps, "client_losses", "loss")]
         places += [(CohortAdamW, name, "optimizer") for name in ("step", "grad_norms", "zero_grad")]
         with ExitStack() as stack:
             for owner, name, part in places:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import flora_core as flora
-from flora_core import graphs, trainer
+from flora_core import graphs, steps
 from flora_core.forward import lay_out
 from tests import models
 from tests.graph_device import Told, attend_by_offsets
@@ -134,11 +134,11 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
         # Few sizes, so that they come again in a short training.
         patch.setattr(graphs, "round_up", lambda count, _: max(32, 1 << (count - 1).bit_length()))
         if way == "called":
-            patch.setattr(trainer, "executor_for", lambda _: graphs.Eager())
+            patch.setattr(steps, "executor_for", lambda _: graphs.Eager())
         if device == "cpu" and static:
             attend_by_offsets(patch)
-            patch.setattr(trainer, "why_not", lambda *_: None)
-            patch.setattr(trainer, "executor_for", lambda _: Told())
+            patch.setattr(steps, "why_not", lambda *_: None)
+            patch.setattr(steps, "executor_for", lambda _: Told())
         updates = runner.run()
     factors = {
         f"{u.client} {m} {'AB'[i]}": t for u in updates for m, ab in u.adapters.items() for i, t in enumerate(ab)

@@ -71,6 +71,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)
 
 
+def crowded_text(round: int, step: int, what: str) -> str:
+    """Say where memory ran out, and what is done about it; ``round`` and ``step`` count from 0."""
+    text = f"memory ran out at step {step + 1} of round {round + 1}: {what}"
+    return f"{text}; a token_budget or memory_budget_gb avoids this"
+
+
 @contextmanager
 def stopping(wanted: bool = True) -> Iterator[Callable[[], bool]]:
     """Take SIGTERM as the wish to stop at the next good place: the function tells whether it came.
@@ -100,6 +106,7 @@ __all__ = [
     "State",
     "Stopped",
     "client_state",
+    "crowded_text",
     "is_out_of_memory",
     "restore_client",
     "stopping",

@@ -8,27 +8,20 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from . import planner
 from .bank import AdapterBank
-from .checks import require
 from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
-from .data.template import Example
-from .forward import Batch, deterministic_libraries, evaluation_mode, labelled_hidden, lay_out
-from .graphs import StaticSteps, executor_for, num_labels, why_not
+from .forward import deterministic_libraries, evaluation_mode
 from .local import LocalClient, examples_of
-from .loss import client_losses
 from .optimizer import CohortAdamW
-from .pausing import CrowdedError, Paused, State, client_state, is_out_of_memory, restore_client
+from .pausing import CrowdedError, Paused, State, client_state, crowded_text, is_out_of_memory, restore_client
 from .penalty import TailPenalty
 from .recompute import keeping_less
-from .segments import Segments
+from .steps import CohortSteps
 from .update import ClientUpdate
 
 Event = dict[str, Any]
@@ -81,7 +74,6 @@ class CohortTrainer:
         self.failures: dict[str, str] = {}
         self.finished: dict[str, int] = {}
         self.cuda_graphs = "off: nothing was trained yet"
-        self._static: StaticSteps | None = None
         for client in self.clients.values():
             client.check_lengths(getattr(cohort.model.config, "max_position_embeddings", None))
 
@@ -161,31 +153,31 @@ class CohortTrainer:
             self.cohort.training(names) as bank,
             keeping_less(self.cohort.model, config),
         ):
-            optimizer, crowded = None, False
+            steps, crowded = None, False
             first, last = self._next_step(names[0]), max(client.steps for client in clients)
             step = first
             try:
-                optimizer = self._optimizer(bank, clients)
+                steps = self.steps_of(bank, clients)
                 for step in range(first, last):
-                    self._step(optimizer, clients, step, token_budget)
+                    steps.step(step, token_budget)
                     self._report(clients, step, progress)
                     if self.stop():
-                        raise Paused({**self.begun, **self._states(optimizer, clients, step + 1)})
+                        raise Paused({**self.begun, **self._states(steps.optimizer, clients, step + 1)})
             except (RuntimeError, MemoryError) as error:
                 # Anywhere else a step may be half done, and must not be done again.
-                crowded = isinstance(error, CrowdedError) or (optimizer is None and is_out_of_memory(error))
+                crowded = isinstance(error, CrowdedError) or (steps is None and is_out_of_memory(error))
                 if not crowded or len(clients) == 1:
                     raise
             finally:
-                if optimizer is not None:
-                    self.begun |= self._states(optimizer, clients, step) if crowded else {}
-                    self._release(optimizer)
-            if optimizer is not None and not crowded:
-                self._finish(optimizer, clients, last)
-            del optimizer  # its moments go before the factors are copied back
+                if steps is not None:
+                    self.begun |= self._states(steps.optimizer, clients, step) if crowded else {}
+                    self._release(steps)
+            if steps is not None and not crowded:
+                self._finish(steps.optimizer, clients, last)
+            del steps  # its optimizer's moments go before the factors are copied back
         if crowded:
             half = len(names) // 2
-            self._warn(step, f"training clients {', '.join(names)} in two parts")
+            self._warn(crowded_text(self.round, step, f"training clients {', '.join(names)} in two parts"))
             for part in (names[:half], names[half:]):
                 self._train_cohort(part, token_budget, progress)
 
@@ -210,9 +202,15 @@ class CohortTrainer:
             for name, end in self.finished.items()
         }
 
-    def _warn(self, step: int, what: str) -> None:
-        text = f"memory ran out at step {step + 1} of round {self.round + 1}: {what}"
-        self._emit("warning", round=self.round + 1, message=f"{text}; a token_budget or memory_budget_gb avoids this")
+    def _warn(self, text: str) -> None:
+        self._emit("warning", round=self.round + 1, message=text)
+
+    def _release(self, steps: CohortSteps) -> None:
+        graphed = steps.graphed
+        steps.release()
+        self.tokens_in_flight, self.cuda_graphs = steps.tokens_in_flight, steps.cuda_graphs
+        if graphed:
+            self._emit("cuda_graphs", round=self.round + 1, message=self.cuda_graphs)
 
     def _finish(self, optimizer: CohortAdamW, clients: Sequence[LocalClient], last: int) -> None:
         """Tell that clients are done, and keep what they carry to the next round."""
@@ -231,6 +229,22 @@ class CohortTrainer:
                 **failed,
             )
 
+    def steps_of(self, bank: AdapterBank, clients: Sequence[LocalClient]) -> CohortSteps:
+        """What takes the steps of some clients, whose working bank is the active one; ``release`` it afterwards."""
+        pad_id = getattr(self.tokenizer, "pad_token_id", None)
+        steps = CohortSteps(
+            self.cohort,
+            clients,
+            self._optimizer(bank, clients),
+            round=self.round,
+            pad_id=0 if pad_id is None else int(pad_id),
+            penalties=self.penalties,
+            tokens_in_flight=self.tokens_in_flight,
+            warn=self._warn,
+        )
+        self.cuda_graphs = steps.cuda_graphs
+        return steps
+
     def _optimizer(self, bank: AdapterBank, clients: Sequence[LocalClient]) -> CohortAdamW:
         spans = [self.rounds if client.config.schedule_scope == "run" else 1 for client in clients]
         optimizer = CohortAdamW(
@@ -246,167 +260,7 @@ class CohortTrainer:
             moments = self.begun.get(client.name, {}).get("optimizer") or before
             if moments is not None:
                 optimizer.load_state(client.name, moments)
-        self._static = self._static_steps(optimizer, clients)
         return optimizer
-
-    def _static_steps(self, optimizer: CohortAdamW, clients: Sequence[LocalClient]) -> StaticSteps | None:
-        """What runs steps as CUDA graphs; None where something speaks against it."""
-        config = clients[0].config
-        reason = why_not(self.cohort, config)
-        self.cuda_graphs = f"off: {reason}"
-        wanted = config.cuda_graphs is True and reason is not None
-        require(not wanted, f"cuda_graphs=True cannot be had here: {reason}; use cuda_graphs='auto'")
-        if reason is not None:
-            return None
-        longest = max(len(example.input_ids) for client in clients for example in client.examples)
-        executor = executor_for(optimizer.bank.param.device)
-        return StaticSteps(self.cohort, optimizer, executor, longest, lambda: self._autocast(config))
-
-    def _release(self, optimizer: CohortAdamW) -> None:
-        """Let go of the gradients and of the graphs that write them."""
-        optimizer.release()
-        if self._static is not None:
-            self.cuda_graphs, self._static = str(self._static.executor), None
-            self._emit("cuda_graphs", round=self.round + 1, message=self.cuda_graphs)
-
-    def _without_graphs(self, error: RuntimeError) -> None:
-        """Go on without graphs after one could not be captured, unless they are a must or memory ran out."""
-        static, self._static = self._static, None
-        wanted = any(client.config.cuda_graphs is True for client in self.clients.values())
-        if static is None or wanted or isinstance(error, torch.OutOfMemoryError):
-            raise error
-        self.cuda_graphs = f"off: {str(error).splitlines()[0]}"
-        self._emit("warning", round=self.round + 1, message=f"CUDA graphs are {self.cuda_graphs}")
-
-    def _step(self, optimizer: CohortAdamW, clients: Sequence[LocalClient], step: int, token_budget: int) -> None:
-        """One optimizer step of every client that still has one, in as many passes as the budget asks for."""
-        started = time.perf_counter()
-        batches = [client.batch(step) if step < client.steps and not client.failure else [] for client in clients]
-        active = [bool(batch) for batch in batches]
-        if not any(active):
-            return
-        losses, tokens = self._within_memory(optimizer, clients, batches, step, token_budget)
-        self._add_penalties(optimizer, [client.name for c, client in enumerate(clients) if active[c]])
-        losses, norms, stepped = self._losses_and_norms(optimizer, losses, active)
-        for c, client in enumerate(clients):
-            if active[c] and not (math.isfinite(losses[c]) and math.isfinite(norms[c])):
-                records = [example.record for example in batches[c]]
-                what = "loss" if not math.isfinite(losses[c]) else "gradient"
-                client.failure = f"{what} is not finite at step {step + 1} (records {records})"
-                active[c] = False
-        if stepped:
-            optimizer.advance(active)
-        else:
-            optimizer.step(active, norms)
-        elapsed = time.perf_counter() - started
-        for c, client in enumerate(clients):
-            if active[c]:
-                client.losses.append(losses[c])
-            client.tokens += tokens[c]
-            client.seconds += elapsed * tokens[c] / max(1, sum(tokens))
-
-    def _within_memory(
-        self,
-        optimizer: CohortAdamW,
-        clients: Sequence[LocalClient],
-        batches: Sequence[Sequence[Example]],
-        step: int,
-        token_budget: int,
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Do a step's passes; where memory runs out, all of them again with half the tokens in flight."""
-        lengths = [len(example.input_ids) for batch in batches for example in batch]
-        while True:
-            optimizer.zero_grad()
-            budget = min(token_budget, self.tokens_in_flight or token_budget)
-            try:
-                return self._forward_backward(clients, batches, step, budget)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if min(budget, sum(lengths)) <= max(lengths):
-                    raise CrowdedError(
-                        f"memory ran out with one sequence of {max(lengths)} tokens in flight; lower max_length, turn "
-                        f"gradient_checkpointing on, or give fewer or smaller adapters ({error})"
-                    ) from error
-            # Here the error is gone, and with it the tensors that its traceback held.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            self.tokens_in_flight = max(min(budget, sum(lengths)) // 2, max(lengths))
-            self._warn(step, f"going on with {self.tokens_in_flight} tokens in flight")
-
-    def _add_penalties(self, optimizer: CohortAdamW, names: Sequence[str]) -> None:
-        for name in names:
-            if name in self.penalties:
-                adapters = optimizer.bank.adapters(name)
-                self.penalties[name].add_gradients_(adapters, optimizer.bank.adapters(name, optimizer.grad))
-
-    def _forward_backward(
-        self, clients: Sequence[LocalClient], batches: Sequence[Sequence[Example]], step: int, token_budget: int
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Accumulate every client's gradient; losses and tokens per client."""
-        counts = [sum(map(num_labels, batch)) for batch in batches]
-        weight_C = [1.0 / count if count else 0.0 for count in counts]
-        items = [((c, ex), len(ex.input_ids)) for c, batch in enumerate(batches) for ex in batch]
-        groups = [
-            [[ex for owner, ex in group if owner == c] for c in range(len(clients))]
-            for group in planner.passes(items, token_budget, padded=not self.cohort.packs)
-        ]
-        if self._static is not None:
-            keys = self.cohort.dropout_seeds(step, [client.config.seed for client in clients], self.round)
-            optimizer = self._static.optimizer
-            try:
-                return self._static.forward_backward(groups, counts, keys)
-            except RuntimeError as error:
-                self._without_graphs(error)
-                optimizer.zero_grad()
-        tokens, losses = [0] * len(clients), torch.zeros((), device=self.cohort.bank.param.device)
-        for chosen in groups:
-            batch = lay_out(chosen, self.cohort.packs, self.cohort.bank.param.device, self._pad_id())
-            with self._running(clients, batch, step, tokens) as hidden_MH:
-                labelled = Segments.from_lengths(sum(map(num_labels, rows)) for rows in chosen)
-                loss_C = client_losses(self.cohort.head, hidden_MH, batch.target_M, labelled, weight_C)
-                loss_C.sum().backward()
-            losses = losses + loss_C.detach()
-            tokens = [done + new for done, new in zip(tokens, batch.tokens, strict=True)]
-        return losses, tokens
-
-    def _losses_and_norms(
-        self, optimizer: CohortAdamW, loss_C: torch.Tensor, active: Sequence[bool]
-    ) -> tuple[list[float], list[float], bool]:
-        """Every client's loss and the norm of its gradient, and whether the step is done already."""
-        if self._static is not None:
-            try:
-                return *self._static.step(loss_C, active), True
-            except RuntimeError as error:
-                self._without_graphs(error)
-        return loss_C.tolist(), optimizer.grad_norms(), False
-
-    @contextmanager
-    def _running(
-        self, clients: Sequence[LocalClient], batch: Batch, step: int, done_C: Sequence[int]
-    ) -> Iterator[torch.Tensor]:
-        """Hidden states at the labelled positions of one pass; the context must last through the backward pass."""
-        routed = self.cohort.batch(
-            batch.tokens,
-            sequences=batch.sequences,
-            real_index=batch.real_index,
-            positions=batch.positions,
-            row_C=list(done_C),
-            dropout_step=step,
-            seed_C=[client.config.seed for client in clients],
-            round=self.round,
-        )
-        with routed, self._autocast(clients[0].config):
-            yield labelled_hidden(self.cohort.model, batch)
-
-    def _pad_id(self) -> int:
-        pad_id = getattr(self.tokenizer, "pad_token_id", None)
-        return 0 if pad_id is None else int(pad_id)
-
-    def _autocast(self, config: TrainConfig) -> Any:
-        if config.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.cohort.bank.param.device.type, dtype=getattr(torch, config.dtype))
 
     def _report(self, clients: Sequence[LocalClient], step: int, progress: dict[str, Any]) -> None:
         recent = [c.losses[-1] for c in clients if c.losses and step < c.steps and not c.failure]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ FLOORS = [
     "seeds segments update bank backends config strict files history progress penalty",
     "ops",
     "linear attention optimizer loss data forward cohort attach planner",
-    "trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
+    "steps trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
     "federation distributed report",
     "recipes build dry_run flower",
     "cli",
@@ -28,6 +29,7 @@ FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in name
 NEVER = {
     "aggregate": "trainer evaluate attach cohort planner linear optimizer loss data transformers",
     "trainer": "aggregate federation checkpoint validate",
+    "steps": "aggregate federation checkpoint validate",
     "ops": "transformers",
 }
 HEAVY = {"transformers", "peft", "safetensors", "rich", "yaml", "matplotlib", "tokenizers", "flwr", "scipy", "psutil"}
@@ -191,6 +193,13 @@ def test_no_two_rooms_import_each_other():
 
     circles = sorted(name for name in below() if name in reach(name))
     assert not circles, f"these import one another in a circle: {circles}"
+
+
+def test_the_guide_to_the_files_names_files_that_are_there():
+    table = (ROOT / "docs" / "engine.md").read_text().partition("## Which file holds what")[2].partition("\n## ")[0]
+    told = re.findall(r"`(\w+)/?`", table.partition("|---|")[2])
+    assert len(told) == len(set(told)) > 0
+    assert set(told) <= rooms(), set(told) - rooms()
 
 
 def test_rooms_keep_out_of_what_is_not_theirs():

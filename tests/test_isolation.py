@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import backends
-from flora_core import trainer as trainer_module
+from flora_core import backends, steps
 from flora_core.loss import client_losses
 from flora_core.ways import WAYS
 from tests import models
@@ -87,7 +86,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, value: float, passes: range, backwar
             hidden = Poison.apply(hidden, tokens[1], value, backward)
         return client_losses(head, hidden, target, tokens, weight_C)
 
-    monkeypatch.setattr(trainer_module, "client_losses", poisoned)
+    monkeypatch.setattr(steps, "client_losses", poisoned)
     return rows
 
 

@@ -12,6 +12,7 @@ import torch
 
 import flora_core as flora
 from flora_core.pausing import CrowdedError, Paused, is_out_of_memory
+from flora_core.steps import CohortSteps
 from flora_core.trainer import CohortTrainer
 from tests.federation_cases import TRAIN, make_clients, make_model, make_tokenizer
 from tests.models import exact64
@@ -46,13 +47,13 @@ def trained(monkeypatch=None, fails=lambda trainer, clients, tokens: False, erro
             if fails(trainer, cohort.active.names, in_flight[-1]):
                 raise error
 
-        running, in_flight = trainer._running, [0]
+        running, in_flight = CohortSteps._running, [0]
 
-        def watched(clients, batch, step, done_C):
+        def watched(steps, batch, step, done_C):
             in_flight.append(sum(batch.tokens))
-            return running(clients, batch, step, done_C)
+            return running(steps, batch, step, done_C)
 
-        monkeypatch.setattr(trainer, "_running", watched)
+        monkeypatch.setattr(CohortSteps, "_running", watched)
         monkeypatch.setattr(torch.Tensor, "backward", scarce)
     with exact64():
         updates = trainer.run()

@@ -19,8 +19,7 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import graphs
-from flora_core import trainer as trainer_module
+from flora_core import graphs, steps
 from flora_core.data.template import IGNORE, Example
 from flora_core.graphs import Shape, round_up, shape_of
 from flora_core.loss import client_losses
@@ -40,8 +39,8 @@ def static(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(Told())
         return made[-1]
 
-    monkeypatch.setattr(trainer_module, "why_not", lambda cohort, config: None if config.cuda_graphs else "off")
-    monkeypatch.setattr(trainer_module, "executor_for", executor)
+    monkeypatch.setattr(steps, "why_not", lambda cohort, config: None if config.cuda_graphs else "off")
+    monkeypatch.setattr(steps, "executor_for", executor)
     # Few sizes, so that they come again in a short training.
     monkeypatch.setattr(graphs, "round_up", lambda count, sizes: max(64, 1 << (count - 1).bit_length()))
     return made

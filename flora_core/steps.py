@@ -1,0 +1,219 @@
+"""Optimizer steps of clients that train together: passes within memory, losses, norms, and CUDA graphs of them.
+
+Letters: M packed tokens, C clients of the cohort.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+from . import planner
+from .checks import require
+from .cohort import Cohort
+from .data.template import Example
+from .forward import Batch, labelled_hidden, lay_out
+from .graphs import StaticSteps, executor_for, num_labels, why_not
+from .local import LocalClient
+from .loss import client_losses
+from .optimizer import CohortAdamW
+from .pausing import CrowdedError, crowded_text, is_out_of_memory
+from .penalty import TailPenalty
+from .segments import Segments
+
+
+class CohortSteps:
+    """The optimizer steps of clients that train together, on the bank that is active.
+
+    Args:
+        cohort: Whose model runs.
+        clients: Who trains, in the order of the bank; each keeps its losses, its time and why it failed.
+        optimizer: Over that bank.
+        round: From 0; dropout depends on it.
+        pad_id: Token that fills padded batches up.
+        penalties: Client -> what is added to its gradient.
+        tokens_in_flight: What is left of a pass where memory ran out before; halved where it does again.
+        warn: Told what is done otherwise than was asked, and why.
+    """
+
+    def __init__(
+        self,
+        cohort: Cohort,
+        clients: Sequence[LocalClient],
+        optimizer: CohortAdamW,
+        *,
+        round: int,
+        pad_id: int,
+        penalties: Mapping[str, TailPenalty],
+        tokens_in_flight: int | None,
+        warn: Callable[[str], None],
+    ):
+        self.cohort, self.clients, self.optimizer = cohort, clients, optimizer
+        self.round, self.pad_id, self.penalties = round, pad_id, penalties
+        self.tokens_in_flight, self._warn = tokens_in_flight, warn
+        self.cuda_graphs = ""
+        self._static = self._graphed()
+
+    def _graphed(self) -> StaticSteps | None:
+        """What runs steps as CUDA graphs; None where something speaks against it."""
+        config = self.clients[0].config
+        reason = why_not(self.cohort, config)
+        self.cuda_graphs = f"off: {reason}"
+        wanted = config.cuda_graphs is True and reason is not None
+        require(not wanted, f"cuda_graphs=True cannot be had here: {reason}; use cuda_graphs='auto'")
+        if reason is not None:
+            return None
+        longest = max(len(example.input_ids) for client in self.clients for example in client.examples)
+        executor = executor_for(self.optimizer.bank.param.device)
+        return StaticSteps(self.cohort, self.optimizer, executor, longest, self._autocast)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether steps run as CUDA graphs now."""
+        return self._static is not None
+
+    def release(self) -> None:
+        """Let go of the gradients and of the graphs that write them."""
+        self.optimizer.release()
+        if self._static is not None:
+            self.cuda_graphs, self._static = str(self._static.executor), None
+
+    def _without_graphs(self, error: RuntimeError) -> None:
+        """Go on without graphs after one could not be captured, unless they are a must or memory ran out."""
+        static, self._static = self._static, None
+        wanted = any(client.config.cuda_graphs is True for client in self.clients)
+        if static is None or wanted or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        self.cuda_graphs = f"off: {str(error).splitlines()[0]}"
+        self._warn(f"CUDA graphs are {self.cuda_graphs}")
+
+    def step(self, step: int, token_budget: int) -> None:
+        """One optimizer step of every client that still has one, in as many passes as the budget asks for.
+
+        Raises:
+            CrowdedError: If memory holds not even one sequence.
+        """
+        optimizer, clients = self.optimizer, self.clients
+        started = time.perf_counter()
+        batches = [client.batch(step) if step < client.steps and not client.failure else [] for client in clients]
+        active = [bool(batch) for batch in batches]
+        if not any(active):
+            return
+        losses, tokens = self._within_memory(batches, step, token_budget)
+        self._add_penalties([client.name for c, client in enumerate(clients) if active[c]])
+        losses, norms, stepped = self._losses_and_norms(losses, active)
+        for c, client in enumerate(clients):
+            if active[c] and not (math.isfinite(losses[c]) and math.isfinite(norms[c])):
+                records = [example.record for example in batches[c]]
+                what = "loss" if not math.isfinite(losses[c]) else "gradient"
+                client.failure = f"{what} is not finite at step {step + 1} (records {records})"
+                active[c] = False
+        if stepped:
+            optimizer.advance(active)
+        else:
+            optimizer.step(active, norms)
+        elapsed = time.perf_counter() - started
+        for c, client in enumerate(clients):
+            if active[c]:
+                client.losses.append(losses[c])
+            client.tokens += tokens[c]
+            client.seconds += elapsed * tokens[c] / max(1, sum(tokens))
+
+    def _within_memory(
+        self, batches: Sequence[Sequence[Example]], step: int, token_budget: int
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Do a step's passes; where memory runs out, all of them again with half the tokens in flight."""
+        lengths = [len(example.input_ids) for batch in batches for example in batch]
+        while True:
+            self.optimizer.zero_grad()
+            budget = min(token_budget, self.tokens_in_flight or token_budget)
+            try:
+                return self._forward_backward(batches, step, budget)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if min(budget, sum(lengths)) <= max(lengths):
+                    raise CrowdedError(
+                        f"memory ran out with one sequence of {max(lengths)} tokens in flight; lower max_length, turn "
+                        f"gradient_checkpointing on, or give fewer or smaller adapters ({error})"
+                    ) from error
+            # Here the error is gone, and with it the tensors that its traceback held.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.tokens_in_flight = max(min(budget, sum(lengths)) // 2, max(lengths))
+            self._warn(crowded_text(self.round, step, f"going on with {self.tokens_in_flight} tokens in flight"))
+
+    def _add_penalties(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.penalties:
+                adapters = self.optimizer.bank.adapters(name)
+                self.penalties[name].add_gradients_(adapters, self.optimizer.bank.adapters(name, self.optimizer.grad))
+
+    def _forward_backward(
+        self, batches: Sequence[Sequence[Example]], step: int, token_budget: int
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Accumulate every client's gradient; losses and tokens per client."""
+        clients = self.clients
+        counts = [sum(map(num_labels, batch)) for batch in batches]
+        weight_C = [1.0 / count if count else 0.0 for count in counts]
+        items = [((c, ex), len(ex.input_ids)) for c, batch in enumerate(batches) for ex in batch]
+        groups = [
+            [[ex for owner, ex in group if owner == c] for c in range(len(clients))]
+            for group in planner.passes(items, token_budget, padded=not self.cohort.packs)
+        ]
+        if self._static is not None:
+            keys = self.cohort.dropout_seeds(step, [client.config.seed for client in clients], self.round)
+            try:
+                return self._static.forward_backward(groups, counts, keys)
+            except RuntimeError as error:
+                self._without_graphs(error)
+                self.optimizer.zero_grad()
+        tokens, losses = [0] * len(clients), torch.zeros((), device=self.cohort.bank.param.device)
+        for chosen in groups:
+            batch = lay_out(chosen, self.cohort.packs, self.cohort.bank.param.device, self.pad_id)
+            with self._running(batch, step, tokens) as hidden_MH:
+                labelled = Segments.from_lengths(sum(map(num_labels, rows)) for rows in chosen)
+                loss_C = client_losses(self.cohort.head, hidden_MH, batch.target_M, labelled, weight_C)
+                loss_C.sum().backward()
+            losses = losses + loss_C.detach()
+            tokens = [done + new for done, new in zip(tokens, batch.tokens, strict=True)]
+        return losses, tokens
+
+    def _losses_and_norms(self, loss_C: torch.Tensor, active: Sequence[bool]) -> tuple[list[float], list[float], bool]:
+        """Every client's loss and the norm of its gradient, and whether the step is done already."""
+        if self._static is not None:
+            try:
+                return *self._static.step(loss_C, active), True
+            except RuntimeError as error:
+                self._without_graphs(error)
+        return loss_C.tolist(), self.optimizer.grad_norms(), False
+
+    @contextmanager
+    def _running(self, batch: Batch, step: int, done_C: Sequence[int]) -> Iterator[torch.Tensor]:
+        """Hidden states at the labelled positions of one pass; the context must last through the backward pass."""
+        routed = self.cohort.batch(
+            batch.tokens,
+            sequences=batch.sequences,
+            real_index=batch.real_index,
+            positions=batch.positions,
+            row_C=list(done_C),
+            dropout_step=step,
+            seed_C=[client.config.seed for client in self.clients],
+            round=self.round,
+        )
+        with routed, self._autocast():
+            yield labelled_hidden(self.cohort.model, batch)
+
+    def _autocast(self) -> Any:
+        dtype = self.clients[0].config.dtype
+        if dtype is None:
+            return nullcontext()
+        return torch.autocast(self.cohort.bank.param.device.type, dtype=getattr(torch, dtype))
+
+
+__all__ = ["CohortSteps"]
