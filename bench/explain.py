@@ -284,8 +284,8 @@ def tables(step: Step, found: dict[str, Any], rate: dict[str, float]) -> tuple[l
         f"A step{how} takes {1e3 * whole:.0f} ms: {whole / found['frozen_seconds']:.2f} times the frozen base "
         f"(forward, loss and dX, {1e3 * found['frozen_seconds']:.0f} ms in turns with it) and {whole / frozen:.2f} "
         f"times what the frozen base would take at the measured {rate['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s and "
-        f"{rate['copy_bytes_per_s'] / 1e9:.1f} GB/s. A part's limit is its operations or its bytes at these rates; what should "
-        f"cost nothing has none. The largest gap to a limit is {part}: {1e3 * gap:.0f} ms."
+        f"{rate['copy_bytes_per_s'] / 1e9:.1f} GB/s. A part's limit is its operations or bytes at these rates; what "
+        f"ought to be free has none. The largest gap to a limit is {part}: {1e3 * gap:.0f} ms."
     )
     shown = [[name, f"{size / 1e6:.1f}"] for name, size in memory]
     return [

@@ -20,13 +20,14 @@ def plot_memory(data: Data, path: Path) -> None:
     """The curve of speed against memory."""
     figure = _figure(7, 4.2)
     axes = figure.subplots()
-    peft, *ours = data["rows"]
+    ours = [row for row in data["rows"] if not row["case"].startswith("PEFT")]
     points = [(row["beyond_base_bytes"] / 1e9, row["tokens_per_s"], row["case"]) for row in ours]
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label="flora, by token budget")
     for gigabytes, speed, case in points:
         name = case.removeprefix("flora, ")
         axes.annotate(name, (gigabytes, speed), textcoords="offset points", xytext=(4, 6), fontsize=8)
-    axes.plot(peft["beyond_base_bytes"] / 1e9, peft["tokens_per_s"], "s", color="tab:red", label=peft["case"])
+    for row in (row for row in data["rows"] if row not in ours):
+        axes.plot(row["beyond_base_bytes"] / 1e9, row["tokens_per_s"], "s", color="tab:red", label=row["case"])
     axes.set(xlabel="peak memory beyond the base, GB", ylabel="tokens per second", xlim=(0, None), ylim=(0, None))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)

@@ -70,14 +70,14 @@ def step_table(found: Sequence[Data]) -> str:
 
 def memory_table(data: Data) -> str:
     """Memory against speed, case by case."""
-    peft = data["rows"][0]
+    peft = data["rows"][0] if data["rows"][0]["case"].startswith("PEFT") else None
     rows = [
         [
             row["case"],
             f"{row['beyond_base_bytes'] / 1e9:.2f} GB",
-            f"{row['beyond_base_bytes'] / peft['beyond_base_bytes']:.2f}",
+            f"{row['beyond_base_bytes'] / peft['beyond_base_bytes']:.2f}" if peft else "-",
             f"{row['tokens_per_s']:.0f}",
-            f"{row['tokens_per_s'] / peft['tokens_per_s']:.2f}",
+            f"{row['tokens_per_s'] / peft['tokens_per_s']:.2f}" if peft else "-",
         ]
         for row in data["rows"]
     ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import compare, publish, tables
+from bench import compare, publish, tables, test_memory
 from bench.outcomes import Outcomes
-from bench.protocol import Check, Missing, Result, interleave, reason, speedup
+from bench.protocol import Check, Load, Missing, Result, interleave, reason, speedup
 from bench.rivals import Rival, ready
 from tests.bench_clock import Pedantic, timed
 
@@ -163,3 +164,43 @@ def test_compare_reads_commits_and_refuses_what_is_none(capsys, tmp_path):
     if repository:
         assert compare.main(["HEAD", "HEAD"]) == 0
         assert "within the noise" in capsys.readouterr().out
+
+
+def test_memory_case_without_memory_is_told_and_the_others_go_on(tmp_path, monkeypatch):
+    sizes = {"PEFT, one client after another": 3, "flora, one client": 2, "flora, all": 9}
+
+    def run_case(case: Any) -> dict[str, Any]:
+        if case == 9:
+            raise RuntimeError("out of memory: the system killed it")
+        return {"beyond_base_bytes": case * 10**9, "tokens_per_s": 10.0 * case}
+
+    monkeypatch.setattr(test_memory, "run_case", run_case)
+    result = Result("memory", "How much?", {}, tmp_path)
+    test_memory.measure(result, sizes, repeats=2)
+    found = json.loads(result.path.read_text())
+    assert found["missing"] == {"flora, all": "out of memory: the system killed it"}
+    assert [row["case"] for row in found["rows"]] == list(sizes)[:2]
+    assert "| flora, one client | 2.00 GB | 0.67 | 20 | 0.67 |" in publish.memory_table(found)
+    found["rows"] = found["rows"][1:]
+    assert "| flora, one client | 2.00 GB | - | 20 | - |" in publish.memory_table(found)
+
+
+@pytest.mark.parametrize(
+    ("code", "stderr", "words"),
+    [
+        (1, "Traceback\nKeyError: 'layers'\n", "^KeyError: 'layers'$"),
+        (-9, "", "out of memory: the system killed it"),
+        (-6, "", "ended with -6"),
+    ],
+)
+def test_memory_case_that_fails_says_why(code, stderr, words, monkeypatch):
+    ended = subprocess.CompletedProcess([], code, "", stderr)
+    monkeypatch.setattr(test_memory.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(RuntimeError, match=words):
+        test_memory.run_case({})
+
+
+def test_load_of_children_is_this_run_s_own():
+    load = Load()
+    subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
+    assert load.since()["own_cores"] * load.since()["seconds"] > 0.05
