@@ -196,10 +196,13 @@ def _lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise RankError(
+        text = (
             f"a rank was lost, and no rank goes on without it ({_first_line(error)}); start the same run again: it "
             "goes on after its newest whole round"
-        ) from error
+        )
+        # At once: the launcher is about to end this process too.
+        print(f"flora: {text}", file=sys.stderr, flush=True)
+        raise RankError(text) from error
 
 
 def _first_line(error: BaseException) -> str:
