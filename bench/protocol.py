@@ -265,13 +265,15 @@ def interleave(
 
     def turn(key: str, do: Callable[[], Any]) -> None:
         values[key].append(times[key].run(do))
-        result.timings(times)
 
     def others() -> None:
+        # Not in our own turn: pytest-benchmark would time the write of the file.
+        result.timings(times)
         for key, do in [(key, do) for key, do in rivals.items() if key in times]:
             try:
                 before(key)
                 turn(key, do)
+                result.timings(times)
             except Exception as error:  # whatever a rival raises is the reason to go on without it
                 del times[key], values[key]
                 result.leave_out(key, error)
@@ -284,6 +286,7 @@ def interleave(
         timing.cpu_s.clear()
     rounds = max(least, min(most, int(seconds / once)))
     benchmark.pedantic(lambda: turn(name, work), setup=others, rounds=rounds, iterations=1, warmup_rounds=0)
+    result.timings(times)
     return values
 
 

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from .history import Event, Table, show_bytes, show_cost, show_error, show_forms, show_number, show_seconds
@@ -227,13 +228,18 @@ def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
             _print_plain(title, columns, rows, out)
             continue
         table = RichTable(title=title, title_justify="left")
-        for number, column in enumerate(columns):
-            table.add_column(column, justify="right" if number and len(columns) > 2 else "left")
+        for column, cells in zip(columns, zip(*rows, strict=True) if rows else [()] * len(columns), strict=True):
+            table.add_column(column, justify="right" if _numbers(cells) else "left", overflow="fold")
         for row in rows:
             table.add_row(*row)
-        # A file or pipe has no width of its own; wrapped cells would be unreadable there.
-        console = Console(file=out, width=None if out.isatty() else 120, markup=False, highlight=False)
+        # A file or pipe has no width of its own; wrapped cells would be unreadable there, and cut ones worse.
+        console = Console(file=out, width=None if out.isatty() else 1000, markup=False, highlight=False)
         console.print(table)
+
+
+def _numbers(cells: Sequence[str]) -> bool:
+    """Whether a column holds numbers with units, which are read by their last digits."""
+    return bool(cells) and all(cell[:1] in "+-.0123456789" for cell in cells if cell)
 
 
 def _print_plain(title: str, columns: list[str], rows: list[list[str]], stream: TextIO) -> None:

@@ -123,6 +123,16 @@ def test_all_tables_are_printed():
     assert all(title in stream.getvalue() for title in ("Clients", "Held-out data", "The whole run"))
 
 
+def test_a_pipe_gets_whole_words_and_numbers_stand_under_each_other():
+    stream, name = io.StringIO(), "a-result-" + "with-a-name-" * 12
+    rows = [[name, "9 ms", "of " * 30], ["b", "12 ms", ""]]
+    print_tables([("Results", ["result", "takes", "reason"], rows)], stream)
+    lines = stream.getvalue().splitlines()
+    (whole,) = [line for line in lines if name in line]
+    assert "  9 ms" in whole
+    assert ("of " * 30).strip() in whole
+
+
 def test_numbers_for_people():
     assert [show_bytes(size) for size in (None, 0, 999, 1500, 2.5e9, 3e15)] == [
         "-", "0 B", "999 B", "1.5 kB", "2.5 GB", "3000.0 TB"]  # fmt: skip
