@@ -83,11 +83,16 @@ LIES: dict[str, Any] = {
 }
 
 
+FAILS = ("fails", "exits")
+HOSTILE = [kind for kind in LIES if kind not in (*FAILS, "hangs")]
+
+
 def chaos(number: int, names: str = NAMES, share: float = 0.3) -> dict[str, str]:
-    """Who does what wrong in a round: 30% of the clients, drawn by the round."""
+    """Who does what wrong in a round: 30% of the clients, drawn by the round; one fails, one hangs, one is hostile."""
     random = Random(f"chaos {number}")
     bad = random.sample(names, round(share * len(names)))
-    return {name: random.choice(sorted(LIES)) for name in bad}
+    kinds = [random.choice(FAILS), "hangs", HOSTILE[(number - 1) % len(HOSTILE)]]
+    return {name: kinds[i % len(kinds)] for i, name in enumerate(bad)}
 
 
 def remotes(faults: dict[int, dict[str, str]]) -> dict[str, Any]:
