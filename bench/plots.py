@@ -25,10 +25,11 @@ def plot_memory(data: Data, path: Path) -> None:
     axes.plot([p[0] for p in points], [p[1] for p in points], "o-", label="flora, by token budget")
     for gigabytes, speed, case in points:
         name = case.removeprefix("flora, ")
-        axes.annotate(name, (gigabytes, speed), textcoords="offset points", xytext=(4, 6), fontsize=8)
+        axes.annotate(name, (gigabytes, speed), textcoords="offset points", xytext=(4, -13), fontsize=8)
     for row in (row for row in data["rows"] if row not in ours):
         axes.plot(row["beyond_base_bytes"] / 1e9, row["tokens_per_s"], "s", color="tab:red", label=row["case"])
-    axes.set(xlabel="peak memory beyond the base, GB", ylabel="tokens per second", xlim=(0, None), ylim=(0, None))
+    top = 1.15 * max(row["tokens_per_s"] for row in data["rows"])
+    axes.set(xlabel="peak memory beyond the base, GB", ylabel="tokens per second", xlim=(0, None), ylim=(0, top))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
 
@@ -42,7 +43,7 @@ def peft_of(data: Data) -> Data | None:
 def plot_speedups(found: Sequence[Data], path: Path) -> None:
     """Every green speed-up over PEFT: bar, p20 to p80 of the rounds, each round, and the target."""
     shown = [data for data in found if peft_of(data)]
-    figure = _figure(8, 0.9 + 0.34 * len(shown))
+    figure = _figure(8, 1 + 0.24 * len(shown))
     axes = figure.subplots()
     for at, data in enumerate(shown):
         speedup: Any = peft_of(data)
@@ -56,32 +57,41 @@ def plot_speedups(found: Sequence[Data], path: Path) -> None:
     axes.axvline(1, color="k", linewidth=1)
     axes.set(yticks=range(len(shown)), yticklabels=[data["name"] for data in shown])
     axes.tick_params(axis="y", labelsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("times as fast as PEFT (bar: medians, line: p20 to p80, dots: rounds, dashes: target)")
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.set_xlabel("times as fast as PEFT\n(bar: medians, line: p20 to p80, dots: rounds, dashes: target)")
     figure.savefig(path, dpi=130)
 
 
 def plot_roofline(found: Sequence[Data], path: Path) -> None:
     """Operations a second of ours and the rivals over operations per byte, below the roof of the same run."""
+    from matplotlib.ticker import LogLocator
+
     shown = [data for data in found if "flops" in data and "bytes" in data and "speedups" in data]
     figure = _figure(7, 4.6)
     axes = figure.subplots()
     names = list(dict.fromkeys(name for data in shown for name in data["times"]))
     for name in names:
         points = [
-            (data["flops"] / data["bytes"], data["flops"] / data["times"][name]["median_s"])
+            (data["flops"] / data["bytes"], data["flops"] / data["times"][name]["median_s"] / 1e9)
             for data in shown
             if name in data["times"]
         ]
         ours = name == our_name(shown[0])
         marker = "*" if ours else "_" if name == FROZEN else "."
         axes.plot(*zip(*points, strict=True), marker, markersize=11 if ours else 8, label=name, alpha=0.8)
-    copied, flops = (max(data["rates"][key] for data in shown) for key in ("copy_bytes_per_s", "matrix_flops_per_s"))
+    copied, flops = (
+        max(data["rates"][key] for data in shown) / 1e9 for key in ("copy_bytes_per_s", "matrix_flops_per_s")
+    )
     low, high = (pick(data["flops"] / data["bytes"] for data in shown) for pick in (min, max))
     xs = [min(low, 0.3 * flops / copied), flops / copied, max(high, 3 * flops / copied)]
     axes.plot(xs, [min(flops, x * copied) for x in xs], "k-", label="copy and product rate of the same run")
-    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="operations per second")
-    axes.legend(fontsize=7)
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that must move", ylabel="GFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            set_formatter("{x:g}")
+    axes.tick_params(which="minor", labelsize=7)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
 
 
@@ -91,7 +101,7 @@ def plot_scaling(found: Sequence[Data], path: Path) -> None:
     base = {"model": "SmolLM2-135M", "linear": "q_proj", "dropout": 0.0}
     points = [data for data in found if base.items() <= data["settings"].items() and peft_of(data)]
     figure = _figure(9.5, 3.6)
-    for axes, (label, axis) in zip(figure.subplots(1, 3), panels, strict=True):
+    for axes, (label, axis) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         for part, colour in (("forward", "tab:blue"), ("backward", "tab:orange")):
             own = [data for data in points if data["name"].startswith(f"linear_{part}") and _on_axis(data, axis)]
             own.sort(key=lambda data: (data["settings"]["clients"], data["settings"]["tokens"]))
@@ -137,10 +147,12 @@ def plot_parts(data: Data, path: Path) -> None:
     left.barh(parts, [1e3 * data["limits"][part] for part in parts], color="k", alpha=0.5, height=0.3, label="limit")
     left.invert_yaxis()
     left.set_xlabel("ms of a step")
+    left.locator_params(axis="x", nbins=5)
     left.legend(fontsize=8)
     sizes = {"base weights": data["weights_bytes"], "adapters": data["adapter_bytes"]}
     sizes |= {"gradients, moments": data["optimizer_bytes"]}
-    sizes |= {f"kept: {part}": size for part, size in data["saved_bytes"].items() if size}
+    kept = sorted(data["saved_bytes"].items(), key=lambda item: -item[1])
+    sizes |= {f"kept: {part}": size for part, size in kept if size >= 1e5}
     right.barh(list(sizes), [size / 1e6 for size in sizes.values()], color="tab:green", alpha=0.7)
     right.invert_yaxis()
     right.set_xlabel("MB")

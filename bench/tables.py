@@ -97,7 +97,7 @@ SPEED_HEADER = ["question", "ours", "rival", "ours is", "target", "error"]
 
 def cases_rows(found: Iterable[Data]) -> tuple[list[str], list[list[str]]]:
     """One row a case, one column a rival: how many times as fast ours is, with p20 and p80 over the rounds."""
-    found = list(found)
+    found = sorted(found, key=_place)
     rivals = list(dict.fromkeys(rival for data in found for rival in data.get("speedups", {})))
     rows = []
     for data in found:
@@ -111,6 +111,13 @@ def cases_rows(found: Iterable[Data]) -> tuple[list[str], list[list[str]]]:
     return ["case", "ours", *heads], rows
 
 
+def _place(data: Data) -> tuple[Any, ...]:
+    """Cases of a grid by model, linear, targets, cohort, tokens and dropout; the others as they come."""
+    s = data["settings"]
+    ranks = s.get("clients", 0), s.get("mix", "") != "mixed"
+    return *(s.get(key, "") for key in ("model", "linear", "targets")), *ranks, s.get("tokens", 0), s.get("dropout", 0)
+
+
 def _cell(found: Data | None, rival: str) -> str:
     if found is None:
         return "-"
@@ -118,16 +125,17 @@ def _cell(found: Data | None, rival: str) -> str:
     if rival == FROZEN:
         return f"{1 / found['times']:.2f} times it ({1 / high:.2f}-{1 / low:.2f})"
     text = f"{found['times']:.2f}"
-    return f"{text if found['times'] >= 1 else f'**{text}**'} ({low:.2f}-{high:.2f})"
+    return f"{f'**{text}**' if float(text) < 1 else text} ({low:.2f}-{high:.2f})"
 
 
 def case_name(data: Data) -> str:
     """Model, linear, cohort, tokens, dropout."""
     s = data["settings"]
     where = s.get("linear") or {"qv": "q and v", "all": "all linears"}.get(s.get("targets", ""), "")
-    layers = f"{s['layers']} layers" if "layers" in s else ""
+    layers = f"{s['layers']} layers" if "layers" in s and "shapes" not in s else ""
     drop = f"dropout {s['dropout']:g}" if s.get("dropout") else ""
-    clients = f"{s['clients']} clients ({s['mix']})" if "clients" in s and "mix" in s else ""
+    clients = f"{s['clients']} clients ({s['mix']})" if s.get("clients", 0) > 1 and "mix" in s else ""
+    clients = clients or ("one client" if s.get("clients") == 1 else "")
     tokens = f"{s['tokens']} tokens each" if "tokens" in s else ""
     kind = f"{s['shapes']}, {s['dtype']}" if "shapes" in s and "dtype" in s else ""
     return ", ".join(part for part in (s.get("model", ""), kind, where, layers, clients, tokens, drop) if part)
