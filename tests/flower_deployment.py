@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import signal
+import shlex
 import socket
 import subprocess
 import sys
@@ -15,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from flora_core.deploy_command import again
 from flora_core.keys import make_keys
 from tests.federation_cases import make_clients, make_model, make_records, make_tokenizer
 
@@ -32,10 +36,10 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def write_recipe(folder: Path, ranks: Sequence[int], rounds: int) -> Path:
+def write_recipe(folder: Path, ranks: Sequence[int], rounds: int, hidden: int = 16) -> Path:
     """A recipe with its model and data in ``folder``; every client trains alone (token_budget of one token)."""
     specs = make_clients(ranks)
-    make_model(hidden=max(16, *ranks)).save_pretrained(folder / "model")
+    make_model(hidden=max(hidden, *ranks)).save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     for name, records in (*((spec.name, spec.data) for spec in specs), ("test", make_records("b held out", 6))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -75,11 +79,12 @@ class Deployment:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = {**os.environ, **own, **quiet, "PATH": path}
 
-    def start(self, name: str, *words: str) -> None:
+    def start(self, name: str, *words: str, **environment: str) -> None:
         """Start a process of its own group, whose output goes to ``name.log``."""
+        values = {**self.environment, **environment}
         with open(self.folder / f"{name}.log", "ab") as log:
             self.running[name] = subprocess.Popen(
-                words, stdout=log, stderr=log, cwd=self.folder, env=self.environment, start_new_session=True
+                words, stdout=log, stderr=log, cwd=self.folder, env=values, start_new_session=True
             )
 
     def start_link(self) -> None:
@@ -100,19 +105,59 @@ class Deployment:
             )
             assert "registered successfully" in done.stdout, done.stdout + done.stderr
 
-    def start_node(self, name: str, client: str | None = None, with_key: bool = True) -> None:
-        """Start a SuperNode that answers for a client."""
+    def start_node(
+        self,
+        name: str,
+        client: str | None = None,
+        with_key: bool = True,
+        until_taken: bool = False,
+        port: int | None = None,
+        **environment: str,
+    ) -> None:
+        """Start a SuperNode that answers for a client.
+
+        Args:
+            name: Its key and its log.
+            client: Whom it answers for; its name unless given.
+            with_key: Whether it shows its key.
+            until_taken: Start it again while the SuperLink refuses it, with the line that ``flora deploy`` prints.
+            port: Where it finds the SuperLink, if not at its own port.
+            environment: Variables of its own.
+        """
         config = {"recipe": self.recipe, "client": client or name, "folder": self.folder / "sites" / name}
-        words = ["--root-certificates", str(self.keys / "ca.crt"), "--superlink", f"127.0.0.1:{self.port}"]
+        words = ["--root-certificates", str(self.keys / "ca.crt"), "--superlink", f"127.0.0.1:{port or self.port}"]
         words += ["--port", str(self.ports[name]), "--node-config", " ".join(f'{k}="{v}"' for k, v in config.items())]
         words += ["--auth-supernode-private-key", str(self.keys / f"{name}.key")] if with_key else []
-        self.start(name, "flower-supernode", *words)
+        node = ["flower-supernode", *words]
+        self.start(name, *(["sh", "-c", again(shlex.join(node))] if until_taken else node), **environment)
+
+    def processes(self, name: str, word: str = "") -> list[psutil.Process]:
+        """A process and all that it started, those alone whose command has a word in it."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first = psutil.Process(self.running[name].pid)
+            for one in (first, *first.children(recursive=True)):
+                # One that ended and was not waited for has no command.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found += [one] if word in " ".join(one.cmdline()) else []
+        return found
 
     def kill(self, name: str) -> None:
         """Kill a process and all that it started."""
-        process = self.running.pop(name)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for process in self.processes(name):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.running.pop(name).wait()
+
+    def stop(self, name: str, word: str = "") -> list[psutil.Process]:
+        """Stop a process and all that it started with SIGSTOP; returns those that were, once there is one."""
+        deadline = time.monotonic() + 60
+        while not (found := self.processes(name, word)):
+            assert time.monotonic() < deadline, f"{name} started no {word}"
+            time.sleep(0.02)
+        for process in found:
+            process.suspend()
+        return found
 
     def log(self, name: str) -> str:
         """What a process printed."""
@@ -128,12 +173,25 @@ class Deployment:
             )
             time.sleep(0.2)
 
-    def submit(self, **config: Any) -> None:
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind that the server has written down so far."""
+        path = self.folder / "out" / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        events = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [event for event in events if event["event"] == kind]
+
+    def wait_for_round(self, number: int, kind: str = "round_start", seconds: float = 500.0) -> None:
+        """Wait until a round starts, or ends."""
+        deadline = time.monotonic() + seconds
+        while all(event["round"] != number for event in self.events(kind)):
+            assert time.monotonic() < deadline, f"no {kind} {number} in {seconds} s:\n{self.log('run')[-3000:]}"
+            time.sleep(0.1)
+
+    def submit(self, app: Path = ROOT / "examples" / "flower", **config: Any) -> None:
         """Start the app; its log goes to ``run.log``."""
         values = {"recipe": str(self.recipe), **{name.replace("_", "-"): value for name, value in config.items()}}
         words = " ".join(f"{name}={json.dumps(value)}" for name, value in values.items())
-        app = str(ROOT / "examples" / "flower")
-        self.start("run", "flwr", "run", app, "rehearsal", "--stream", "--run-config", words)
+        self.start("run", "flwr", "run", str(app), "rehearsal", "--stream", "--run-config", words)
 
 
 _CERTIFICATES = {"ca-certfile": "ca.crt", "certfile": "server.crt", "keyfile": "server.key"}
