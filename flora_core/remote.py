@@ -22,6 +22,7 @@ from .bank import AdapterConfig
 from .checks import require
 from .cohort import ClientSpec
 from .config import TrainConfig
+from .distributed import ranks
 from .federation import Federation
 from .federation_config import FederationConfig
 from .history import Event
@@ -182,6 +183,8 @@ class RemoteFederation(Federation):
         join_seconds: float = 600.0,
         **settings: Any,
     ):
+        count = ranks().size
+        require(count == 1, f"a server of parties elsewhere is one process, got {count} ranks; do without torchrun")
         self.link, self.terms = link, make_terms(model, **settings)
         self.hellos = self._gather(min_clients_at_start, join_seconds)
         self.present, self.unkept = ordered(self.hellos), set[str]()

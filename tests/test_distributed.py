@@ -229,6 +229,7 @@ def test_a_killed_rank_ends_the_command_and_the_run_goes_on_with_the_same_bytes(
 # Larger worlds.
 
 
+@pytest.mark.filterwarnings("ignore:client 'b' was:RuntimeWarning")
 def test_four_processes_and_a_resume_with_three(tmp_path, scale):
     if scale(2, 4, "processes") == 2:
         pytest.skip("two processes are tested above; four in make test-all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.distributed as dist
 from flora_core import cli, distributed
 from flora_core.device import pick_device
 from flora_core.exchange import Way, choose
+from flora_core.federation_config import FederationConfig
 from flora_core.planner import spread
+from flora_core.remote import RemoteFederation
 from flora_core.update import ClientUpdate
 from tests.federation_cases import make_federation, make_model
 from tests.test_kill_resume import told
@@ -117,6 +120,12 @@ def test_a_sharded_base_is_refused_by_name(group_of_one):
         ValueError, match=r"18 parameters are sharded over processes, such as model\.layers\.0\.self_attn"
     ):
         make_federation(model=model).run()
+
+
+def test_a_server_of_parties_elsewhere_is_one_process(monkeypatch):
+    monkeypatch.setattr("flora_core.remote.ranks", lambda: SimpleNamespace(size=2))
+    with pytest.raises(ValueError, match="a server of parties elsewhere is one process, got 2 ranks; do without"):
+        RemoteFederation(None, make_model(), config=FederationConfig(rounds=1))  # pyright: ignore[reportArgumentType]
 
 
 def test_what_moves_is_what_is_counted():
