@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,16 +140,18 @@ class Sum:
         """
         everything = [ClientUpdate(one.name, _empty(one), dict(one.scaling), one.weight) for one in self.adapters]
         self.strategy.check_fits(everything)
-        for module in self.modules:
-            check_updates(self.updates(module))
+        with _one_thread():
+            for module in self.modules:
+                check_updates(self.updates(module))
 
     def stacks(self, module: str) -> tuple[Stack, Stack]:
         """One module's change by the strategy, and the exact sum; the same object where the strategy is exact as such.
 
         The strategy's distance from the exact sum is kept in ``errors``.
         """
-        updates = self.updates(module)
-        exact = _exact(updates, module)
+        with _one_thread():
+            updates = self.updates(module)
+            exact = _exact(updates, module)
         self.errors[module] = Deviation(0.0, 0.0)
         if self.strategy.name == "flora":
             return exact, exact
@@ -163,6 +166,17 @@ class Sum:
     def aggregation_error(self) -> float:
         """Relative distance of what the strategy made of all modules so far from their exact sums."""
         return total(self.errors.values()).relative
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch's other threads asleep: for factors, waking them takes several times as long as the work."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _empty(adapter: Adapter) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
