@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ def test_bench_memory(benchmark: Any, scale: Any):
     print(f"\nat one client's tokens: {one / peft:.2f} of PEFT's memory")
 
 
-def measure(result: Result, cases: dict[str, dict[str, Any]], repeats: int) -> None:
+def measure(result: Result, cases: Mapping[str, Any], repeats: int) -> None:
     """Every case in turn, so that a slow minute of the machine falls on all; one that fails is left out and told."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     for _ in range(repeats):
