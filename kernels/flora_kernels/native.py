@@ -315,8 +315,8 @@ def __getattr__(name: str) -> Any:
     import torch
 
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    found = dict.fromkeys(("merge_", "merge_many_", "shrink", "expand_", "wgrad"), floats)
-    found["cohort_adamw_"] = torch.float32, torch.float64
+    ops = dict.fromkeys(("merge_", "merge_many_", "shrink", "expand_", "wgrad"), floats)
+    found = {**ops, "cohort_adamw_": (torch.float32, torch.float64)}
     globals()[name] = found  # asked for at every call of an op
     return found
 
