@@ -1,9 +1,9 @@
 // Run a sequence of products with all threads in one parallel region, allocating nothing.
 //
 // Each product is cut into blocks of columns whose packed right side fits PANEL_BYTES. Threads pack a block together,
-// wait for each other once, and take tasks (a block of rows x a range of columns) from a counter. Packed blocks
-// alternate between two buffers, so that a thread that is done goes on to pack the next block. Who computes a tile does
-// not change its bits.
+// wait for each other once, and take tasks (a block of rows; the last ones are cut into ranges of columns) from a
+// counter. Packed blocks alternate between two buffers, so that a thread that is done goes on to pack the next block.
+// Who computes a tile does not change its bits.
 #pragma once
 
 #ifdef _OPENMP
@@ -39,24 +39,28 @@ struct Blocks {
     int64_t columns;    // of a block
     int64_t panel_rows; // rows of a left panel, the last may have fewer
     int64_t task_rows;  // a multiple of panel_rows, at most GROUP times it
+    int64_t whole;      // so many blocks of rows are one task each, all columns; the rest are cut
     int64_t task_columns;
 };
 
 template <class T>
 static Blocks cut(const Product &job, int threads) {
-    constexpr int64_t WIDTH = TILE_COLUMNS<T>;
+    constexpr int64_t WIDTH = PRODUCT_COLUMNS<T>;
     int64_t column_bytes = larger(job.inner, 1) * static_cast<int64_t>(sizeof(T));
     int64_t most = larger(WIDTH, PANEL_BYTES / column_bytes / WIDTH * WIDTH);
     int64_t blocks = larger(1, ceil_div(job.columns, most));
     Blocks cut;
     cut.columns = ceil_div(ceil_div(job.columns, blocks), WIDTH) * WIDTH;
     // Panels of even height: 128 rows are fifteen of 9 or 8, not fourteen of 9 and one of 2.
-    int64_t panels = larger(1, ceil_div(job.rows, TILE_ROWS));
+    int64_t panels = larger(1, ceil_div(job.rows, PRODUCT_ROWS));
     cut.panel_rows = larger(1, ceil_div(job.rows, panels));
-    int64_t groups = larger(1, ceil_div(panels, smaller(GROUP, larger(1, LEFT_BYTES / (column_bytes * TILE_ROWS)))));
+    int64_t groups = larger(1, ceil_div(panels, smaller(GROUP, larger(1, LEFT_BYTES / (column_bytes * PRODUCT_ROWS)))));
     cut.task_rows = ceil_div(panels, groups) * cut.panel_rows;
-    // One thread has nobody to share a group with.
-    int64_t splits = threads == 1 ? 1 : smaller(ceil_div(threads * TASKS_PER_THREAD, groups), cut.columns / WIDTH);
+    // The last ones are cut among the threads, each of which packs the left side for itself.
+    groups = ceil_div(larger(job.rows, 1), cut.task_rows);
+    int64_t rest = threads == 1 ? 0 : smaller(groups, threads);
+    cut.whole = groups - rest;
+    int64_t splits = smaller(ceil_div(threads * TASKS_PER_THREAD, larger(rest, 1)), cut.columns / WIDTH);
     cut.task_columns = ceil_div(ceil_div(cut.columns, splits), WIDTH) * WIDTH;
     return cut;
 }
@@ -70,8 +74,7 @@ template <class T>
 static Need need(const Product &job, int threads) {
     Blocks cut_ = cut<T>(job, threads);
     size_t inner = static_cast<size_t>(larger(job.inner, 1)) * sizeof(T);
-    size_t left = inner * static_cast<size_t>(cut_.task_rows) + SLACK;
-    return {aligned(inner * static_cast<size_t>(cut_.columns)), aligned(left)};
+    return {aligned(inner * static_cast<size_t>(cut_.columns)), aligned(inner * static_cast<size_t>(cut_.task_rows))};
 }
 
 struct Buffers {
@@ -103,7 +106,7 @@ FLORA_INLINE int thread_index() {
 
 template <class T>
 static void pack_block(const Product &job, int64_t column, int64_t end, char *buffer, int64_t *counter) {
-    constexpr int64_t WIDTH = TILE_COLUMNS<T>;
+    constexpr int64_t WIDTH = PRODUCT_COLUMNS<T>;
     // Runs of panels long enough to be worth a turn at the counter.
     int64_t run = larger(1, 32768 / larger(1, job.inner * WIDTH)) * WIDTH;
     for (int64_t start = column + take(counter) * run; start < end; start = column + take(counter) * run)
@@ -114,13 +117,15 @@ static void pack_block(const Product &job, int64_t column, int64_t end, char *bu
 template <class T>
 static void compute_block(const Product &job, const Blocks &cut, int64_t column, int64_t end, const char *right,
                           T *left, int64_t *counter) {
-    int64_t across = ceil_div(end - column, cut.task_columns), tasks = ceil_div(job.rows, cut.task_rows) * across;
+    int64_t across = ceil_div(end - column, cut.task_columns), whole = cut.whole;
+    int64_t tasks = whole + (ceil_div(job.rows, cut.task_rows) - whole) * across;
     int64_t packed = -1;
     for (int64_t task = take(counter); task < tasks; task = take(counter)) {
-        int64_t row = task / across * cut.task_rows, last = smaller(job.rows, row + cut.task_rows);
-        int64_t start = column + task % across * cut.task_columns, stop = smaller(end, start + cut.task_columns);
-        for (int64_t i = row; i < last && packed != row; i += cut.panel_rows)
-            pack_left<T>(job, i, static_cast<int>(smaller(cut.panel_rows, last - i)), left + (i - row) * job.inner);
+        int64_t group = task < whole ? task : whole + (task - whole) / across;
+        int64_t row = group * cut.task_rows, last = smaller(job.rows, row + cut.task_rows);
+        int64_t start = column + (task < whole ? 0 : (task - whole) % across * cut.task_columns);
+        int64_t stop = task < whole ? end : smaller(end, start + cut.task_columns);
+        if (packed != row) pack_left<T>(job, row, last, static_cast<int>(cut.panel_rows), left);
         packed = row;
         group_of_tiles<T>(job, left, row, last, static_cast<int>(cut.panel_rows),
                           reinterpret_cast<const T *>(right) + (start - column) * job.inner, start, stop);
@@ -133,7 +138,7 @@ static void work(Next next, int threads, const Buffers &buffers, Counters *count
     int64_t step = 0;
     T *left = reinterpret_cast<T *>(buffers.left + buffers.left_bytes * static_cast<size_t>(thread_index()));
     for (Product job; next(job);) {
-        if (job.rows == 0 || job.columns == 0 || (job.inner == 0 && job.mode != STORE)) continue;
+        if (job.rows == 0 || job.columns == 0 || job.inner == 0) continue;
         Blocks blocks = cut<T>(job, threads);
         for (int64_t column = 0; column < job.columns; column += blocks.columns, ++step) {
             int64_t end = smaller(job.columns, column + blocks.columns), now = step % 2;
