@@ -283,7 +283,7 @@ def test_bench_stream_merge_7b(benchmark: Any, scale: Any, tmp_path: Path):
         pytest.skip("needs 32 GB of disk, and is no smoke test")
     result = Result(
         "stream_merge_7b",
-        f"The same for a Llama 7B, 13 GB, by a process of {MEMORY_BYTES / 1e9:.0f} GB at most",
+        f"Merging them into a Llama 7B on disk, 13 GB, by a process of {MEMORY_BYTES / 1e9:.0f} GB at most",
         {**asdict(SEVEN), "ranks": RANKS, "targets": TARGETS, "memory_bytes": MEMORY_BYTES},
         scale.folder,
     )
