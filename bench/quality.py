@@ -272,6 +272,7 @@ def plot(data: dict[str, Any], split: str, ranks: str, path: Path) -> None:
         axes.fill_between(rounds, [min(x) for x in losses], [max(x) for x in losses], color=color, alpha=0.12)
     axes.set_title(f"{split}, {ranks} ranks {RANKS[ranks]}")
     axes.set_xlabel("round")
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("held-out loss per labelled token (nats)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
