@@ -25,6 +25,7 @@ from flora_core.distributed import Ranks, session
 from flora_core.identity import tensor_digest
 from flora_core.privacy import Privacy
 from flora_core.server import Server
+from flora_core.steps import CohortSteps
 from flora_core.trainer import CohortTrainer
 from tests.federation_cases import Stop, make_clients, make_federation, target_weights
 
@@ -84,14 +85,14 @@ def fails_in_round_1(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None
 
 @fault(1)
 def no_memory(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    whole = CohortTrainer._forward_backward
+    whole = CohortSteps._forward_backward
 
-    def narrow(self: Any, clients: Any, batches: Any, step: int, token_budget: int) -> Any:
+    def narrow(self: Any, batches: Any, step: int, token_budget: int) -> Any:
         if self.tokens_in_flight is not None:
-            return whole(self, clients, batches, step, token_budget)
+            return whole(self, batches, step, token_budget)
         raise torch.OutOfMemoryError("no room for the whole step")
 
-    patch.setattr(CohortTrainer, "_forward_backward", narrow)
+    patch.setattr(CohortSteps, "_forward_backward", narrow)
 
 
 @fault(1)

@@ -198,7 +198,7 @@ def test_ranges_take_rows_in_order_without_an_owner(backend):
 def test_buffers_that_share_memory_are_refused(one, other, backend):
     buffer, segments = torch.ones(9), Segments.from_lengths([2, 4])
     buffers = {name: torch.ones(6) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-    flat = {**buffers, one: buffer[:6], other: buffer[3:]}.values()
+    param, grad, exp_avg, exp_avg_sq = {**buffers, one: buffer[:6], other: buffer[3:]}.values()
     with pytest.raises(ValueError, match=f"{one} is written and must share no memory with {other}; pass its clone"):
-        cohort_adamw_(*flat, segments, torch.ones(2, 7), backend=backend)
+        cohort_adamw_(param, grad, exp_avg, exp_avg_sq, segments, torch.ones(2, 7), backend=backend)
     assert (buffer == 1).all()

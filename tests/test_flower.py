@@ -115,7 +115,7 @@ def gone(message: Message, reply: Message) -> Message:
 
 def of_another_version(message: Message, reply: Message) -> Message:
     """A reply of a node that has another flora-core."""
-    text = reply.content["order"]["json"].replace(f'"version": "{flora.__version__}"', '"version": "9.9"')
+    text = str(reply.content["order"]["json"]).replace(f'"version": "{flora.__version__}"', '"version": "9.9"')
     reply.content["order"] = ConfigRecord({"json": text})
     return reply
 

@@ -128,7 +128,9 @@ def test_damage_delay_absence_and_a_newcomer(tmp_path):
         resume(stopped)
         world.wait_for("c", "SuperNode ID", times=2)
         world.wait_for("run", "run_end", 400)
-        refused = {(event["round"], event["client"]): event.get("refused") for event in world.events("client_done")}
+        refused: dict[tuple[int, str], Any] = {
+            (event["round"], event["client"]): event.get("refused") for event in world.events("client_done")
+        }
     gone = "Node Unavailable|no answer within 150 s"
     assert "its message is damaged" in refused.pop((1, "c"))
     assert re.search(gone, refused.pop((2, "c")))
