@@ -61,7 +61,8 @@ static Blocks cut(const Product &job, int threads) {
     int64_t rest = threads == 1 ? 0 : smaller(groups, threads);
     cut.whole = groups - rest;
     int64_t splits = smaller(ceil_div(threads * TASKS_PER_THREAD, larger(rest, 1)), cut.columns / WIDTH);
-    cut.task_columns = ceil_div(ceil_div(cut.columns, splits), WIDTH) * WIDTH;
+    // Without a column there is nothing to cut.
+    cut.task_columns = larger(1, ceil_div(ceil_div(cut.columns, larger(splits, 1)), WIDTH)) * WIDTH;
     return cut;
 }
 
