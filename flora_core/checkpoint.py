@@ -195,11 +195,21 @@ class RunFolder:
             for update in updates:
                 save_peft_adapter(update, new / update.client, **adapter_options)
             write_snapshot(new, number, *taken, events)
+        self.drop_superfluous(number)
+        return folder
+
+    def drop_superfluous(self, number: int, pause: bool = True) -> None:
+        """Drop what nobody needs once a round is whole: a process killed in between leaves it to the next one.
+
+        Args:
+            number: The newest whole round.
+            pause: Whether where a round stopped goes too.
+        """
         for old in self._rounds():
             if old <= number - self.keep_snapshots:
                 (self.folder(old) / STATE).unlink(missing_ok=True)
-        shutil.rmtree(self.path / PAUSED, ignore_errors=True)
-        return folder
+        if pause:
+            shutil.rmtree(self.path / PAUSED, ignore_errors=True)
 
     def save_pause(self, number: int, state: Mapping[str, Any]) -> None:
         """Save where a round stopped between two steps, whole or not at all.

@@ -67,6 +67,7 @@ class Resuming(TrainingRound):
         if self.private is not None:
             self.private.open(self.round)
         self.paused, torn = self.folder.pause(self.round + 1, self.server.device)
+        self.folder.drop_superfluous(self.round, pause=not self.paused)
         self.finished = self.folder.finished
         self.events = self.folder.events() if self._over else self.folder.restore_metrics(snapshot)
         return notes + damaged + torn

@@ -217,3 +217,24 @@ def test_only_json_safetensors_and_a_card_are_left(tmp_path):
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
     assert kinds == {".json", ".jsonl", ".safetensors", ".md", ""}
     assert [path.name for path in tmp_path.rglob("*") if path.is_file() and not path.suffix] == [".lock"]
+
+
+def test_what_a_kill_after_the_last_round_left_is_dropped(tmp_path, monkeypatch):
+    """The window between a round that is whole and what it makes superfluous, where kills at random seldom fall."""
+
+    whole, drop = make_federation(tmp_path / "whole", rounds=4), RunFolder.drop_superfluous
+
+    def killed(self: RunFolder, number: int, pause: bool = True) -> None:
+        if number == 4:
+            raise KeyboardInterrupt
+        drop(self, number, pause)
+
+    whole.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "drop_superfluous", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_federation(tmp_path / "out", rounds=4).run()
+    assert (tmp_path / "out" / "rounds" / "0002" / "state.safetensors").exists()
+    make_federation(tmp_path / "out", rounds=4).run()
+    assert not (tmp_path / "out" / "rounds" / "0002" / "state.safetensors").exists()
+    assert sorted(files(tmp_path / "out", ".safetensors")) == sorted(files(tmp_path / "whole", ".safetensors"))
