@@ -30,8 +30,15 @@ class Relay:
                 except OSError:
                     near.close()
                     continue
-                for source, sink, way in ((near, far, "up"), (far, near, "down")):
-                    threading.Thread(target=self._pass, args=(source, sink, way), daemon=True).start()
+                threading.Thread(target=self._join, args=(near, far), daemon=True).start()
+
+    def _join(self, near: socket.socket, far: socket.socket) -> None:
+        """Pass both ways until one side ends; then close both."""
+        with near, far:
+            down = threading.Thread(target=self._pass, args=(far, near, "down"), daemon=True)
+            down.start()
+            self._pass(near, far, "up")
+            down.join()
 
     def _pass(self, source: socket.socket, sink: socket.socket, way: str) -> None:
         with contextlib.suppress(OSError):
@@ -45,6 +52,8 @@ class Relay:
 
     def close(self) -> None:
         """Take no more connections."""
+        with contextlib.suppress(OSError):
+            self.server.shutdown(socket.SHUT_RDWR)
         self.server.close()
 
 

@@ -83,6 +83,8 @@ def serve() -> None:
     # Nothing but imports: loading or running a model starts threads, and a fork would inherit the locks they hold.
     for name in ("transformers.models.llama.modeling_llama", "flora_core.federation", "tests.federation_cases"):
         importlib.import_module(name)
+    # Its bars would fill the file of errors, and a run with a largest file would fail at them.
+    importlib.import_module("transformers.utils.logging").disable_progress_bar()
 
     if os.path.isdir("/proc/self/task"):
         assert len(os.listdir("/proc/self/task")) == 1, "a fork of a process with threads may hang"
