@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
 from . import tuning
+from .checkpoint import RunFolder
 from .history import Event
 from .identity import environment, identity, json_digest, tensor_digest
 from .pausing import Paused, Stopped
@@ -51,25 +52,26 @@ class Resuming(TrainingRound):
         mine, where = self._identity(), environment(self.server.device)
         notes = self.ranks.agree({**mine, "start": start}, where)
         if self.folder is not None:
-            notes += self._read_folder(mine, where, start)
+            notes += self._read_folder(self.folder, mine, where, start)
         self._go_on_alike()
         return [{"message": text} for text in notes]
 
-    def _read_folder(self, mine: Mapping[str, Any], where: Mapping[str, Any], start: str) -> list[str]:
-        assert self.folder is not None
-        notes = self.folder.begin(mine, where, start)
-        snapshot, damaged = self.folder.newest(self.server.device)
+    def _read_folder(
+        self, folder: RunFolder, mine: Mapping[str, Any], where: Mapping[str, Any], start: str
+    ) -> list[str]:
+        notes = folder.begin(mine, where, start)
+        snapshot, damaged = folder.newest(self.server.device)
         if snapshot is None:
-            self.folder.check_start(start)
+            folder.check_start(start)
         else:
             self.server.restore(snapshot.state["server"])
             self.round, self.optimizer = snapshot.round, snapshot.state["optimizer"]
         if self.private is not None:
             self.private.open(self.round)
-        self.paused, torn = self.folder.pause(self.round + 1, self.server.device)
-        self.folder.drop_superfluous(self.round, pause=not self.paused)
-        self.finished = self.folder.finished
-        self.events = self.folder.events() if self._over else self.folder.restore_metrics(snapshot)
+        self.paused, torn = folder.pause(self.round + 1, self.server.device)
+        folder.drop_superfluous(self.round, pause=not self.paused)
+        self.finished = folder.finished
+        self.events = folder.events() if self._over else folder.restore_metrics(snapshot)
         return notes + damaged + torn
 
     def _go_on_alike(self) -> None:
