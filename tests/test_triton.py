@@ -223,3 +223,14 @@ for name, call in {
     assert torch.equal(call(triton), call(reference)), name
 """
     interpreted("-c", code)
+
+
+def test_rows_that_32_bits_cannot_step_over_are_refused():
+    common = pytest.importorskip("flora_kernels.triton.common")
+    wide = torch.empty(1, 2**25, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"shape \(1, 33554432\) has rows too wide .* 33,554,432 columns; use"):
+        common.near(wide)
+    far = wide[0, : 2**25].as_strided((2, 3), (1, 2**24 - 1))
+    assert common.near(far) is far
+    tall = torch.empty(2**25, 1, dtype=torch.int8).T.expand(2, 2**25)[:, :1]
+    assert common.near(tall) is tall

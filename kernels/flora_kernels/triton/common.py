@@ -74,8 +74,19 @@ _FAR = 2**31 // 64
 
 
 def near(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor, copied into rows where a step from tile to tile would be more than 32 bits hold."""
-    return tensor if max(tensor.stride()) < _FAR else tensor.contiguous()
+    """A tensor, copied into rows where a step from tile to tile would be more than 32 bits hold.
+
+    Raises:
+        ValueError: If its rows themselves are too wide for that.
+    """
+    if max(tensor.stride()) < _FAR:
+        return tensor
+    if tensor.shape[-1] >= _FAR:
+        raise ValueError(
+            f"a matrix of shape {tuple(tensor.shape)} has rows too wide for the Triton kernels: they must have fewer "
+            f"than {_FAR:,} columns; use backend='native' or 'reference'"
+        )
+    return tensor.contiguous()
 
 
 def rank_block(ranks: Ranges) -> int:
