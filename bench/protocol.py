@@ -1,6 +1,6 @@
 """Check, then time: interleaved rounds, medians with p20 and p80, the machine recorded, JSON written as it goes.
 
-A result holds a speed-up only if its check is green. Every suite in this folder goes through here.
+A result holds times and a speed-up only if its check is green. Every suite in this folder goes through here.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")
 RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else Path(__file__).resolve().parent / "results"
 SMOKE = RESULTS / "smoke" if _ELSEWHERE else RESULTS.parent / "smoke"
+# Local changes are changes of code: results and the pages made of them change with every run.
+CODE = (".", ":!bench/results", ":!docs", ":!README.md")
 PACKAGES = ("torch", "transformers", "peft", "numpy", "pytest-benchmark", "triton", "unsloth", "liger_kernel")
 
 
@@ -192,21 +194,31 @@ class Result:
                 self.save(finished=False, failed=reason(error))
             raise
 
-    def conclude(self, check: Check, ours: str, rivals: Mapping[str, float | None]) -> str:
-        """Write the check and, if it is green, each rival's speed-up against its target; give back a line to print.
+    def checked(self, check: Check) -> None:
+        """Write the check.
 
         Raises:
-            AssertionError: If the check is red; the file then says so and holds no speed-up.
+            AssertionError: If it is red; the file then says so, and nothing may be timed.
         """
-        self.save(finished=True, check={"green": check.green, "ratio": check.ratio, "how": check.how, **check.details})
+        self.save(check={"green": check.green, "ratio": check.ratio, "how": check.how, **check.details})
         check.require()
+
+    def conclude(self, ours: str, rivals: Mapping[str, float | None]) -> str:
+        """Write each rival's speed-up against its target; give back a line to print.
+
+        Raises:
+            AssertionError: If ours was not checked, or the check is red; the file then holds no speed-up.
+        """
+        check = self.data.get("check")
+        if check is None or not check["green"]:
+            raise AssertionError(f"{self.data['name']}: no green check, no speed-up")
         times = self.data["times"]
         speedups = {
             rival: speedup(times[ours], times[rival], target) for rival, target in rivals.items() if rival in times
         }
-        self.save(ours=ours, speedups=speedups)
+        self.save(finished=True, ours=ours, speedups=speedups)
         lines = [f"{ours} is {s['times']:.2f} times as fast as {rival}" for rival, s in speedups.items()]
-        return f"{self.data['name']}: " + "; ".join(lines) + f" (check at {check.ratio:.2f} of its budget)"
+        return f"{self.data['name']}: " + "; ".join(lines) + f" (check at {check['ratio']:.2f} of its budget)"
 
 
 def _command() -> str:
@@ -244,21 +256,28 @@ def interleave(
     ours: tuple[str, Callable[[], Any]],
     rivals: Mapping[str, Callable[[], Any]],
     *,
+    check: Callable[[dict[str, list[Any]]], Check],
     seconds: float,
     least: int,
     most: int,
     before: Callable[[str], None] = lambda name: None,
+    warm_ups: int = 1,
 ) -> dict[str, list[Any]]:
-    """Run every contender once to warm up, then time rounds of all of them in turn.
+    """Warm every contender up, hold ours to the oracle, and only then time rounds of all of them in turn.
 
     Args:
         benchmark: pytest-benchmark's fixture, which times ``ours``.
         result: Where timings go, after each.
         ours, rivals: Name and work of each contender.
+        check: From what every call gave so far to a verdict on ours; if it is red, nothing is timed.
         seconds: Rounds go on for about so long, at least ``least`` and at most ``most`` of them.
         before: Called with the contender's name before each run, untimed.
+        warm_ups: Turns that are not timed, for a check that needs more than one.
     Returns:
-        What every call gave, the warm-up first. A rival that fails is left out from then on, with its reason.
+        What every call gave, warming up first. A rival that fails is left out from then on, with its reason.
+
+    Raises:
+        AssertionError: If the check is red.
     """
     name, work = ours
     times, values = {key: Timing() for key in (name, *rivals)}, {key: [] for key in (name, *rivals)}
@@ -268,22 +287,27 @@ def interleave(
 
     def others() -> None:
         # Not in our own turn: pytest-benchmark would time the write of the file.
-        result.timings(times)
+        if "check" in result.data:
+            result.timings(times)
         for key, do in [(key, do) for key, do in rivals.items() if key in times]:
             try:
                 before(key)
                 turn(key, do)
-                result.timings(times)
+                if "check" in result.data:
+                    result.timings(times)
             except Exception as error:  # whatever a rival raises is the reason to go on without it
                 del times[key], values[key]
                 result.leave_out(key, error)
         before(name)
 
-    others()
-    turn(name, work)
-    once = sum(timing.wall_s.pop() for timing in times.values())
+    for _ in range(warm_ups):
+        others()
+        turn(name, work)
+    once = sum(timing.wall_s[-1] for timing in times.values())
     for timing in times.values():
+        timing.wall_s.clear()
         timing.cpu_s.clear()
+    result.checked(check(values))
     rounds = max(least, min(most, int(seconds / once)))
     benchmark.pedantic(lambda: turn(name, work), setup=others, rounds=rounds, iterations=1, warmup_rounds=0)
     result.timings(times)
@@ -333,7 +357,7 @@ def environment() -> dict[str, Any]:
     """Commit, processor, threads and versions."""
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "changed_files": [line[3:] for line in _git("status", "--porcelain", "--untracked-files=no").splitlines()],
+        "changed_files": [line[3:] for line in _git("status", "--porcelain", "-uno", "--", *CODE).splitlines()],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -17,7 +17,7 @@ import flora_core as flora
 from bench import cohorts
 from bench.cohorts import LR, LoraConfig, get_peft_model, padded_inputs
 from bench.grid import TARGETS, Case
-from bench.protocol import Check
+from bench.protocol import Check, Missing
 from bench.rates import device, dtype
 from bench.rivals import Rival
 from flora_core.seeds import derive
@@ -129,11 +129,15 @@ class Round:
         peft.set_adapter("round")
         return self.found(peft.merge_and_unload(adapter_names=["round"]))
 
-    def check(self, mine: Weights, low: Weights) -> Check:
-        """The change of every weight against the same procedure in float64, by its norm.
+    def check(self, values: dict[str, list[Weights]]) -> Check:
+        """The change of every weight against the same procedure in float64, by its norm; a rival's is ``low``.
 
         AdamW's first steps are signs, which flip where a gradient vanishes: single numbers tell nothing, norms do.
         """
+        rival = next((name for name in values if name != "flora"), None)
+        if rival is None:
+            raise Missing("no rival's round is there to tell which error this dtype cannot avoid")
+        mine, low = values["flora"][-1], values[rival][-1]
         self.reset()
         wide = copy.deepcopy(self.model).double()
         with exact64():
@@ -147,7 +151,7 @@ class Round:
             return math.sqrt(sum(ratios) / len(ratios))
 
         ratio = error(mine) / (2 * (error(low) + torch.finfo(self.dtype).eps))
-        details = {"error": error(mine), "error_of_peft": error(low)}
+        details = {"error": error(mine), f"error of {rival}": error(low)}
         return Check(ratio, "the change of every weight against float64, by its norm", details)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from bench import cohorts
 from bench.cohorts import RANKS, Packed, SequentialPeft, check_losses, exact_losses
-from bench.protocol import ROOT, Result, interleave
+from bench.protocol import ROOT, Check, Result, interleave
 from flora_core.data.records import load_records
 from flora_core.data.template import EncodeReport, Example, encode
 from flora_core.demo_model import demo_model_dir
@@ -37,27 +37,28 @@ def compare(
 def measure(
     benchmark: Any, result: Result, scale: Any, batches: Any, oracle: Any, target: float, limits: dict[str, Any]
 ) -> None:
-    """Both contenders in turns, then the check."""
+    """Two steps of both and the check, then both in turns."""
     model = cohorts.real_model(scale.layers)
     packed = Packed(model, batches)
     tokens = sum(len(example.input_ids) for rows in batches for example in rows)
     result.save(token_budget=packed.budget, tokens_step=tokens)
     peft = SequentialPeft(model, batches, packed.adapters)
     limits["seconds"] *= scale.seconds
+
+    def check(values: dict[str, list[Any]]) -> Check:
+        for step, (ours, theirs) in enumerate(zip(values["flora"], values["peft"], strict=True)):
+            print(f"\nlosses of step {step + 1}, flora: {ours}\n                   peft: {theirs}", end="")
+        exact = exact_losses(model, batches, packed.adapters, oracle)
+        return check_losses(values["flora"], values["peft"], exact, oracle)
+
     with packed.running():
-        values = interleave(benchmark, result, ("flora", packed.step), {"peft": peft.step}, **limits)
-    adapters = packed.adapters
-    del packed, peft
-    exact = exact_losses(model, batches, adapters, oracle)
-    check = check_losses(values["flora"], values["peft"], exact, oracle)
-    for step, (ours, theirs) in enumerate(zip(values["flora"][:2], values["peft"][:2], strict=True)):
-        print(f"\nlosses of step {step + 1}, flora: {ours}\n                   peft: {theirs}", end="")
-    print("\n" + result.conclude(check, "flora", {"peft": target}))
+        interleave(benchmark, result, ("flora", packed.step), {"peft": peft.step}, check=check, warm_ups=2, **limits)
+    print("\n" + result.conclude("flora", {"peft": target}))
 
 
 @pytest.mark.parametrize(("batch_size", "target"), [(1, 1.3), (4, 1.0)], ids=["batch1", "batch4"])
 def test_bench_cohort_step(benchmark: Any, scale: Any, batch_size: int, target: float):
-    limits = {1: dict(seconds=75, least=3, most=7), 4: dict(seconds=160, least=2, most=3)}[batch_size]
+    limits = {1: dict(seconds=60, least=3, most=7), 4: dict(seconds=160, least=2, most=3)}[batch_size]
     compare(
         benchmark,
         scale,

@@ -131,16 +131,16 @@ def extra_bytes(work: Callable[[], Any]) -> int | None:
     return max(0, size("VmHWM") - before)
 
 
-def run(benchmark: Any, result: Result, layers: Layers, name: str, rivals: dict[str, Any], seconds: float) -> Check:
-    """Time all contenders and the large product in turn; give back the check with rates and workspace."""
+def run(benchmark: Any, result: Result, layers: Layers, name: str, rivals: dict[str, Any], seconds: float) -> None:
+    """Check, then time all contenders and the large product in turn; rates and workspace stand beside the check."""
     make = ours
     work = make(layers, layers.weights())
     side = torch.randn(LARGE, LARGE)
     out = torch.empty_like(side)
     large = {"large fp32 product": lambda: torch.mm(side, side, out=out)}
-    values = interleave(
-        benchmark, result, (name, work), {**rivals, **large}, seconds=seconds, least=5, most=25, before=lambda _: None
-    )
+    limits: Any = dict(seconds=seconds, least=5, most=25)
+    checks = lambda _: check(layers, make)  # noqa: E731
+    values = interleave(benchmark, result, (name, work), {**rivals, **large}, check=checks, **limits)
     times = result.data["times"]
     rates = {key: layers.flop / time["median_s"] / 1e9 for key, time in times.items() if key not in large}
     rates |= {key: 2 * LARGE**3 / times[key]["median_s"] / 1e9 for key in large}
@@ -148,7 +148,7 @@ def run(benchmark: Any, result: Result, layers: Layers, name: str, rivals: dict[
         layers.flop / mine / (2 * LARGE**3 / theirs)
         for mine, theirs in zip(times[name]["wall_s"], times["large fp32 product"]["wall_s"], strict=True)
     ]
-    found, extra = check(layers, make), extra_bytes(work)
+    extra = extra_bytes(work)
     fastest = {key: min(time["wall_s"]) for key, time in times.items()}
     details = {
         "gflops": rates,
@@ -162,7 +162,7 @@ def run(benchmark: Any, result: Result, layers: Layers, name: str, rivals: dict[
     }
     for size in (max(values[name]), extra or 0):
         assert size < MEMORY_BYTES, f"a merge needed {size / 2**20:.1f} MB beyond its arrays"
-    return Check(found.ratio, found.how, details)
+    result.save(check=result.data["check"] | details)
 
 
 def settings(scale: Any, name: str, dtype: str) -> dict[str, Any]:
@@ -191,9 +191,10 @@ def test_bench_cpu_merge_bf16(benchmark: Any, scale: Any, name: str):
     if name == "2048x2048":
         rivals["bfloat16 addmm_"] = bf16_addmm(layers, layers.weights())
         targets["bfloat16 addmm_"] = 100.0 if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
-    found = run(benchmark, result, layers, "flora", rivals, 8 * scale.seconds)
-    print("\n" + result.conclude(found, "flora", targets))
-    told = found.details
+    with result.told():
+        run(benchmark, result, layers, "flora", rivals, 8 * scale.seconds)
+        print("\n" + result.conclude("flora", targets))
+    told = result.data["check"]
     print(f"share of the large product's rate: {told['share_of_large_product']:.2f}; fastest: {told['fastest_rounds']}")
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
 
@@ -208,6 +209,7 @@ def test_bench_cpu_merge_fp32(benchmark: Any, scale: Any, name: str):
     )
     layers = Layers(name, scale.layers, torch.float32)
     rivals = {"addmm_": addmm(layers, layers.weights())}
-    found = run(benchmark, result, layers, "flora", rivals, 6 * scale.seconds)
-    print("\n" + result.conclude(found, "flora", {"addmm_": 0.95}))
+    with result.told():
+        run(benchmark, result, layers, "flora", rivals, 6 * scale.seconds)
+        print("\n" + result.conclude("flora", {"addmm_": 0.95}))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

@@ -109,6 +109,7 @@ def test_bench_data_loading(benchmark: Any, scale: Any, tmp_path: Path):
             result,
             ("flora", setting.ours),
             {"tokenizer + collator": setting.theirs},
+            check=lambda _: setting.check(),
             seconds=6 * scale.seconds,
             least=3,
             most=9,
@@ -116,5 +117,5 @@ def test_bench_data_loading(benchmark: Any, scale: Any, tmp_path: Path):
         real = sum(batch.input_ids.numel() for batch in values["flora"][-1])
         padded = sum(batch["input_ids"].numel() for batch in values["tokenizer + collator"][-1])
         result.save(tokens=real, padded_over_real=padded / real, threads=torch.get_num_threads())
-        print("\n" + result.conclude(setting.check(), "flora", {"tokenizer + collator": None}))
+        print("\n" + result.conclude("flora", {"tokenizer + collator": None}))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

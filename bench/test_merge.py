@@ -144,7 +144,7 @@ def test_bench_merge(benchmark: Any, scale: Any, accumulate: str):
 
 
 def measure(benchmark: Any, result: Result, scale: Any, ours: str) -> None:
-    """All contenders in turns, each on its own weights, then the check."""
+    """One merge of everybody on weights of his own, the check, then all in turns."""
     round = Round(scale.layers)
     work, weights, peft = contenders(round)
     rivals = {name: work[name] for name in ("addmm per layer", AS_A_ROUND, "peft")}
@@ -161,10 +161,10 @@ def measure(benchmark: Any, result: Result, scale: Any, ours: str) -> None:
         result,
         (ours, work[ours]),
         rivals,
+        check=lambda _: check_merge(round, weights, ours),
         seconds=15 * scale.seconds,
         least=3,
         most=15,
         before=before,
     )
-    check = check_merge(round, weights, ours)
-    print("\n" + result.conclude(check, ours, {"peft": 4.0, "addmm per layer": None, AS_A_ROUND: None}))
+    print("\n" + result.conclude(ours, {"peft": 4.0, "addmm per layer": None, AS_A_ROUND: None}))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
 
-from bench import explain, grid
-from bench.linears import RIVALS, Linear
+from bench import explain, grid, linears
+from bench.linears import RIVALS, Contender, Linear, Part
 from bench.protocol import Result, tensors_ratio
 from bench.rates import rates
 from bench.rivals import FROZEN, ready
 from flora_core.testing import budget_ratio
+from tests.bench_clock import Pedantic
 
 
 @pytest.fixture
@@ -125,3 +127,53 @@ def test_explain_names_the_largest_gap_and_its_memory(tmp_path, monkeypatch):
     assert saved["rates"] == {"copy_bytes_per_s": 2e10, "matrix_flops_per_s": 1e11}, "the better of both sides"
     with pytest.raises(ValueError, match=r"knows models, cohorts and targets .*SmolLM2-135M.* got 'x'"):
         explain.explain(None, None, ["x"])
+
+
+# The whole of a suite: what is wrong is not timed.
+
+
+class Fixture(Pedantic):
+    """pytest-benchmark's fixture as the suites use it."""
+
+    def __init__(self):
+        self.extra_info: dict[str, Any] = {}
+
+
+def _neighbours_rows(setting: Linear, right: Part) -> Contender:
+    """Every client's tokens with the branch of the client before."""
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        base = x @ setting.weight.T
+        return base + (right.call(x) - base).roll(setting.case.tokens, 0)
+
+    return setting.packed(call, right.leaves)
+
+
+def _last_rank_dropped(setting: Linear, right: Part) -> Contender:
+    """The last client's last rank counts for nothing, forward and backward."""
+    last = -setting.case.tokens
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        lost = x[last:] @ setting.A[-1:].T @ setting.B[-1:]
+        return right.call(x) - torch.cat([torch.zeros(x.shape[0] + last, setting.N), 2.0 * lost])
+
+    return setting.packed(call, right.leaves)
+
+
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("broken", [None, _neighbours_rows, _last_rank_dropped], ids=["right", "rows", "rank"])
+def test_suite_of_a_broken_linear_times_nothing(part, broken, tmp_path, monkeypatch, capsys):
+    case = grid.Case("tiny", "few", tokens=5, linear="v_proj")
+    scale = type("Scale", (), {"folder": tmp_path, "seconds": 0.0})
+    monkeypatch.setattr(linears, "rates", lambda _: {})
+    if broken is None:
+        linears.compare(Fixture(), scale, case, part)
+        assert "times as fast as PEFT" in capsys.readouterr().out
+        return
+    right = Linear.ours
+    monkeypatch.setattr(Linear, "ours", lambda self: broken(self, right(self).parts[0]))
+    with pytest.raises(AssertionError, match="check is red, no speed-up"):
+        linears.compare(Fixture(), scale, case, part)
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert not {"times", "speedups"} & set(found)
+    assert "times as fast" not in capsys.readouterr().out

@@ -13,27 +13,37 @@ import torch
 import flora_core as flora
 from bench import cohorts, publish
 from bench.cohorts import Packed, SequentialPeft, check_losses, exact_losses
-from bench.protocol import Check, Result, Timing, interleave, quantile
+from bench.protocol import Result, Timing, interleave, quantile
 from flora_core.backends import resolve
 from flora_core.data.template import IGNORE, Example
 from tests import models
-from tests.bench_clock import Pedantic
+from tests.bench_clock import GREEN, Pedantic
 
 RANKS = (4, 3, 1)
 
 
-def run(folder: Path) -> tuple[Result, Check]:
+def run(result: Result) -> str:
     """The cohort-step benchmark on three clients of a tiny model."""
     model = models.tiny("llama", torch.float32)
     rows = [[[5, 9, 4, 7], [8, 3]], [[11, 6, 10]], [[4, 4, 12, 5, 9]]]
     batches = [[Example(ids, [IGNORE, *ids[1:]], i) for i, ids in enumerate(client)] for client in rows]
     packed = Packed(model, batches, RANKS)
     peft = SequentialPeft(model, batches, packed.adapters)
-    result = Result("tiny", "Is it faster?", {}, folder)
     with packed.running():
-        values = interleave(Pedantic(), result, ("flora", packed.step), {"peft": peft.step}, seconds=0, least=3, most=3)
-    exact = exact_losses(model, batches, packed.adapters, (0, 2))
-    return result, check_losses(values["flora"], values["peft"], exact, (0, 2))
+        interleave(
+            Pedantic(),
+            result,
+            ("flora", packed.step),
+            {"peft": peft.step},
+            check=lambda values: check_losses(
+                values["flora"], values["peft"], exact_losses(model, batches, packed.adapters, (0, 2)), (0, 2)
+            ),
+            seconds=0,
+            least=3,
+            most=3,
+            warm_ups=2,
+        )
+    return result.conclude("flora", {"peft": 1.3})
 
 
 def read(result: Result) -> dict[str, Any]:
@@ -41,8 +51,8 @@ def read(result: Result) -> dict[str, Any]:
 
 
 def test_right_engine_gets_a_speed_up(tmp_path: Path):
-    result, check = run(tmp_path)
-    assert "times as fast as peft" in result.conclude(check, "flora", {"peft": 1.3})
+    result = Result("tiny", "Is it faster?", {}, tmp_path)
+    assert "times as fast as peft" in run(result)
     found = read(result)
     assert found["check"]["green"]
     assert len(found["speedups"]["peft"]["rounds"]) == 3
@@ -69,12 +79,12 @@ def test_broken_engine_gets_none(
 ):
     monkeypatch.setattr(_KERNELS, name, broken)
     monkeypatch.setattr(cohorts, "LR", 0.05)  # a tiny model learns little in one step at the usual rate
-    result, check = run(tmp_path)
-    with pytest.raises(AssertionError, match="check is red, no speed-up"):
-        print(result.conclude(check, "flora", {"peft": 1.3}))
+    result = Result("tiny", "Is it faster?", {}, tmp_path)
+    with pytest.raises(AssertionError, match="check is red, no speed-up"), result.told():
+        print(run(result))
     found = read(result)
     assert not found["check"]["green"]
-    assert "speedups" not in found
+    assert not {"speedups", "times"} & set(found), "checked first: not even timed"
     assert "times as fast" not in capsys.readouterr().out
     assert "no speed-up" in publish.step_table([found])
 
@@ -96,7 +106,16 @@ def test_a_stop_keeps_the_rounds_before_it(tmp_path: Path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        interleave(Pedantic(), result, ("flora", lambda: None), {"peft": stops}, seconds=0, least=5, most=5)
+        interleave(
+            Pedantic(),
+            result,
+            ("flora", lambda: None),
+            {"peft": stops},
+            check=lambda _: GREEN,
+            seconds=0,
+            least=5,
+            most=5,
+        )
     found = read(result)
     assert not found["finished"]
     assert (found["times"]["flora"]["rounds"], found["times"]["peft"]["rounds"]) == (1, 1)

@@ -15,7 +15,7 @@ from bench import compare, publish, tables, test_memory
 from bench.outcomes import Outcomes
 from bench.protocol import Check, Load, Missing, Result, interleave, reason, speedup
 from bench.rivals import Rival, ready
-from tests.bench_clock import Pedantic, timed
+from tests.bench_clock import GREEN, Pedantic, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -51,8 +51,9 @@ def test_rival_that_fails_in_the_middle_is_left_out_with_its_reason(error, words
 
     result = Result("r", "?", {"model": "m"}, tmp_path)
     rivals = {"bad": fails, "good": lambda: None}
-    values = interleave(Pedantic(), result, ("flora", lambda: 7), rivals, seconds=0, least=4, most=4)
-    result.conclude(Check(0.1, "exactly"), "flora", {"bad": None, "good": None})
+    limits: Any = dict(check=lambda _: GREEN, seconds=0, least=4, most=4)
+    values = interleave(Pedantic(), result, ("flora", lambda: 7), rivals, **limits)
+    result.conclude("flora", {"bad": None, "good": None})
     found = json.loads(result.path.read_text())
     assert words in found["missing"]["bad"] == reason(error)
     assert (list(found["speedups"]), len(values["flora"]), len(calls)) == (["good"], 5, 2)
@@ -75,8 +76,9 @@ def test_interrupted_run_leaves_valid_json_and_says_so(tmp_path):
     def stops() -> None:
         raise KeyboardInterrupt
 
+    limits: Any = dict(check=lambda _: GREEN, seconds=0, least=3, most=3)
     with pytest.raises(KeyboardInterrupt), result.told():
-        interleave(Pedantic(), result, ("flora", stops), {"PEFT": lambda: None}, seconds=0, least=3, most=3)
+        interleave(Pedantic(), result, ("flora", stops), {"PEFT": lambda: None}, **limits)
     found = json.loads(result.path.read_text())
     assert (found["finished"], found["failed"]) == (False, "KeyboardInterrupt: KeyboardInterrupt")
     assert "failed: KeyboardInterrupt" in publish.step_table([found])
@@ -85,7 +87,7 @@ def test_interrupted_run_leaves_valid_json_and_says_so(tmp_path):
 def test_numbers_that_json_does_not_have_are_written_as_words(tmp_path):
     result = Result("r", "?", {}, tmp_path)
     with pytest.raises(AssertionError, match="check is red"):
-        result.conclude(Check(float("nan"), "?", {"losses": (float("inf"), 1.0)}), "flora", {})
+        result.checked(Check(float("nan"), "?", {"losses": (float("inf"), 1.0)}))
     text = result.path.read_text()
     assert json.loads(text, parse_constant=pytest.fail)["check"]["losses"] == ["inf", 1.0]
     assert "speedups" not in json.loads(text)
