@@ -5,15 +5,11 @@ A result holds times and a speed-up only if its check is green. Every suite in t
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,16 +20,13 @@ from typing import Any
 
 import torch
 
+from bench.machine import ROOT, Load, environment, gpu_now
 from flora_core.files import atomic_write_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
 # A folder of one's own, so that a trial does not write over results that are committed.
 _ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")
 RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else Path(__file__).resolve().parent / "results"
 SMOKE = RESULTS / "smoke" if _ELSEWHERE else RESULTS.parent / "smoke"
-# Local changes are changes of code: results and the pages made of them change with every run.
-CODE = (".", ":!bench/results", ":!docs", ":!README.md")
-PACKAGES = ("torch", "transformers", "peft", "numpy", "pytest-benchmark", "triton", "unsloth", "liger_kernel")
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -200,6 +193,7 @@ class Result:
         Raises:
             AssertionError: If it is red; the file then says so, and nothing may be timed.
         """
+        self.data["environment"] |= gpu_now()
         self.save(check={"green": check.green, "ratio": check.ratio, "how": check.how, **check.details})
         check.require()
 
@@ -314,93 +308,19 @@ def interleave(
     return values
 
 
-class Load:
-    """Who else used the processors: load averages, and busy time of the machine that was not this process's."""
-
-    def __init__(self) -> None:
-        self.average, self.wall, self.own, self.busy = _average(), time.perf_counter(), _own_s(), _busy_s()
-
-    def since(self) -> dict[str, Any]:
-        """Cores that this process and others kept busy since the start; None where the system does not tell."""
-        wall, busy = time.perf_counter() - self.wall, _busy_s()
-        own = _own_s() - self.own
-        others = None if busy is None or self.busy is None or wall < 1 else max(0.0, busy - self.busy - own) / wall
-        return {
-            "average_start": self.average,
-            "average_now": _average(),
-            "seconds": wall,
-            "own_cores": own / wall if wall else 0.0,
-            "other_cores": others,
-        }
-
-
-def _own_s() -> float:
-    """Processor seconds of this process and of the children that it has waited for: cases run in processes too."""
-    return sum(os.times()[:4])
-
-
-def _average() -> list[float] | None:
-    return [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def _busy_s() -> float | None:
-    """Processor seconds that the whole machine has spent on anything, as Linux counts them."""
-    try:
-        first = Path("/proc/stat").read_text().partition("\n")[0].split()
-    except OSError:
-        return None
-    user, nice, system, _, _, irq, softirq = map(int, first[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def environment() -> dict[str, Any]:
-    """Commit, processor, threads and versions."""
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": [line[3:] for line in _git("status", "--porcelain", "-uno", "--", *CODE).splitlines()],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        **_gpu(),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _gpu() -> dict[str, Any]:
-    """The GPU, its driver, clocks, power and what else keeps it busy; nothing where there is none."""
-    if not torch.cuda.is_available():
-        return {}
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "utilization.gpu")
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    try:
-        query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError) as error:
-        return {**found, "nvidia-smi": reason(error)}
-    return found | dict(zip(fields, (part.strip() for part in answer.splitlines()[0].split(",")), strict=False))
-
-
-@functools.cache
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.rstrip() if done.returncode == 0 else ""
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+__all__ = [
+    "RESULTS",
+    "ROOT",
+    "SMOKE",
+    "Check",
+    "Load",
+    "Missing",
+    "Result",
+    "Timing",
+    "environment",
+    "interleave",
+    "quantile",
+    "reason",
+    "speedup",
+    "tensors_ratio",
+]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import compare, publish, tables, test_memory
+from bench import compare, machine, publish, tables, test_memory
 from bench.outcomes import Outcomes
 from bench.protocol import Check, Load, Missing, Result, interleave, reason, speedup
 from bench.rivals import Rival, ready
@@ -206,3 +206,31 @@ def test_load_of_children_is_this_run_s_own():
     load = Load()
     subprocess.run([sys.executable, "-c", "sum(range(5_000_000))"], check=True)
     assert load.since()["own_cores"] * load.since()["seconds"] > 0.05
+
+
+@pytest.mark.parametrize(("others_s", "cores"), [(0.0, 0.0), (3.0, 1.5)])
+def test_other_load_is_what_neither_this_process_nor_its_children_did(others_s, cores, monkeypatch):
+    elsewhere = iter((0.0, others_s))
+    monkeypatch.setattr(machine, "_busy_s", lambda: machine._own_s() + next(elsewhere))
+    load = Load()
+    load.wall -= 2.0
+    subprocess.run([sys.executable, "-c", "sum(range(3_000_000))"], check=True)
+    found = load.since()
+    assert found["other_cores"] == pytest.approx(cores * 2 / found["seconds"], abs=0.01)
+    assert found["own_cores"] > 0
+
+
+def test_results_and_pages_are_no_local_changes_of_the_code(tmp_path, monkeypatch):
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    files = [tmp_path / name for name in ("README.md", "code.py", "bench/results/a.json")]
+    for path in files:
+        path.write_text("1")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@t", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    for path, changed in zip((files[0], files[2], files[1]), ([], [], ["code.py"]), strict=True):
+        path.write_text("2")
+        machine._git.cache_clear()
+        assert machine.environment()["changed_files"] == changed
+    machine._git.cache_clear()
