@@ -8,8 +8,9 @@
 namespace flora {
 namespace FLORA_ISA {
 
+// Ranks are mostly multiples of four.
 #if defined(__AVX512F__)
-constexpr int DOT_ROWS = 4, DOT_RANKS = 6;
+constexpr int DOT_ROWS = 6, DOT_RANKS = 4;
 #elif defined(__AVX2__)
 constexpr int DOT_ROWS = 3, DOT_RANKS = 4;
 #else
@@ -26,6 +27,59 @@ FLORA_INLINE T sum_of(Vec<T, LANES<T>> v) {
     for (int half = LANES<T> / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
     return parts[0];
+}
+
+// sums[i * sum_stride + j] = or += the sum of acc[i][j]'s lanes, always in the order of sum_of.
+template <class T, int ROWS, int RANKS>
+FLORA_INLINE void store_sums(const Vec<T, LANES<T>> (&acc)[ROWS][RANKS], T *sums, int64_t sum_stride, bool first) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4 && RANKS <= 4) {
+        // One by one, sums of 576 products took two fifths of the time.
+#pragma GCC unroll 8
+        for (int row = 0; row < ROWS; row += 4) {
+            __m512 each[16], halves[8], quarters[4];
+#pragma GCC unroll 16
+            for (int n = 0; n < 16; ++n) {
+                bool there = row + n % 4 < ROWS && n / 4 < RANKS;
+                each[n] = there ? bits_as<__m512>(acc[there ? row + n % 4 : 0][there ? n / 4 : 0]) : _mm512_setzero_ps();
+            }
+#pragma GCC unroll 8
+            for (int n = 0; n < 8; ++n)
+                halves[n] = _mm512_add_ps(_mm512_shuffle_f32x4(each[2 * n], each[2 * n + 1], 0x44),
+                                          _mm512_shuffle_f32x4(each[2 * n], each[2 * n + 1], 0xEE));
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n)
+                quarters[n] = _mm512_add_ps(_mm512_shuffle_f32x4(halves[2 * n], halves[2 * n + 1], 0x88),
+                                            _mm512_shuffle_f32x4(halves[2 * n], halves[2 * n + 1], 0xDD));
+            __m512 pairs[2];
+#pragma GCC unroll 2
+            for (int n = 0; n < 2; ++n) {
+                __m512d a = _mm512_castps_pd(quarters[2 * n]), b = _mm512_castps_pd(quarters[2 * n + 1]);
+                pairs[n] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+            }
+            // Four ranks of a row after those of another.
+            T parts[16];
+            store_bytes(parts, _mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88),
+                                             _mm512_shuffle_ps(pairs[0], pairs[1], 0xDD)));
+            for (int i = row; i < ROWS && i < row + 4; ++i) {
+                for (int j = 0; j < RANKS; ++j) {
+                    T *to = sums + i * sum_stride + j, sum = parts[(i - row) * 4 + j];
+                    *to = first ? sum : *to + sum;
+                }
+            }
+        }
+        return;
+    }
+#endif
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < RANKS; ++j) {
+            T *to = sums + i * sum_stride + j, sum = sum_of<T>(acc[i][j]);
+            *to = first ? sum : *to + sum;
+        }
+    }
 }
 
 // Rows of T, each `stride` after the one before.
@@ -54,14 +108,7 @@ static void dots(const T *x, int64_t x_stride, const T *a, int64_t a_stride, int
             for (int i = 0; i < ROWS; ++i) acc[i][j] += left[i] * right;
         }
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < RANKS; ++j) {
-            T *to = sums + i * sum_stride + j, sum = sum_of<T>(acc[i][j]);
-            *to = first ? sum : *to + sum;
-        }
-    }
+    store_sums<T, ROWS, RANKS>(acc, sums, sum_stride, first);
 }
 
 template <class T>
