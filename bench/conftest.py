@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.deadline import within
 from bench.grid import SELECTIONS, cases
 from bench.outcomes import Outcomes
 from bench.protocol import RESULTS, SMOKE
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--bench-seconds", type=float, default=1.0, help="factor on how long each comparison goes on")
     group.addoption("--bench-select", choices=SELECTIONS, default=None, help="which cases of the grid (bench/grid.py)")
     group.addoption("--bench-minutes", type=float, default=None, help="begin no comparison after so many minutes")
+    group.addoption("--bench-stop", type=float, default=None, help="stop what runs after so many minutes")
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     minutes: Any = item.config.getoption("--bench-minutes")
     if minutes is not None and time.monotonic() - item.config.stash[_STARTED] > 60 * minutes:
         pytest.skip(f"out of time: {minutes:g} minutes were over before its turn")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """End a comparison at the end of the run; what it has measured is written, with that reason."""
+    stop: Any = item.config.getoption("--bench-stop")
+    if stop is None:
+        return (yield)
+    left = 60 * stop - (time.monotonic() - item.config.stash[_STARTED])
+    with within(max(left, 0.001), "the run"):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -141,11 +141,17 @@ _CHOSEN: dict[str, dict[str, list[Case]]] = {
     "cohort_rivals": {
         "cpu": [Case()],
         "gpu": [
-            _WIDE_LAYER,
-            _LARGE_LAYER,
             replace(_WIDE_LAYER, dropout=0.1),
+            replace(_LARGE_LAYER, dropout=0.1),
             replace(_WIDE_LAYER, mix="clients64", tokens=128),
+            _LARGE_LAYER,
+            _WIDE_LAYER,
         ],
+        "quick": [_SMALL],
+    },
+    "memory": {
+        "cpu": [Case()],
+        "gpu": [replace(_WIDE_LAYER, dropout=0.1), replace(_LARGE_LAYER, dropout=0.1)],
         "quick": [_SMALL],
     },
     "federated_round": {

@@ -1,11 +1,14 @@
-"""One case of the memory benchmark, alone in its process: print peak memory beyond the base, and speed, as JSON.
+"""One case of the memory benchmark: peak memory beyond the base, and speed, of a round of ours or of PEFT's.
 
-python -m bench.memory_case '{"side": "flora", "layers": 30, "batch_size": 2, "tokens": 128, "steps": 2, ...}'
+python -m bench.memory_case '{"side": "flora", "model": "SmolLM2-135M", "layers": 30, ...}'    in a process of its own
+
+On a GPU the allocator tells, so there the cases run one after another in the process that asks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import sys
@@ -18,6 +21,8 @@ import torch
 
 import flora_core as flora
 from bench import cohorts
+from bench.grid import MIXES, MODELS, TARGETS
+from bench.rates import device, dtype
 
 
 def resident_bytes() -> dict[str, int]:
@@ -36,69 +41,95 @@ def resident_bytes() -> dict[str, int]:
     return {"now": int(fields["VmRSS"]) * 1024, "peak": int(fields["VmHWM"]) * 1024}
 
 
+def held_bytes() -> dict[str, int]:
+    """Memory held now and at most: a GPU's by torch's allocator, else this process's."""
+    if not torch.cuda.is_available():
+        return resident_bytes()
+    torch.cuda.synchronize()
+    return {"now": torch.cuda.memory_allocated(), "peak": torch.cuda.max_memory_allocated()}
+
+
 def forget_peak() -> None:
     """Let the peak start anew, where Linux allows it: making the base took more than the base keeps."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def train_flora(model: Any, batches: Any, steps: int, token_budget: int) -> tuple[list[float], float]:
+def train_flora(model: Any, batches: Any, case: dict[str, Any]) -> tuple[list[float], float]:
     """A round of the cohort at a token budget, as users run it: the clients' last losses, and seconds of training."""
-    config = flora.TrainConfig(token_budget=token_budget, max_steps=steps)
-    cohort = flora.attach(model, cohorts.specs(batches), cohorts.LINEARS)
-    trainer = flora.CohortTrainer(cohort, config)
+    config = flora.TrainConfig(token_budget=case["token_budget"], max_steps=case["steps"])
+    specs = cohorts.specs(batches, MIXES[case["mix"]], case["dropout"])
+    trainer = flora.CohortTrainer(flora.attach(model, specs, TARGETS[case["targets"]]), config)
     started = time.perf_counter()
     updates = trainer.run()
     return [update.metrics["loss_last"] for update in updates], time.perf_counter() - started
 
 
-def train_peft(model: Any, batches: Any, steps: int) -> tuple[list[float], float]:
+def train_peft(model: Any, batches: Any, case: dict[str, Any]) -> tuple[list[float], float]:
     """A round of PEFT, one client after another on one base; finished adapters stay, optimizers and gradients go."""
     peft: Any = None
-    losses, seconds = [], 0.0
-    for c, (rank, batch) in enumerate(zip(cohorts.RANKS, batches, strict=True)):
+    losses, seconds, autocast = [], 0.0, case["side"] != "peft bf16"
+    for c, (rank, batch) in enumerate(zip(MIXES[case["mix"]], batches, strict=True)):
         config = cohorts.LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=list(cohorts.LINEARS), task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=case["dropout"],
+            target_modules=list(TARGETS[case["targets"]]),
+            task_type="CAUSAL_LM",
         )
         if peft is None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-                peft = cohorts.get_peft_model(model, config, adapter_name="client-0")
+                peft = cohorts.get_peft_model(model, config, "client-0", autocast_adapter_dtype=autocast)
         else:
-            peft.add_adapter(f"client-{c}", config)
+            peft.add_adapter(f"client-{c}", config, autocast_adapter_dtype=autocast)
         peft.set_adapter(f"client-{c}")
         peft.train()
         weights = [p for p in peft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(weights, lr=cohorts.LR, weight_decay=0.0)
-        inputs = cohorts.padded_inputs(batch)
+        inputs = cohorts.padded_inputs(batch, model.device)
         started = time.perf_counter()
-        losses.append([cohorts.SequentialPeft._one(peft, optimizer, inputs) for _ in range(steps)][-1])
+        losses.append([cohorts.SequentialPeft._one(peft, optimizer, inputs) for _ in range(case["steps"])][-1])
         seconds += time.perf_counter() - started
         optimizer.zero_grad()
         del optimizer, weights
     return losses, seconds
 
 
+@functools.lru_cache(maxsize=1)
+def base_model(name: str, layers: int) -> Any:
+    """The base, whose first pass was run: what that loads and sets up is not the contender's."""
+    model = cohorts.random_model(layers, name, device(), dtype(device()))
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
+    return model
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """One case: what the base holds, the peak beyond it, tokens a second, and the last losses."""
+    shared = base_model(case["model"], case["layers"])
+    ranks = MIXES[case["mix"]]
+    batches = cohorts.random_batches(1, case["tokens"], len(ranks), MODELS[case["model"]].vocab)
+    forget_peak()
+    base = held_bytes()
+    train = train_flora if case["side"] == "flora" else train_peft
+    losses, seconds = train(cohorts.shared_copy(shared), batches, case)
+    peak = held_bytes()["peak"]
+    tokens = len(ranks) * case["tokens"] * case["steps"]
+    answer = {"base_bytes": base["now"], "base_peak_bytes": base["peak"], "peak_bytes": peak}
+    answer |= {"beyond_base_bytes": peak - base["now"], "seconds": seconds, "tokens_per_s": tokens / seconds}
+    return {**case, **answer, "process_cpu_s": time.process_time(), "losses": losses}
+
+
 def main() -> None:
     case = json.loads(sys.argv[1])
     torch.set_num_threads(case["threads"])
-    model = cohorts.random_model(case["layers"])
-    batches = cohorts.random_batches(case["batch_size"], case["tokens"])
-    with torch.no_grad():  # what a first pass loads and sets up is not the contender's
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
-    gc.collect()
-    forget_peak()
-    base = resident_bytes()
-    if case["side"] == "flora":
-        losses, seconds = train_flora(model, batches, case["steps"], case["token_budget"])
-    else:
-        losses, seconds = train_peft(model, batches, case["steps"])
-    peak = resident_bytes()["peak"]
-    tokens = len(batches) * case["batch_size"] * case["tokens"] * case["steps"]
-    answer = {"base_bytes": base["now"], "base_peak_bytes": base["peak"], "peak_bytes": peak}
-    answer |= {"process_cpu_s": time.process_time()}
-    answer |= {"beyond_base_bytes": peak - base["now"], "seconds": seconds, "tokens_per_s": tokens / seconds}
-    print(json.dumps({**case, **answer, "losses": losses}))
+    print(json.dumps(run(case)))
 
 
 if __name__ == "__main__":

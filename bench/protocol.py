@@ -20,12 +20,14 @@ from typing import Any
 
 import torch
 
+from bench.deadline import OutOfTime
 from bench.machine import ROOT, Load, environment, gpu_now
 from flora_core.files import atomic_write_bytes
 
 # A folder of one's own, so that a trial does not write over results that are committed.
 _ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")
 RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else Path(__file__).resolve().parent / "results"
+PARTIAL = "partial"
 SMOKE = RESULTS / "smoke" if _ELSEWHERE else RESULTS.parent / "smoke"
 
 
@@ -89,8 +91,10 @@ class Missing(Exception):  # noqa: N818
 def reason(error: BaseException) -> str:
     """Why a contender does not take part, in a line."""
     text = (" ".join(str(error).split()) or type(error).__name__)[:300]
-    if isinstance(error, Missing):
+    if isinstance(error, Missing | OutOfTime):
         return text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"out of memory: {text}"
     return f"{type(error).__name__}: {text}"
@@ -137,6 +141,9 @@ def tensors_ratio(
 class Result:
     """One question's JSON file, written whenever something is known, so that a stop loses nothing.
 
+    Until it is finished, or known to be wrong, it lies in the folder ``partial``: what an earlier run has found stays
+    where it is if this one is stopped.
+
     Args:
         name: Of the file, without its ending.
         question: What is asked, in a sentence.
@@ -146,7 +153,7 @@ class Result:
     """
 
     def __init__(self, name: str, question: str, settings: Mapping[str, Any], folder: Path, command: str = ""):
-        self.path = folder / f"{name}.json"
+        self._whole, self._partial = folder / f"{name}.json", folder / PARTIAL / f"{name}.json"
         self._load = Load()
         self.data: dict[str, Any] = {
             "name": name,
@@ -159,12 +166,20 @@ class Result:
         }
         self.save()
 
+    @property
+    def path(self) -> Path:
+        """Where the file lies now."""
+        red = "check" in self.data and not self.data["check"]["green"]
+        return self._whole if self.data["finished"] or "failed" in self.data or red else self._partial
+
     def save(self, **fields: Any) -> None:
         """Add fields and write the file whole or not at all."""
         self.data |= fields
         self.data["environment"]["load"] = self._load.since()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(self.path, (json.dumps(_finite(self.data), indent=1, allow_nan=False) + "\n").encode())
+        if self.path == self._whole:
+            self._partial.unlink(missing_ok=True)
 
     def timings(self, times: Mapping[str, Timing]) -> None:
         """Write what was timed so far."""
@@ -182,6 +197,9 @@ class Result:
         """Write why a case failed or was stopped into its file, then let the error go on."""
         try:
             yield
+        except (KeyboardInterrupt, OutOfTime) as error:
+            self.save(finished=False, stopped=reason(error))
+            raise
         except BaseException as error:
             if "check" not in self.data or self.data["check"]["green"]:
                 self.save(finished=False, failed=reason(error))
@@ -197,6 +215,13 @@ class Result:
         self.save(check={"green": check.green, "ratio": check.ratio, "how": check.how, **check.details})
         check.require()
 
+    def target(self, what: str, value: float, wanted: float, at_least: bool = True) -> str:
+        """Write something that must be shown, and whether it is; give back a line to print."""
+        met = value >= wanted if at_least else value <= wanted
+        found = {"what": what, "is": value, "target": wanted, "at_least": at_least, "met": met}
+        self.save(targets=[*self.data.get("targets", []), found])
+        return f"{'met' if met else 'MISSED'}: {what}: {value:.3g}, target {'>=' if at_least else '<='} {wanted:g}"
+
     def conclude(self, ours: str, rivals: Mapping[str, float | None]) -> str:
         """Write each rival's speed-up against its target; give back a line to print.
 
@@ -211,8 +236,14 @@ class Result:
             rival: speedup(times[ours], times[rival], target) for rival, target in rivals.items() if rival in times
         }
         self.save(finished=True, ours=ours, speedups=speedups)
-        lines = [f"{ours} is {s['times']:.2f} times as fast as {rival}" for rival, s in speedups.items()]
+        lines = [f"{ours} is {s['times']:.2f} times as fast as {rival}{_told(s)}" for rival, s in speedups.items()]
         return f"{self.data['name']}: " + "; ".join(lines) + f" (check at {check['ratio']:.2f} of its budget)"
+
+
+def _told(found: Mapping[str, Any]) -> str:
+    if found["target"] is None:
+        return ""
+    return f" ({'met' if found['times'] >= found['target'] else 'MISSED'}, target {found['target']:g})"
 
 
 def _command() -> str:
@@ -289,6 +320,8 @@ def interleave(
                 turn(key, do)
                 if "check" in result.data:
                     result.timings(times)
+            except OutOfTime:
+                raise  # the run's own end
             except Exception as error:  # whatever a rival raises is the reason to go on without it
                 del times[key], values[key]
                 result.leave_out(key, error)
@@ -309,6 +342,7 @@ def interleave(
 
 
 __all__ = [
+    "PARTIAL",
     "RESULTS",
     "ROOT",
     "SMOKE",

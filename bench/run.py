@@ -47,11 +47,11 @@ QUESTIONS = {
         "a step of SmolLM2-135M with ten clients, packed and one after another", ("test_bench_cohort_step[batch1]",)
     ),
     "cohort_rivals": Question("a step of a whole model against every rival", gpu=True),
-    "memory": Question("peak memory against speed at several token budgets", quick=False),
+    "memory": Question("peak memory against speed at several token budgets", gpu=True, quick=False),
+    "federated_round": Question("a whole round: train, aggregate, apply", gpu=True),
     "linear_forward": Question("one LoRA linear, forward", gpu=True),
     "linear_backward": Question("one LoRA linear, backward", gpu=True),
     "decoder_layer": Question("one decoder layer, forward and backward", gpu=True),
-    "federated_round": Question("a whole round: train, aggregate, apply", gpu=True),
     "merge": Question("adding ten clients' updates to the base"),
     "optimizer": Question("an AdamW step over all adapters", gpu=True),
     "data_loading": Question("from records to batches"),
@@ -89,7 +89,8 @@ def tests(names: Sequence[str], selection: str) -> list[str]:
 def words(options: argparse.Namespace, selection: str) -> list[str]:
     """What pytest is told."""
     shrunk = ["--bench-layers=1", "--bench-tokens=16", "--bench-seconds=0.01"] if selection == "quick" else []
-    given = {"minutes": options.minutes, "layers": options.layers, "tokens": options.tokens, "seconds": options.seconds}
+    given = {"minutes": options.minutes, "stop": options.stop, "layers": options.layers, "tokens": options.tokens}
+    given["seconds"] = options.seconds
     return [
         *tests(options.questions, selection),
         "--benchmark-only",
@@ -99,6 +100,9 @@ def words(options: argparse.Namespace, selection: str) -> list[str]:
         "-s",
         "-p",
         "no:cacheprovider",
+        # A newer torch or transformers may warn of something; that is no reason not to measure.
+        "-W",
+        "default",
         f"--rootdir={HERE.parent}",
         f"--confcutdir={HERE}",
         f"--bench-select={selection}",
@@ -116,6 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("questions", nargs="*", metavar="question", help=", ".join(QUESTIONS))
     parser.add_argument("--select", choices=SELECTIONS, help="which cases (cpu, or gpu where there is one)")
     parser.add_argument("--minutes", type=float, help="begin nothing after so many minutes")
+    parser.add_argument("--stop", type=float, metavar="MINUTES", help="stop what runs after so many minutes")
     parser.add_argument("--layers", type=int, help="of the model, for a smoke test")
     parser.add_argument("--tokens", type=int, help="of a sequence, for a smoke test")
     parser.add_argument("--seconds", type=float, help="factor on how long each comparison goes on")
@@ -160,7 +165,7 @@ def _measure(options: argparse.Namespace, print_tables: Any) -> int:
     import pytest
     import torch
 
-    from bench.protocol import RESULTS, SMOKE
+    from bench.protocol import PARTIAL, RESULTS, SMOKE
     from bench.tables import load, summary
 
     selection = options.select or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -170,17 +175,17 @@ def _measure(options: argparse.Namespace, print_tables: Any) -> int:
             "built for CUDA on a machine that has one"
         )
     command, began = words(options, selection), time.time()
-    own = [word for word in command if word.startswith("--bench-") and not word.startswith("--bench-minutes")]
+    ends = "--bench-minutes", "--bench-stop"
+    own = [word for word in command if word.startswith("--bench-") and not word.startswith(ends)]
     os.environ["FLORA_BENCH_WORDS"] = " ".join(own)
     code = int(pytest.main(command))
-    folders = [RESULTS, RESULTS / "gpu", SMOKE, SMOKE / "gpu"]
     fresh = {}
-    for folder in folders:
-        fresh |= {
-            name: data for name, data in load(folder).items() if (folder / f"{name}.json").stat().st_mtime >= began
-        }
+    for folder in (RESULTS, RESULTS / "gpu", SMOKE, SMOKE / "gpu"):
+        for path in (*folder.glob("*.json"), *(folder / PARTIAL).glob("*.json")):
+            if path.stat().st_mtime >= began:
+                fresh |= load(path)
     print_tables(summary(fresh))
-    return code
+    return 130 if code == pytest.ExitCode.INTERRUPTED else code
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from bench import cohorts
 from bench.cohorts import LR, Packed, SequentialPeft, check_losses, exact_losses, padded_inputs
+from bench.deadline import within
 from bench.grid import TARGETS, Case
 from bench.protocol import Check, Missing
 from bench.rates import device, dtype
@@ -22,6 +24,7 @@ from flora_core import Segments
 from flora_core.loss import client_losses
 
 Work = Callable[[], Any]
+FEW, COMPILE_SECONDS = 10, 75.0
 
 
 class Step:
@@ -86,20 +89,33 @@ def _peft(setting: Step) -> Work:
     return _sequential(setting).step
 
 
+def _need_few_clients(setting: Step) -> None:
+    if len(setting.case.ranks) > FEW:
+        raise Missing(f"left out with more than {FEW} clients: each needs a PEFT model, which takes seconds to make")
+
+
 def _peft_bf16(setting: Step) -> Work:
     need_bfloat16(setting)
+    _need_few_clients(setting)
     return _sequential(setting, autocast=False).step
 
 
 def _peft_compiled(setting: Step) -> Work:
     if not setting.compiles:
-        raise Missing("compiling for every rank takes minutes on a CPU: flora bench cohort_rivals --compile")
+        raise Missing(
+            "compiling for every rank takes minutes: flora bench cohort_rivals --compile; on a GPU it takes part in "
+            "the case of TinyLlama without dropout"
+        )
+    _need_few_clients(setting)
     peft = _sequential(setting, autocast=setting.dtype.itemsize != 2)
     dynamo: Any = importlib.import_module("torch._dynamo")
     dynamo.config.recompile_limit = 64
     for model in peft.models:
         for layer in model.base_model.model.model.layers:
             layer.compile()
+    gpu = setting.device.type == "cuda"
+    with within(COMPILE_SECONDS, "compiling every layer for every rank") if gpu else nullcontext():
+        peft.step()
     return peft.step
 
 
@@ -118,6 +134,7 @@ def _peft_one(setting: Step) -> Work:
 def _liger(setting: Step) -> Work:
     need_package("liger_kernel", "pip install liger-kernel")
     need_gpu(setting, "its kernels are written in Triton")
+    _need_few_clients(setting)
     patch = importlib.import_module("liger_kernel.transformers").apply_liger_kernel_to_llama
     peft = _sequential(setting, autocast=False)
     for model in peft.models:

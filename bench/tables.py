@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.protocol import RESULTS, ROOT
+from bench.protocol import PARTIAL, RESULTS, ROOT
 from bench.rivals import FROZEN
 
 Data = dict[str, Any]
@@ -15,8 +15,12 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def load(folder: Path = RESULTS) -> dict[str, Data]:
-    """Every result by name; a file that is no result of this protocol is left out."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    """Every result of a folder, or of a file, by name; a file that is no result of this protocol is left out.
+
+    A result that was stopped stands where there is no whole one.
+    """
+    paths = [folder] if folder.is_file() else [*(folder / PARTIAL).glob("*.json"), *folder.glob("*.json")]
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(paths, key=lambda path: path.stem)}
     return {name: data for name, data in found.items() if isinstance(data, dict) and "question" in data}
 
 
@@ -64,7 +68,7 @@ def why_no_speedup(data: Data) -> str:
         return f"check red at {check['ratio']} of its budget: no speed-up"
     if "failed" in data:
         return f"failed: {data['failed']}"
-    return "not finished: no speed-up"
+    return f"not finished: {data.get('stopped', 'killed')}"
 
 
 def our_name(data: Data) -> str:
@@ -89,7 +93,7 @@ def speed_rows(data: Data) -> list[list[str]]:
 
 def is_compared(data: Data) -> bool:
     """Whether a result sets contenders against each other."""
-    return "times" in data or "speedups" in data or "failed" in data
+    return bool({"times", "speedups", "failed", "stopped"} & data.keys())
 
 
 SPEED_HEADER = ["question", "ours", "rival", "ours is", "target", "error"]
@@ -154,8 +158,9 @@ def missing_rows(found: dict[str, Data]) -> list[list[str]]:
 
 
 def outcome_rows(folder: Path) -> list[list[str]]:
-    """Benchmarks that did not pass when they last ran, and why."""
-    rows = []
+    """Benchmarks that did not pass or end when they last ran, and why."""
+    stopped = {path.stem: json.loads(path.read_text()) for path in sorted((folder / PARTIAL).glob("*.json"))}
+    rows = [[name, "stopped", data.get("stopped", "killed")] for name, data in stopped.items()]
     for path in sorted((folder / "outcomes").glob("*.json")):
         for test, found in json.loads(path.read_text()).items():
             if found["outcome"] != "passed" and (ROOT / test.partition("::")[0]).is_file():

@@ -10,7 +10,9 @@ import torch
 import flora_core as flora
 from bench import cohorts
 from bench.cohorts import LINEARS, RANKS
+from bench.grid import Case
 from bench.protocol import Result
+from bench.test_decoder_layer import Layer
 from flora_core.data.pack import pack
 
 
@@ -101,8 +103,10 @@ def test_bench_saved_activations(benchmark: Any, scale: Any):
             sizes = peft_bytes(scale, batches, dropout)
             add(f"PEFT, mean of ten clients, dropout {dropout:g}", sum(sizes), 10 * tokens)
 
-    benchmark.pedantic(measure, rounds=1, iterations=1)
-    result.save(finished=True)
+    with result.told():
+        result.checked(Layer(Case(tokens=scale.tokens)).check())
+        benchmark.pedantic(measure, rounds=1, iterations=1)
+        result.save(finished=True)
     for row in rows:
         print(f"\n{row['case']}: {row['bytes_per_token']:.0f} bytes/token", end="")
     print()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from bench import compare, machine, publish, tables, test_memory
+from bench.deadline import OutOfTime, within
 from bench.outcomes import Outcomes
-from bench.protocol import Check, Load, Missing, Result, interleave, reason, speedup
+from bench.protocol import Check, Load, Missing, Result, Timing, interleave, reason, speedup
 from bench.rivals import Rival, ready
 from tests.bench_clock import GREEN, Pedantic, timed
 
@@ -80,8 +82,8 @@ def test_interrupted_run_leaves_valid_json_and_says_so(tmp_path):
     with pytest.raises(KeyboardInterrupt), result.told():
         interleave(Pedantic(), result, ("flora", stops), {"PEFT": lambda: None}, **limits)
     found = json.loads(result.path.read_text())
-    assert (found["finished"], found["failed"]) == (False, "KeyboardInterrupt: KeyboardInterrupt")
-    assert "failed: KeyboardInterrupt" in publish.step_table([found])
+    assert (found["finished"], found["stopped"]) == (False, "interrupted")
+    assert "not finished: interrupted" in publish.step_table([found])
 
 
 def test_numbers_that_json_does_not_have_are_written_as_words(tmp_path):
@@ -173,8 +175,8 @@ def test_memory_case_without_memory_is_told_and_the_others_go_on(tmp_path, monke
 
     def run_case(case: Any) -> dict[str, Any]:
         if case == 9:
-            raise RuntimeError("out of memory: the system killed it")
-        return {"beyond_base_bytes": case * 10**9, "tokens_per_s": 10.0 * case}
+            raise Missing("out of memory: the system killed it")
+        return {"beyond_base_bytes": case * 10**9, "tokens_per_s": 10.0 * case, "tokens_in_flight": 128}
 
     monkeypatch.setattr(test_memory, "run_case", run_case)
     result = Result("memory", "How much?", {}, tmp_path)
@@ -198,7 +200,7 @@ def test_memory_case_without_memory_is_told_and_the_others_go_on(tmp_path, monke
 def test_memory_case_that_fails_says_why(code, stderr, words, monkeypatch):
     ended = subprocess.CompletedProcess([], code, "", stderr)
     monkeypatch.setattr(test_memory.subprocess, "run", lambda *_, **__: ended)
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(Missing, match=words):
         test_memory.run_case({})
 
 
@@ -234,3 +236,71 @@ def test_results_and_pages_are_no_local_changes_of_the_code(tmp_path, monkeypatc
         machine._git.cache_clear()
         assert machine.environment()["changed_files"] == changed
     machine._git.cache_clear()
+
+
+# A stop loses nothing: neither what it has measured nor what an earlier run had.
+
+
+def test_stopped_run_leaves_the_earlier_result_and_tells_of_itself(tmp_path, monkeypatch):
+    before = timed(tmp_path, "r", 1, monkeypatch)
+    result = Result("r", "?", {}, tmp_path)
+    result.timings({"flora": Timing([1.0], [1.0])})  # a kill here: nothing is told any more
+    assert tables.load(tmp_path)["r"] == before
+    assert tables.outcome_rows(tmp_path) == [["r", "stopped", "killed"]]
+    with pytest.raises(OutOfTime), result.told(), within(0.01, "the run"):
+        time.sleep(5)
+    assert tables.load(tmp_path)["r"] == before
+    assert tables.outcome_rows(tmp_path) == [["r", "stopped", "out of time: the run was stopped after 0.01 s"]]
+    after = timed(tmp_path, "r", 2, monkeypatch)
+    assert tables.load(tmp_path)["r"] == after != before
+    assert tables.outcome_rows(tmp_path) == []
+
+
+def test_red_check_takes_an_earlier_speed_up_away(tmp_path, monkeypatch):
+    timed(tmp_path, "r", 1, monkeypatch)
+    with pytest.raises(AssertionError, match="check is red"):
+        Result("r", "?", {}, tmp_path).checked(Check(2.0, "?"))
+    assert "speedups" not in tables.load(tmp_path)["r"]
+
+
+def test_the_earlier_of_two_ends_counts_and_the_later_one_still_stands():
+    with pytest.raises(OutOfTime, match="outside was stopped"), within(0.05, "outside"), within(5, "inside"):
+        time.sleep(1)
+
+    def both() -> None:
+        with pytest.raises(OutOfTime, match="inside was stopped"), within(0.01, "inside"):
+            time.sleep(1)
+        time.sleep(1)
+
+    with pytest.raises(OutOfTime, match="outside was stopped"), within(0.2, "outside"):
+        both()
+    time.sleep(0.02)  # nothing is left running
+
+
+def test_speed_up_without_a_check_is_refused(tmp_path):
+    result = Result("r", "?", {}, tmp_path)
+    result.timings({"flora": Timing([1.0], [1.0]), "PEFT": Timing([2.0], [2.0])})
+    with pytest.raises(AssertionError, match="no green check, no speed-up"):
+        result.conclude("flora", {"PEFT": None})
+    assert "speedups" not in json.loads(result.path.read_text())
+
+
+def test_memory_is_held_to_its_targets_per_token_and_in_all(tmp_path):
+    sizes = {"PEFT": (10, 819), "PEFT bf16": (8, 819), "flora, one client": (9, 819), "flora, all": (40, 8190)}
+    result = Result("memory_x", "How much?", {"dropout": 0.1}, tmp_path)
+    names = {name: name if "," in name else f"{name}, one client after another" for name in sizes}
+    result.save(
+        rows=[
+            {"case": names[name], "beyond_base_bytes": size * 10**9, "tokens_in_flight": tokens, "tokens_per_s": 1.0}
+            for name, (size, tokens) in sizes.items()
+        ]
+    )
+    lines = test_memory.conclude(result)
+    told = {(found["what"].partition(", of ")[2], found["target"]): found["met"] for found in result.data["targets"]}
+    assert told == {
+        ("PEFT's", 1.0): True,
+        ("PEFT bf16's", 1.0): False,
+        ("PEFT's", 0.45): True,
+        ("PEFT bf16's", 0.65): True,
+    }
+    assert sum(line.startswith("MISSED: ") for line in lines) == 1
