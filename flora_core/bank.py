@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from . import seeds
-from .checks import check_number, require
+from .checks import check_flag, check_number, require
 from .segments import Segments
 from .update import Adapters
 
@@ -55,6 +55,7 @@ class AdapterConfig:
         check_number("alpha", self.alpha, 0)
         check_number("dropout", self.dropout, 0)
         require(self.dropout < 1, f"dropout must be below 1, got {self.dropout}")
+        check_flag("use_rslora", self.use_rslora)
         for field, whole in (("rank_pattern", True), ("alpha_pattern", False)):
             patterns = getattr(self, field)
             if not isinstance(patterns, Mapping | None):

@@ -67,6 +67,12 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Check for True or False: a word such as 'no' would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_number(name: str, value: Any, low: float, high: float = float("inf"), *, whole: bool = False) -> None:
     """Check that a finite number lies in [low, high]; ``whole`` asks for an int."""
     kinds = (int,) if whole else (int, float)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .checks import check_choice, check_number, nearest, require
+from .checks import check_choice, check_flag, check_number, nearest, require
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECOMPUTABLE = ("norms", "activations")
@@ -88,6 +88,9 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), low, whole=True)
         check_number("max_length", self.max_length, 2, whole=True)
+        check_number("seed", self.seed, 0, whole=True)
+        for name in ("gradient_checkpointing", "keep_optimizer", "deterministic"):
+            check_flag(name, getattr(self, name))
         for name in ("clip_norm", "memory_budget_gb"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from .checks import check_choice, check_number, require
+from .checks import check_choice, check_flag, check_number, require
 from .history import Event
 from .merge import ROUNDINGS
 from .privacy import Privacy
@@ -72,6 +72,8 @@ class FederationConfig:
     def __post_init__(self) -> None:
         for name, low in (("rounds", 1), ("min_clients", 1), ("seed", 0), ("eval_every", 1), ("keep_snapshots", 1)):
             check_number(name, getattr(self, name), low, whole=True)
+        for name in ("save_model", "save_adapters"):
+            check_flag(name, getattr(self, name))
         check_number("fraction", self.fraction, 0, 1)
         require(self.fraction > 0, "fraction must be above 0, got 0; 1 takes every client in every round")
         check_choice("rounding", self.rounding, ROUNDINGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -265,9 +266,29 @@ def test_errors_before_training():
         ({"dtype": "float16"}, "float16 would need a loss scale per client"),
         ({"token_budget": 0}, "token_budget must be at least 1"),
         ({"schedule_scope": "step"}, "schedule_scope must be one of round, run"),
+        ({"seed": -1}, "seed must be at least 0"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_train_config_is_checked(fields: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         flora.TrainConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (flora.TrainConfig, "gradient_checkpointing"),
+        (flora.TrainConfig, "keep_optimizer"),
+        (flora.TrainConfig, "deterministic"),
+        (partial(flora.AdapterConfig, rank=4), "use_rslora"),
+        (partial(flora.FederationConfig, rounds=1), "save_model"),
+        (partial(flora.FederationConfig, rounds=1), "save_adapters"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_word_is_no_flag(config: Any, name: str):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        config(**{name: "no"})
+    for flag in (True, False):
+        assert getattr(config(**{name: flag}), name) is flag
