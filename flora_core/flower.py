@@ -19,7 +19,7 @@ from . import recipes
 from .build import build
 from .checks import require
 from .federation_config import FederationResult
-from .flower_messages import BROKEN, pack, read, record, size_of, unpack
+from .flower_messages import BROKEN, NodeError, pack, read, record, size_of, unpack
 from .flower_node import client_app
 from .history import Event
 from .remote import Answers, RemoteFederation, metrics_of, spec_of
@@ -101,13 +101,20 @@ class FloraStrategy(Strategy):
                 self.met.add(node)
             try:
                 hello = read(reply)[0]
-                name, other = spec_of(hello).name, self.nodes.get(hello["client"], node)
-                require(other == node or other not in present, f"client {name!r} is there already, as node {other}")
+                name = spec_of(hello).name
             except BROKEN as error:
                 self._warn(f"node {node} cannot take part: {error}")
                 continue
+            if (other := self.nodes.get(name, node)) != node and other in present:
+                self._refuse(node, f"client {name!r} is there already, as node {other}")
+                continue
             self.nodes[name], found[name] = node, hello
         return found
+
+    def _refuse(self, node: int, reason: str) -> None:
+        """Tell both sides that a node cannot take part; nobody waits for its answer."""
+        self._warn(f"node {node} cannot take part: {reason}")
+        self.grid.push_messages([Message(pack({"refused": reason}), dst_node_id=node, message_type="query")])
 
     def _warn(self, text: str) -> None:
         for callback in self.settings.get("callbacks", ()):
@@ -187,6 +194,7 @@ class FloraStrategy(Strategy):
                 found[name] = self._update(name, server_round, reply)
             except BROKEN as error:
                 lost[name] = str(error)
+                self.answers.unsure |= {name} if isinstance(error, NodeError) else set()
         for name in self.chosen:
             if name not in found and name not in lost:
                 lost[name] = f"no answer within {self.round_timeout:g} s (round-timeout)"

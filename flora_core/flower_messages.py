@@ -17,8 +17,14 @@ from .checks import require
 from .site import Tensors
 
 _ORDER, _PAYLOAD, _SHARED = "order", "payload", "shared"
+# Counts up when a message's form or meaning changes, whatever the package's version.
+PROTOCOL = 1
 # What reading a message of somebody else may raise.
 BROKEN = (ValueError, KeyError, TypeError, AttributeError)
+
+
+class NodeError(ValueError):
+    """A node's own reason why it did not do what it was asked for."""
 
 
 def record(tensors: Tensors) -> ArrayRecord | None:
@@ -39,7 +45,8 @@ def pack(order: Mapping[str, Any], tensors: Tensors | None = None, shared: Array
         tensors: What is for this message alone.
         shared: A ``record`` that other messages carry too.
     """
-    content = RecordDict({_ORDER: ConfigRecord({"json": json.dumps({**order, "version": __version__})})})
+    text = json.dumps({**order, "version": __version__, "protocol": PROTOCOL})
+    content = RecordDict({_ORDER: ConfigRecord({"json": text})})
     for name, part in ((_PAYLOAD, record(tensors or {})), (_SHARED, shared)):
         if part is not None:
             content[name] = part
@@ -53,7 +60,7 @@ def unpack(content: RecordDict, limit_bytes: int | None = None) -> tuple[dict[st
         content: A message's content.
         limit_bytes: Refuse more than so many bytes of tensors, before they are read.
     Raises:
-        ValueError: If it is not what ``pack`` makes, larger, or made by another version.
+        ValueError: If it is not what ``pack`` makes, larger, or of a version that does not fit (``_check_version``).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -61,14 +68,23 @@ def unpack(content: RecordDict, limit_bytes: int | None = None) -> tuple[dict[st
     parts: Any = content
     try:
         order, buffers = json.loads(str(parts[_ORDER]["json"])), _buffers(parts)
-        size, other = sum(map(len, buffers)), order.pop("version", "an unknown version")
-        text = f"its flora-core is {other}, and this side's {__version__}: install the same version on both sides"
-        require(other == __version__, text)
+        _check_version(order.pop("version", "an unknown version"), order.pop("protocol", None))
+        size = sum(map(len, buffers))
         fits = limit_bytes is None or size <= limit_bytes
         require(fits, f"its payload has {size} bytes, and its configuration announced at most {limit_bytes}")
         return order, {name: tensor for data in buffers for name, tensor in load(data).items()}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"its message is damaged, or no message of this program ({error})") from None
+
+
+def _check_version(other: Any, protocol: Any) -> None:
+    """Refuse another protocol, major or minor version; what else may differ is warned of (``RemoteFederation``)."""
+    series = __version__.split(".")[:2]
+    require(
+        protocol == PROTOCOL and str(other).split(".")[:2] == series,
+        f"its flora-core is {other} (protocol {protocol}), and this side's {__version__} (protocol {PROTOCOL}): "
+        f"install the same {'.'.join(series)} on both sides",
+    )
 
 
 def _buffers(content: Any) -> list[bytes]:
@@ -81,12 +97,13 @@ def size_of(content: Any) -> int:
 
 
 def read(reply: Message, limit_bytes: int | None = None) -> tuple[dict[str, Any], Tensors]:
-    """A reply's content; ``ValueError`` with the node's own reason if it failed."""
+    """A reply's content; ``NodeError`` with the node's own reason, or ``ValueError`` if it cannot be read."""
     if reply.has_error():
         raise ValueError(f"its node failed: {reply.error.reason or f'code {reply.error.code}'}")
     order, tensors = unpack(reply.content, limit_bytes)
-    require("error" not in order, f"its node says: {order.get('error')}")
+    if "error" in order:
+        raise NodeError(f"its node says: {order['error']}")
     return order, tensors
 
 
-__all__ = ["BROKEN", "pack", "read", "record", "size_of", "unpack"]
+__all__ = ["BROKEN", "PROTOCOL", "NodeError", "pack", "read", "record", "size_of", "unpack"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,14 +101,16 @@ Act = Callable[[Site, _Order, Tensors], tuple[dict[str, Any], Tensors]]
 
 
 def _answer(message: Message, context: Context, act: Act) -> Message:
-    """Do what a message asks for; what cannot be done is answered with its reason."""
+    """Do what a message asks for; what cannot be done is answered with its reason, and said here too."""
     try:
         values, tensors = unpack(message.content)
+        require("refused" not in values, f"the server refuses this node: {values.get('refused')}")
         order = _Order(**{**values, "terms": Terms(**values["terms"])})
         site = site_of(settings_of(context))
         site.begin(order.terms)
         reply, sent = act(site, order, tensors)
     except (ValueError, TypeError, KeyError, OSError) as error:
+        print(f"flora: {error}", file=sys.stderr, flush=True)
         return Message(pack({"error": f"{type(error).__name__}: {error}"}), reply_to=message)
     return Message(pack({"client": site.spec.name, "round": order.round, **reply}, sent), reply_to=message)
 

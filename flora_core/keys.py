@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 from .checks import check_number, require
 from .files import atomic_dir
+
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], days: int = 365) -> Path:
@@ -24,7 +27,8 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
 
     Args:
         folder: Where; it must not exist, or be empty.
-        hosts: Names and addresses by which nodes reach the server.
+        hosts: Names and addresses by which nodes reach the server; 127.0.0.1 and ::1 are added, for there the
+            SuperLink's own processes ask it.
         nodes: Names of the nodes, as files.
         days: How long the certificates are valid.
     Returns:
@@ -39,6 +43,9 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
 
     check_number("days", days, 1, whole=True)
     require(len(hosts) > 0, "hosts must name at least one name or address of the server, such as 127.0.0.1")
+    strange = [host for host in hosts if not _is_host(host)]
+    text = "names like fl.example.org (other scripts as xn--...) or addresses like 10.0.0.7"
+    require(not strange, f"hosts must be {text}, got {', '.join(map(repr, strange))}")
     bad = [name for name in nodes if not name or name.startswith(".") or "/" in name or name in ("ca", "server")]
     require(not bad, f"these node names cannot be files here: {', '.join(map(repr, bad))}; choose others")
     now, curve = datetime.now(UTC), ec.SECP384R1()
@@ -59,7 +66,7 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
     ca = signed("flora CA", ca_key, None, ca_key, (authority, True), (usage, True), (owner, False))
     serving = [
         (x509.BasicConstraints(ca=False, path_length=None), True),
-        (x509.SubjectAlternativeName([_alternative(x509, host) for host in hosts]), False),
+        (x509.SubjectAlternativeName([_alternative(x509, host) for host in dict.fromkeys([*hosts, *LOOPBACK])]), False),
         (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), False),
         (x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(owner), False),
     ]
@@ -73,6 +80,17 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
             _write(new / f"{node}.key", _private(key, "OpenSSH"), 0o600)
             _write(new / f"{node}.pub", _public(key))
     return Path(folder)
+
+
+def _is_host(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return (
+            re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?)*", host)
+            is not None
+        )
+    return True
 
 
 def _digest() -> Any:
@@ -118,4 +136,4 @@ def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
         file.write(data)
 
 
-__all__ = ["make_keys"]
+__all__ = ["LOOPBACK", "make_keys"]

@@ -19,20 +19,22 @@ from typing import Any, Protocol
 import torch
 
 from .bank import AdapterConfig
-from .checks import require
+from .checks import listed, require
 from .cohort import ClientSpec
 from .config import TrainConfig
 from .distributed import ranks
 from .federation import Federation
 from .federation_config import FederationConfig
 from .history import Event
-from .identity import json_digest
+from .identity import environment, json_digest
 from .server import Server
 from .site import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
 from .update import Adapters, ClientUpdate, RoundResult
 from .validate import promised
 
 _ASK_AGAIN_SECONDS = 0.5
+# Whose versions decide how sums are rounded; builds of one release (2.13.0+cpu) go with the device.
+_LIBRARIES = ("flora_core", "torch", "transformers")
 # Below every round that a log can hold: whoever is there needs a snapshot.
 _NOWHERE = -1
 
@@ -44,11 +46,13 @@ class Answers:
     Args:
         updates: Those that could be read, in the order of the round's clients.
         lost: Client -> why there is none.
+        unsure: Those that could not do what they were asked for: their copy may be another than the server thinks.
         up, down: Client -> bytes of its message and of those to it.
     """
 
     updates: list[ClientUpdate] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
+    unsure: set[str] = field(default_factory=set)
     up: dict[str, int] = field(default_factory=dict)
     down: dict[str, int] = field(default_factory=dict)
 
@@ -207,7 +211,7 @@ class RemoteFederation(Federation):
         self.server = RemoteServer(self.model, self.expected, *settings)
         self.server.refuse_penalties(list(self.expected))
         self.round, self.optimizer, self.events, self.paused = 0, {}, [], {}
-        return []
+        return [{"event": "warning", "message": text} for text in other_versions(self.model, self.hellos)]
 
     def _expect(self, specs: Sequence[ClientSpec]) -> None:
         with self._attached(specs) as cohort:
@@ -256,6 +260,8 @@ class RemoteFederation(Federation):
             return
         specs = {**self.specs, name: spec}
         self.specs = {known: specs[known] for known in ordered(specs)}
+        for text in other_versions(self.model, {name: hello}):
+            self._emit("warning", round=self.round + 1, message=text, client=name)
 
     def _place(self, name: str) -> None:
         """Believe a party about the round that it holds only if its weights are those of that round."""
@@ -280,6 +286,7 @@ class RemoteFederation(Federation):
         self.answers = self.link.train(self, number, names)
         good, refused = self._judge(self.answers.updates, names)
         refused |= self.answers.lost
+        self.server.log.have |= dict.fromkeys(self.answers.unsure, _NOWHERE)
         self.unkept = (self.unkept | set(refused)) - {update.client for update in good}
         sent = {update.client: update for update in self.answers.updates}
         for name, reason in refused.items():
@@ -312,6 +319,26 @@ def make_terms(model: Any, config: FederationConfig, train: TrainConfig | None =
     return replace(terms, run=json_digest([asdict(terms), settings.get("strategy"), out])[:16])
 
 
+def other_versions(model: Any, hellos: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning for each release of a library that clients have and the server has not: the last bits depend on it."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    mine = environment(model.device)
+    for client in ordered(hellos):
+        told = hellos[client].get("environment")
+        for library in _LIBRARIES:
+            theirs, ours = (
+                str(side.get(library) if isinstance(side, dict) else None)[:40].partition("+")[0]
+                for side in (told, mine)
+            )
+            if theirs != ours:
+                found.setdefault((library, theirs, ours), []).append(client)
+    return [
+        f"{library} is {theirs} at {listed(clients)}, and {ours} at the server: results may differ in the last bits "
+        "from those of one machine; install the same version on both sides where that matters"
+        for (library, theirs, ours), clients in found.items()
+    ]
+
+
 def ordered(names: Iterable[str]) -> list[str]:
     """Names in the order of people: client-2 before client-10."""
 
@@ -336,4 +363,14 @@ def _nothing(examples: int) -> dict[str, Any]:
     return {"examples": examples, **zero}
 
 
-__all__ = ["Answers", "Link", "RemoteFederation", "RemoteServer", "make_terms", "metrics_of", "ordered", "spec_of"]
+__all__ = [
+    "Answers",
+    "Link",
+    "RemoteFederation",
+    "RemoteServer",
+    "make_terms",
+    "metrics_of",
+    "ordered",
+    "other_versions",
+    "spec_of",
+]

@@ -114,6 +114,8 @@ class Site:
         self.model, self.tokenizer, self.spec, self.folder = model, tokenizer, spec, Path(folder)
         self.base, self.environment = base_digest(model), environment(model.device)
         self.run, self.round = "", 0
+        # The newest round that orders were about, and what was on the disk when this process last looked.
+        self.order, self.seen = 0, ""
         self.weights: Tensors = {}
         self.low_bits: Tensors = {}
         self.optimizer: dict[str, Any] = {}
@@ -133,7 +135,7 @@ class Site:
             f"client {self.spec.name!r} has another base model ({self.base[:12]}) than the server ({terms.base[:12]}): "
             "load the same weights in the same dtype on both sides",
         )
-        if terms.run != self.run:
+        if terms.run != self.run or self._kept() != self.seen:
             self._open(terms)
         data = [(example.input_ids, example.labels) for example in self.spec.data]
         return {
@@ -168,7 +170,7 @@ class Site:
         """Leave the run: the model is the base again."""
         for module, weight in self._base.items():
             self.weights[module].copy_(weight)
-        self.run, self.round, self.optimizer = "", 0, {}
+        self.run, self.round, self.optimizer, self.order, self.seen = "", 0, {}, 0, ""
         self.weights, self.low_bits, self._base = {}, {}, {}
 
     def _follow(self, terms: Terms, modules: Iterable[str]) -> None:
@@ -186,25 +188,39 @@ class Site:
         """Go on from the copy on the disk, if there is one."""
         from safetensors.torch import load_file
 
-        folder = self.folder / self.run
-        if not (folder / PLACE).is_file():
+        self.seen = self._kept()
+        if not self.seen:
             return
-        place = json.loads((folder / PLACE).read_text("utf-8"))
-        state = put_in(place["state"], load_file(folder / COPY))
+        place = json.loads(self.seen)
+        state = put_in(place["state"], load_file(self.folder / self.run / COPY))
         self._follow(terms, state["weights"])
         for module, weight in state["weights"].items():
             self.weights[module].copy_(weight)
         for module, bits in state["low_bits"].items():
             self.low_bits[module].copy_(bits)
-        self.round, self.optimizer = place["round"], state["optimizer"]
+        self.round, self.order, self.optimizer = place["round"], place.get("order", 0), state["optimizer"]
+
+    def _kept(self) -> str:
+        path = self.folder / self.run / PLACE
+        return path.read_text("utf-8") if path.is_file() else ""
 
     def _save(self) -> None:
+        """Keep the copy, unless a later order's process has kept its own while this one was held up."""
         tensors: Tensors = {}
         state = {"weights": self.weights, "low_bits": self.low_bits, "optimizer": self.optimizer}
         skeleton = take_out(state, tensors)
         with atomic_dir(self.folder / self.run, replaceable=(COPY, PLACE)) as new:
             write_safetensors(new / COPY, tensors)
-            (new / PLACE).write_text(json.dumps({"round": self.round, "state": skeleton}), "utf-8")
+            text = json.dumps({"round": self.round, "order": self.order, "state": skeleton})
+            (new / PLACE).write_text(text, "utf-8")
+            kept = self._kept()
+            newest = json.loads(kept).get("order", 0) if kept != self.seen and kept else 0
+            require(
+                newest <= self.order,
+                f"client {self.spec.name!r} is too late with the orders of round {self.order}: its folder was changed "
+                f"by those of round {newest} meanwhile, and stays as it is",
+            )
+        self.seen = text
 
     def receive(self, terms: Terms, since: int | None, changes: Sequence[tuple[int, Tensors]]) -> None:
         """Apply what the copy lacks, and keep it on the disk.
@@ -224,7 +240,7 @@ class Site:
             return
         for number, tensors in changes:
             self._apply(terms, number, tensors)
-            self.round = number
+            self.round = self.order = number
         self._save()
 
     def _apply(self, terms: Terms, number: int, tensors: Tensors) -> None:
@@ -264,7 +280,7 @@ class Site:
         Raises:
             ValueError: If training failed; with the reason.
         """
-        name, config = self.spec.name, terms.train_config()
+        name, config, self.order = self.spec.name, terms.train_config(), number
         cohort = self._attach(terms, number)
         try:
             cohort.load(name, {**cohort.bank.adapters(name), **start})

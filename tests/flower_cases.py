@@ -37,6 +37,10 @@ class MemoryGrid:
         """Who is connected."""
         return list(self.sites)
 
+    def push_messages(self, messages: Iterable[Message]) -> None:
+        """Deliver; nobody waits for the answers."""
+        self.send_and_receive(messages)
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Deliver, have the parties answer, and bring back what arrives; last first, for order must not count."""
         replies, wanted = [], sum(1 for _ in messages)  # Flower goes through them twice

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import shutil
-import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-core[flower]'")
 
@@ -19,8 +20,8 @@ import flora_core as flora
 from flora_core import flower, flower_node
 from flora_core.aggregate import get_strategy
 from flora_core.remote import ordered
-from flora_core.site import Site
-from tests.federation_cases import make_clients, make_model, make_tokenizer
+from flora_core.site import Site, Terms
+from tests.federation_cases import files, make_clients, make_model, make_tokenizer
 from tests.flower_cases import MemoryGrid, in_process, make_sites, serve
 from tests.flower_deployment import write_recipe
 
@@ -113,16 +114,25 @@ def gone(message: Message, reply: Message) -> Message:
     return answer
 
 
-def of_another_version(message: Message, reply: Message) -> Message:
+def of_another(**versions: Any) -> Any:
     """A reply of a node that has another flora-core."""
-    text = str(reply.content["order"]["json"]).replace(f'"version": "{flora.__version__}"', '"version": "9.9"')
-    reply.content["order"] = ConfigRecord({"json": text})
-    return reply
+
+    def how(message: Message, reply: Message) -> Message:
+        order = {**json.loads(str(reply.content["order"]["json"])), **versions}
+        reply.content["order"] = ConfigRecord({"json": json.dumps(order)})
+        return reply
+
+    return how
 
 
 LOST = {
     "offline": (gone, "its node failed: Node Unavailable"),
-    "another version": (of_another_version, "its flora-core is 9.9, and this side's .*install the same"),
+    "another version": (
+        of_another(version="0.2.0"),
+        r"its flora-core is 0\.2\.0 \(protocol 1\), and this side's .*install the same 0\.1 on both sides",
+    ),
+    "another protocol": (of_another(protocol=0), r"\(protocol 0\), and this side's .*\(protocol 1\)"),
+    "before there were protocols": (of_another(protocol=None), r"\(protocol None\), and this side's"),
     "a share of its own making": (changed(metrics={"examples": 1e9, "tokens": float("nan")}), "its tokens must be"),
     "fields of ours": (changed(metrics={"tokens": "many"}), "its tokens must be a finite number"),
     "no metrics": (changed(metrics=[]), "its loss_first must be|its examples must be"),
@@ -145,6 +155,75 @@ def test_an_update_that_does_not_arrive_whole_is_refused_and_the_round_goes_on(f
     assert_same_model(link.model, alone.model)
     assert_follows(grid.sites[102], link.model)
     assert result.history[2]["catch_up"]["c"]["kind"] == "log"
+
+
+class LateGrid(MemoryGrid):
+    """What c answers in round 1 arrives in round 2, beside its own answer or posing as that."""
+
+    def __init__(self, sites: dict[int, Site], posing: bool):
+        super().__init__(sites, self.delay)
+        self.late: list[Message] = []
+        self.posing = posing
+
+    def delay(self, message: Message, reply: Message) -> Message | None:
+        """Keep c's answer back, and bring it in the place of the next."""
+        meta = message.metadata
+        which = meta.message_type, meta.group_id, meta.dst_node_id
+        if which == ("train", "1", 102):
+            self.late.append(reply)
+            return None
+        if which != ("train", "2", 102) or not self.posing:
+            return reply
+        self.late[0].metadata.__dict__["_reply_to_message_id"] = meta.message_id
+        return self.late[0]
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Message]:
+        """As usual, with what is late first."""
+        replies = super().send_and_receive(messages, timeout=timeout)
+        return [*self.late, *replies] if self.sent[-1].metadata.group_id == "2" else replies
+
+
+@pytest.mark.parametrize("posing", [False, True])
+def test_an_answer_after_the_deadline_counts_in_no_round(posing, tmp_path, monkeypatch):
+    grid = LateGrid(make_sites(tmp_path / "sites"), posing)
+    link, result = serve(grid, monkeypatch, tmp_path / "out", rounds=3, round_timeout=9.0)
+    assert grid.late
+    assert "no answer within 9 s" in result.history[0]["refused"]["c"]
+    assert ["answers for round 1" in why for why in result.history[1]["refused"].values()] == [True] * posing
+    second = ["a", "b"] if posing else ["a", "b", "c"]
+    alone = in_process(None, {1: ["a", "b"], 2: second, 3: ["a", "b", "c"]}, rounds=3)
+    assert_same_model(link.model, alone.model)
+    assert_follows(grid.sites[102], link.model)
+
+
+def test_a_process_that_was_held_up_does_not_overwrite_what_a_later_one_kept(tmp_path, monkeypatch):
+    """Flower starts a process for each message: the one of round 1 may end after that of round 2."""
+    slow: list[Site] = []
+
+    def hold(message: Message, reply: Message) -> None:
+        slow.append(copy.deepcopy(grid.sites[102]))
+
+    grid = MemoryGrid(make_sites(tmp_path / "sites"), Faults("train", 1, 102, hold))
+    terms: Terms = serve(grid, monkeypatch, tmp_path / "out", keep_optimizer=True)[0].federation.terms
+    kept = files(tmp_path / "sites" / "c", ".safetensors", ".json")
+    assert kept
+    with pytest.raises(ValueError, match=r"'c' is too late with the orders of round 1: .* by those of round 2"):
+        slow[0].train(terms, 1, ["A", "B"], {}, True)
+    assert files(tmp_path / "sites" / "c", ".safetensors", ".json") == kept
+
+
+def test_a_copy_that_is_at_another_round_than_the_server_thinks_costs_one_round(tmp_path, monkeypatch):
+    def step_back(message: Message, reply: Message) -> Message:
+        grid.sites[102].round = 0
+        return reply
+
+    grid = MemoryGrid(make_sites(tmp_path / "sites"), Faults("evaluate", 1, 102, step_back))
+    link, result = serve(grid, monkeypatch, tmp_path / "out", rounds=3)
+    assert "its node says: ValueError: client 'c' has round 0, and the changes" in result.history[1]["refused"]["c"]
+    assert_same_model(
+        link.model, in_process(None, {1: ["a", "b", "c"], 2: ["a", "b"], 3: ["a", "b", "c"]}, rounds=3).model
+    )
+    assert_follows(grid.sites[102], link.model)
 
 
 def test_who_did_not_get_a_rounds_change_gets_it_with_the_next_orders(tmp_path, monkeypatch):
@@ -247,12 +326,41 @@ def test_whoever_has_another_base_cannot_take_part(tmp_path, monkeypatch):
     assert_same_model(link.model, in_process(None, {1: ["a", "b"], 2: ["a", "b"]}).model)
 
 
-def test_two_parties_cannot_have_one_name(tmp_path, monkeypatch):
+def test_two_parties_cannot_have_one_name_and_both_sides_are_told(tmp_path, monkeypatch, capfd):
     events: list[Any] = []
     sites = make_sites(tmp_path / "sites")
     sites[103] = Site(make_model(), make_tokenizer(), make_clients()[0], tmp_path / "second")
-    serve(MemoryGrid(sites), monkeypatch, None, min_nodes=3, events=events)
+    link, _ = serve(MemoryGrid(sites), monkeypatch, None, min_nodes=3, events=events)
     assert any("client 'a' is there already" in event.get("message", "") for event in events)
+    told = r"flora: the server refuses this node: client 'a' is there already, as node 10[03]\n"
+    assert re.search(told, capfd.readouterr().err)
+    assert_same_model(link.model, in_process(None).model)
+
+
+def test_releases_that_differ_are_warned_of_with_both_sides(tmp_path, monkeypatch):
+    events: list[Any] = []
+    sites = make_sites(tmp_path / "sites")
+    for node, versions in ((100, {"torch": "2.5.1"}), (101, {"torch": "2.5.1+cu124"}), (102, {"transformers": "4.0"})):
+        sites[node].environment |= versions
+    link, _ = serve(MemoryGrid(sites), monkeypatch, None, events=events)
+    found = [event["message"] for event in events if "last bits" in event.get("message", "")]
+    assert [text.partition(":")[0] for text in found] == [
+        f"torch is 2.5.1 at a, b, and {torch.__version__.partition('+')[0]} at the server",
+        f"transformers is 4.0 at c, and {transformers.__version__} at the server",
+    ]
+    assert_same_model(link.model, in_process(None).model)
+
+
+def test_a_newcomers_release_is_warned_of_and_one_of_the_same_release_is_not(tmp_path, monkeypatch):
+    events: list[Any] = []
+    grid = Crowd(make_sites(tmp_path / "sites"))
+    grid.there = {1: [100, 101], 2: [100, 101, 102], 3: list(grid.sites)}
+    grid.sites[100].environment["torch"] = torch.__version__.partition("+")[0] + "+another.build"
+    grid.sites[102].environment["flora_core"] = "0.1.99"
+    serve(grid, monkeypatch, None, min_nodes=2, events=events)
+    (warning,) = (event for event in events if "last bits" in event.get("message", ""))
+    assert (warning["round"], warning["client"]) == (2, "c")
+    assert warning["message"].startswith(f"flora_core is 0.1.99 at c, and {flora.__version__} at the server")
 
 
 def test_too_few_parties_are_waited_for_and_then_named(tmp_path, monkeypatch):
@@ -308,42 +416,3 @@ def test_a_node_that_is_not_configured_says_what_it_lacks(lacking):
     values = {"recipe": "quickstart", "client": "client-0", "folder": "x"}
     with pytest.raises(ValueError, match=f"lacks {lacking}"):
         flower_node.site_of({**values, lacking: ""})
-
-
-def test_keys_and_certificates(tmp_path: Path):
-    import ssl
-
-    from flora_core.keys import make_keys
-
-    folder = make_keys(tmp_path / "keys", ["127.0.0.1", "server.example"], ["client-0", "client-1"])
-    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(folder / "server.crt", folder / "server.key")
-    ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(folder / "ca.crt")
-    assert {path.name for path in folder.glob("*.key") if path.stat().st_mode & 0o77} == set()
-    assert (folder / "client-0.pub").read_text().startswith("ecdsa-sha2-nistp384 ")
-    with pytest.raises(FileExistsError):
-        make_keys(folder, ["127.0.0.1"], ["client-0"])
-    with pytest.raises(ValueError, match="hosts must name"):
-        make_keys(tmp_path / "none", [], ["client-0"])
-
-
-def test_deploy_makes_keys_app_and_commands(tmp_path, capsys):
-    from flora_core.cli import main
-
-    assert main(["deploy", "quickstart", "--out", str(tmp_path / "d"), "--host", "127.0.0.1", "--nodes", "a,b"]) == 0
-    told = capsys.readouterr().out
-    words = ("flower-superlink --host 127.0.0.1", "flwr supernode register", "until flower-supernode", 'client="b"')
-    for word in (*words, "flwr run"):
-        assert word in told
-    assert {path.name for path in (tmp_path / "d" / "keys").iterdir()} >= {"ca.crt", "a.key", "b.pub"}
-    app, ready = tmp_path / "d" / "flower" / "app", Path(__file__).parents[1] / "examples" / "flower"
-    for name in ("flora_app/__init__.py", "flora_app/apps.py"):
-        assert (app / name).read_text() == (ready / name).read_text()
-    assert tomllib.loads((app / "pyproject.toml").read_text()) == tomllib.loads((ready / "pyproject.toml").read_text())
-
-
-def test_deploy_says_what_is_wrong(tmp_path, capsys):
-    from flora_core.cli import main
-
-    assert main(["deploy", "quickstart", "--out", str(tmp_path), "--host", "x", "--nodes", "../a"]) == 2
-    assert "cannot be files here: '../a'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
