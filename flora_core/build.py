@@ -40,11 +40,16 @@ def build(recipe: Recipe) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
         OSError: If a file or the model cannot be read.
     """
     clients, test_records = build_clients(recipe)
+    return *build_model(recipe), clients, test_records
+
+
+def build_model(recipe: Recipe) -> tuple[Any, Any]:
+    """Load model and tokenizer of a recipe."""
     device = pick_device(recipe.device)
     folder = model_folder(recipe.model)
     try:
         tokenizer = load_tokenizer(folder)
-        return load_model(folder, device, pick_dtype(recipe.dtype, device)), tokenizer, clients, test_records
+        return load_model(folder, device, pick_dtype(recipe.dtype, device)), tokenizer
     except OSError as error:
         raise OSError(f"model {recipe.model} could not be loaded from {folder}: {error}") from error
 
@@ -54,12 +59,47 @@ def build_clients(recipe: Recipe) -> tuple[list[ClientSpec], list[Record]]:
     parts, test_records = split_data(recipe)
     for name in recipe.clients.overrides:
         require(name in parts, f"clients.overrides names {name!r}, who is no client; {nearest(name, parts)}")
-    specs = []
-    for index, (name, records) in enumerate(parts.items()):
-        override = recipe.clients.overrides.get(name)
-        adapter = recipe.clients.adapter(name, index)
-        specs.append(ClientSpec(name, records, adapter, train=override.train if override and override.train else None))
-    return specs, test_records
+    return [_client(recipe, name, index, parts[name]) for index, name in enumerate(parts)], test_records
+
+
+def _client(recipe: Recipe, name: str, index: int, records: list[Record]) -> ClientSpec:
+    override = recipe.clients.overrides.get(name)
+    adapter = recipe.clients.adapter(name, index)
+    return ClientSpec(name, records, adapter, train=override.train if override and override.train else None)
+
+
+def client_names(recipe: Recipe) -> list[str]:
+    """Names of a recipe's clients; no data are read where each has a file of its own."""
+    if isinstance(recipe.data.path, dict):
+        return (recipe.clients.names or list(recipe.data.path))[: recipe.clients.count]
+    return [spec.name for spec in build_clients(recipe)[0]]
+
+
+def build_client(recipe: Recipe, name: str) -> ClientSpec:
+    """Build one client; where each has a file of its own, no other's is read: they lie elsewhere.
+
+    Raises:
+        ValueError: If the recipe has no such client, or its data do not fit.
+        OSError: If its file cannot be read.
+    """
+    data, names = recipe.data, client_names(recipe)
+    require(name in names, f"the node's recipe has no client {name!r}; it has {', '.join(names)}")
+    index = names.index(name)
+    if not isinstance(data.path, dict):
+        return build_clients(recipe)[0][index]
+    part, path = list(data.path.items())[index]
+    records, _ = _hold_out(load_records(path), data, recipe.seed, part)
+    records = _draw(records, data.per_client, recipe.seed, "train", name)
+    require(len(records) > 0, f"client {name!r} has no examples in {path}; give it data")
+    return _client(recipe, name, index, records)
+
+
+def build_held_out(recipe: Recipe) -> list[Record]:
+    """Read the held-out records for a server; of clients whose files lie elsewhere nothing is needed."""
+    data = recipe.data
+    if isinstance(data.path, dict) and not all(Path(path).is_file() for path in data.path.values()):
+        return _draw(_read_test(data.test), data.test_items, recipe.seed, "test") if data.test is not None else []
+    return build_clients(recipe)[1]
 
 
 def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:

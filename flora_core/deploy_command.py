@@ -154,10 +154,10 @@ def _refuse(problems: list[str]) -> None:
 def _names(options: argparse.Namespace) -> list[str]:
     if options.nodes:
         return options.nodes.split(",")
-    from .build import build_clients
+    from .build import client_names
     from .recipes import load
 
-    return [spec.name for spec in build_clients(load(options.recipe))[0]]
+    return client_names(load(options.recipe))
 
 
 def write_app(folder: Path) -> Path:

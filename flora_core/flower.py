@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from . import recipes
-from .build import build
+from .build import build_held_out, build_model, client_names
 from .checks import require
 from .federation_config import FederationResult
 from .flower_messages import BROKEN, NodeError, pack, read, record, size_of, unpack
@@ -250,11 +250,12 @@ def server_app() -> ServerApp:
 def run_server(grid: Grid, values: Mapping[str, Any]) -> FederationResult:
     """Run a recipe on Flower's grid; ``values`` is the run config (see ``server_app``)."""
     recipe = recipes.load(str(values["recipe"]), str(values.get("overrides", "")).split())
-    model, tokenizer, clients, test = build(recipe)
+    names, test = client_names(recipe), build_held_out(recipe)
+    model, tokenizer = build_model(recipe)
     link = FloraStrategy(
         model,
         tokenizer,
-        min_nodes=int(values.get("min-nodes", 0)) or len(clients),
+        min_nodes=int(values.get("min-nodes", 0)) or len(names),
         join_timeout=float(values.get("join-timeout", 600)),
         round_timeout=float(values.get("round-timeout", 3600)),
         strategy=recipe.strategy,

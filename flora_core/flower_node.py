@@ -12,7 +12,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from . import recipes
-from .build import build_clients, load_model, load_tokenizer, model_folder
+from .build import build_client, client_names, load_model, load_tokenizer, model_folder
 from .checks import require
 from .device import pick_device, pick_dtype
 from .flower_messages import pack, unpack
@@ -69,7 +69,7 @@ def settings_of(context: Context) -> Mapping[str, Any]:
         return node
     text, overrides = str(run["recipe"]), str(run.get("overrides", ""))
     recipe = recipes.load(text, overrides.split())
-    names, number = [spec.name for spec in build_clients(recipe)[0]], int(node["partition-id"])
+    names, number = client_names(recipe), int(node["partition-id"])
     out = recipe.federation.out
     require(number < len(names), f"the recipe has {len(names)} clients, and the simulation more nodes: num-supernodes")
     require(out is not None, "a simulated node keeps its copy beside the run's folder: set out in the recipe")
@@ -89,11 +89,10 @@ def site_of(values: Mapping[str, Any]) -> Site:
         # A process of Flower's simulation answers for many clients: one model at a time.
         _SITES.clear()
         recipe = recipes.load(key[0], key[1].split())
-        specs = {spec.name: spec for spec in build_clients(recipe)[0]}
-        require(key[2] in specs, f"the node's recipe has no client {key[2]!r}; it has {', '.join(specs)}")
+        spec = build_client(recipe, key[2])
         device, folder = pick_device(recipe.device), model_folder(recipe.model)
         model = load_model(folder, device, pick_dtype(recipe.dtype, device))
-        _SITES[key] = Site(model, load_tokenizer(folder), specs[key[2]], Path(key[3]).expanduser())
+        _SITES[key] = Site(model, load_tokenizer(folder), spec, Path(key[3]).expanduser())
     return _SITES[key]
 
 

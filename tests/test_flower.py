@@ -17,8 +17,9 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-co
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 
 import flora_core as flora
-from flora_core import flower, flower_node
+from flora_core import flower, flower_node, recipes
 from flora_core.aggregate import get_strategy
+from flora_core.build import build_client, build_clients, build_held_out, client_names
 from flora_core.remote import ordered
 from flora_core.site import Site, Terms
 from tests.federation_cases import files, make_clients, make_model, make_tokenizer
@@ -405,6 +406,23 @@ def test_a_simulated_node_is_the_recipes_client_of_its_number(tmp_path):
         of({"partition-id": 2, "num-partitions": 3})
     with pytest.raises(ValueError, match="set out in the recipe"):
         of(simulated, overrides="out=null")
+
+
+@pytest.mark.parametrize("overrides", [[], ["clients.names=[x, b]", "data.per_client=3", "data.test=null"]])
+def test_nobody_needs_the_data_of_others(overrides, tmp_path):
+    """A node reads its client's file alone, and a server none of theirs if some are not there."""
+    text = str(write_recipe(tmp_path, (4, 2), 1))
+    recipe = recipes.load(text, overrides)
+    whole, held_out = build_clients(recipe)
+    assert build_held_out(recipe) == held_out
+    (tmp_path / "a.jsonl").unlink()
+    assert client_names(recipe) == [spec.name for spec in whole]
+    assert build_client(recipe, "b") == whole[1]
+    assert build_held_out(recipe) == ([] if overrides else held_out)
+    with pytest.raises(OSError, match=r"a\.jsonl"):
+        build_client(recipe, whole[0].name)
+    with pytest.raises(ValueError, match="the node's recipe has no client 'z'; it has "):
+        build_client(recipe, "z")
 
 
 def test_names_are_in_the_order_of_people():
