@@ -50,6 +50,18 @@ if(NOT TARGET flora_kernels::flora_kernels)
     INTERFACE_INCLUDE_DIRECTORIES "${{_flora_root}}/include")
 endif()
 """
+CMAKE_VERSION = """\
+# Fits whoever asks for this minor version or an earlier one of the same major version.
+set(PACKAGE_VERSION {version})
+if(PACKAGE_FIND_VERSION VERSION_GREATER PACKAGE_VERSION OR NOT PACKAGE_FIND_VERSION_MAJOR EQUAL {major})
+  set(PACKAGE_VERSION_COMPATIBLE FALSE)
+else()
+  set(PACKAGE_VERSION_COMPATIBLE TRUE)
+  if(PACKAGE_FIND_VERSION VERSION_EQUAL PACKAGE_VERSION)
+    set(PACKAGE_VERSION_EXACT TRUE)
+  endif()
+endif()
+"""
 PKG_CONFIG = """\
 prefix=${{pcfiledir}}/../..
 Name: flora_kernels
@@ -202,10 +214,11 @@ class BuildNative(build_ext):
             shutil.copy(CSRC / source, self.package / "include")
         for folder, name, text in (
             ("lib/cmake/flora_kernels", "flora_kernels-config.cmake", CMAKE_CONFIG),
+            ("lib/cmake/flora_kernels", "flora_kernels-config-version.cmake", CMAKE_VERSION),
             ("lib/pkgconfig", "flora_kernels.pc", PKG_CONFIG),
         ):
             (self.package / folder).mkdir(parents=True, exist_ok=True)
-            (self.package / folder / name).write_text(text.format(version=VERSION))
+            (self.package / folder / name).write_text(text.format(version=VERSION, major=VERSION.partition(".")[0]))
 
     def get_outputs(self) -> list[str]:
         return [str(path) for path in self.package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]

@@ -6,6 +6,9 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -236,6 +239,33 @@ def test_a_client_s_nan_stays_with_it(isa):
         assert torch.equal(sick[name][parts[1]], well[name][parts[1]])
 
 
+def test_a_scale_that_is_not_finite_stays_with_its_client():
+    """It is data, as X is: refusing it would let one client stop all."""
+    case = LinearCase("two clients in one tile of rows", (3, 4), 20, 24, (5, 6))
+    inputs = make_linear(case, base=False)
+    clean, sick = run(inputs, native), run(replace(inputs, scaling_C=[float("nan"), inputs.scaling_C[1]]), native)
+    for name, parts in inputs.parts.items():
+        assert torch.equal(sick[name][parts[1]], clean[name][parts[1]])
+    assert sick["y"][:3].isnan().all()
+
+
+def test_the_environment_names_an_instruction_set():
+    """For every call that names none, also through the ops; a name that is none is refused."""
+    show = "from flora_kernels import native; print(native.describe())"
+    for isa in ISAS:
+        environment = {**os.environ, "PYTHONPATH": str(native.prefix().parent), "FLORA_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.split(", ")[1] == isa
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_FORCED_ISA", "sse9")
+        with pytest.raises(ValueError, match="FLORA_ISA must be one of auto, portable, avx2, avx512, got 'sse9'"):
+            native.describe()
+        bits = [merged(MergeCase("", 40, 50, (200,)), 1, isa)[0] for isa in ISAS]
+        for isa, wanted in zip(ISAS, bits, strict=True):
+            patch.setattr(native, "_FORCED_ISA", isa)
+            assert torch.equal(merged(MergeCase("", 40, 50, (200,)), 1, "auto")[0], wanted)
+
+
 # adamw.
 
 
@@ -253,10 +283,12 @@ def test_adamw_on_every_instruction_set(isa, dtype):
     reference.cohort_adamw_(*wide, segments, hyper.double(), owner)  # pyright: ignore[reportCallIssue]
     low = [buffer.to(dtype, copy=True) for buffer in buffers]
     reference.cohort_adamw_(*low, segments, hyper.to(dtype), owner)  # pyright: ignore[reportCallIssue]
+    results = []
     for threads in (1, 2):
-        ours = [buffer.to(dtype, copy=True) for buffer in buffers]
+        results.append(ours := [buffer.to(dtype, copy=True) for buffer in buffers])
         native.cohort_adamw_(*ours, segments, hyper.to(dtype), owner, isa=isa, threads=threads)
         for out, right, rounded, before in zip(ours, wide, low, buffers, strict=True):
             parts = {"W": Segments.from_lengths([sizes[0], sum(sizes[1:])])}
             testing.check_budget({"W": out}, {"W": right}, {"W": rounded}, parts)
             assert torch.equal(out[-33000:], before.to(dtype)[-33000:])
+    assert all(map(torch.equal, *results))

@@ -60,7 +60,7 @@ def test_uint16_holds_what_dtype_says(dtype):
     native.merge_(W, *(torch.from_numpy(a[name]) for name in ("A_PK", "B_PN", "coef_P")))
     native.merge_(bits, a["A_PK"], a["B_PN"], a["coef_P"], dtype=dtype)
     assert np.array_equal(bits, W.view(torch.int16).numpy().view(np.uint16))
-    with pytest.raises(TypeError, match="weight is uint16: say with dtype='bfloat16'"):
+    with pytest.raises(TypeError, match=r"weight is uint16: say with dtype= .* 'bfloat16' or 'float16'"):
         native.merge_(bits, a["A_PK"], a["B_PN"], a["coef_P"])
     with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, got 'int8'"):
         native.merge_(bits, a["A_PK"], a["B_PN"], a["coef_P"], dtype="int8")
@@ -116,15 +116,19 @@ def test_what_needs_grad_is_refused_outside_no_grad():
 
 
 MERGES = [
-    (dict(A_PK=(3, 9)), r"A must have -1 x 10 elements .*got 3 x 9"),
-    (dict(B_PN=(2, 6)), r"B must have 3 x 6 elements .*got 2 x 6"),
-    (dict(coef_P=(4,)), r"coef must have 3 elements, got 4"),
+    (dict(A_PK=(3, 9)), r"A must have the shape \(any, 10\) to fit the others, got \(3, 9\)"),
+    (dict(B_PN=(2, 6)), r"B must have the shape \(3, 6\) to fit the others, got \(2, 6\)"),
+    (dict(coef_P=(4,)), r"coef must have 3 elements to fit the others, got 4"),
+    (dict(B_PN=(6, 3)), r"B must have the shape \(3, 6\) .* got \(6, 3\); pass its transpose"),
+    (dict(coef_P=(3, 1)), r"coef must have 1 axes, got 2"),
     (dict(weight_NK=(60,)), r"weight must have 2 axes, got 1"),
     (dict(rounding="up"), r"rounding must be one of nearest, stochastic, got 'up'"),
     (dict(accumulate="bfloat16"), r"accumulate must be one of float32, float64, got 'bfloat16'"),
     (dict(rounding="stochastic"), r"weight.dtype must be bf16 for stochastic rounding, got fp32"),
     (dict(isa="sse9"), r"isa must be one of auto, portable, avx2, avx512, got 'sse9'"),
+    (dict(rounding=["nearest"]), r"rounding must be one of nearest, stochastic, got \['nearest'\]"),
     (dict(threads=-1), r"threads must be at least 0"),
+    (dict(threads=5000), r"threads must be .* at most 4096, got 5000"),
     (dict(low_bits_NK=(6, 10)), r"low_bits.dtype must be int16, got fp32"),
 ]
 
@@ -143,11 +147,16 @@ def test_merges_that_do_not_fit_name_the_argument(change, words):
     ("array", "words"),
     [
         ([[1.0]], "weight must be an array with __dlpack__ .*got list"),
-        (np.zeros((6, 10), np.int64), "weight must be float32, .*got DLPack type 0 with 64 bits"),
+        (np.zeros((6, 10), np.int64), "weight must be float32, .*got int64; convert it"),
         (torch.zeros(6, 10, dtype=torch.int64), "weight must be one of float32, .*got int64"),
         (torch.zeros(6, 10).to_sparse(), "weight must be a plain strided tensor"),
+        (torch.zeros(6, 10, dtype=torch.complex64).conj().imag, r"weight is conjugated or negated .*resolve_neg\(\)"),
+        # What a tensor is handed over as: nobody may name an address of his own.
+        ((16, 1, 0, 0, [6, 10], [10, 1]), "weight must be an array with __dlpack__ .*got tuple"),
+        (None, "weight must be an array with __dlpack__ .*got NoneType"),
+        (np.zeros((6, 10), ">f4"), "weight cannot be shared: .*native byte order"),
     ],
-    ids=["list", "int64", "torch-int64", "sparse"],
+    ids=["list", "int64", "torch-int64", "sparse", "negated", "tuple", "none", "byte-order"],
 )
 def test_what_is_no_float_array_is_refused(array, words):
     a = arrays()
@@ -205,16 +214,22 @@ def test_clients_that_do_not_fit_are_refused():
     x, A = torch.zeros(5, 7), torch.zeros(6, 7)
     tokens, ranks = Segments.from_lengths([3, 2]), Segments.from_lengths([2, 4])
     for wrong, words in (
-        ((x[:4], A, tokens, ranks), "clients.token_offsets must end at 4, got 5"),
-        ((x, A[:5], tokens, ranks), "clients.rank_offsets must end at 5, got 6"),
-        ((x, A[:, :6], tokens, ranks), "A must have -1 x 7 elements"),
-        ((x, A, tokens, ranks, [1.0]), "one entry for each client"),
+        ((x[:4], A, tokens, ranks), "tokens must end at 4, the length of its axis, got 5"),
+        ((x, A[:5], tokens, ranks), "ranks must end at 5, the length of its axis, got 6"),
+        ((x, A[:, :6], tokens, ranks), r"A_PK must have the shape \(any, 7\) to fit the others, got \(6, 6\)"),
+        ((x[0], A, tokens, ranks), "x_MK must have 2 axes, got 1"),
+        ((x, A, tokens, Segments([6])), "ranks must have one entry for each client of tokens, 2, got 1"),
+        ((x, A, tokens, ranks, [1.0]), "scaling_C must have one entry for each client of tokens, 2, got 1"),
+        ((x, A, tokens, ranks, (1.0,)), "scaling_C must have one entry for each client of tokens, 2, got 1"),
+        ((x, A, tokens, ranks, None, Dropout([1], [1, 2], [0, 0])), r"dropout.q_C must have one entry .* 2, got 1"),
+        ((x, A, [slice(0, 2), slice(3, 5)], ranks), r"tokens\[1\] must go on from 2, .* got slice\(3, 5, None\)"),
+        ((x, A, tokens, [slice(1, 2), slice(2, 6)]), r"ranks\[0\] must go on from 0"),
         (
             (x, A, tokens, ranks, None, Dropout([1, 65537], [1, 2], [0, 0])),
-            r"clients.q\[1\] must be between 0 and 65536",
+            r"dropout.q_C\[1\] must be between 0 and 65536",
         ),
-        ((x, A, tokens, ranks, None, Dropout([1, 1], [1, 2], [0, 2**32])), r"clients.first_row\[1\] .*below 2\^32"),
-        ((x.half(), A.bfloat16(), tokens, ranks), "A.dtype must be fp32, fp16, got bf16"),
+        ((x, A, tokens, ranks, None, Dropout([1, 1], [1, 2], [0, 2**32])), r"dropout.row_C\[1\] .*below 2\^32"),
+        ((x.half(), A.bfloat16(), tokens, ranks), "A_PK.dtype must be fp32, fp16, got bf16"),
     ):
         with pytest.raises(ValueError, match=words):
             native.shrink(*wrong)

@@ -52,7 +52,7 @@ def test_c_with_pkg_config(tmp_path):
     need("pkg-config", "gcc")
     folder = str(native.prefix() / "lib/pkgconfig")
     flags = run("pkg-config", "--cflags", "--libs", "flora_kernels", cwd=tmp_path, PKG_CONFIG_PATH=folder).split()
-    run("gcc", "-std=c11", "-Wall", "-Wextra", "-Werror", "-Wno-missing-field-initializers", *flags[:1],
+    run("gcc", "-std=c11", "-Wall", "-Wextra", "-Wpedantic", "-Werror", *flags[:1],
         EMBED / "merge.c", *flags[1:], "-o", "merge", cwd=tmp_path)  # fmt: skip
     assert as_numbers(run("./merge", cwd=tmp_path)) == merged_by_hand()
 
@@ -64,6 +64,29 @@ def test_numpy_without_torch(tmp_path):
 
 def test_torch_without_the_engine(tmp_path):
     assert run(sys.executable, EMBED / "merge_torch.py", cwd=tmp_path).count("merged: True") == 2
+
+
+@pytest.mark.parametrize("wanted", ["", "{major}", "{version} EXACT", "{major}.99", "99"])
+def test_a_cmake_project_of_one_s_own(wanted, tmp_path):
+    """Found by the folder of its configuration; a version that is too new, or of another major number, is refused."""
+    need("cmake", "gcc")
+    version = native.describe().split(",")[0]
+    asked = wanted.format(version=version, major=version.split(".")[0])
+    shutil.copy(EMBED / "merge.c", tmp_path)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(mine C)\n"
+        f"find_package(flora_kernels {asked} REQUIRED)\n"
+        "add_executable(mine merge.c)\ntarget_link_libraries(mine PRIVATE flora_kernels::flora_kernels)\n"
+    )
+    command = ["cmake", "-S", ".", "-B", "made", f"-Dflora_kernels_DIR={native.prefix()}/lib/cmake/flora_kernels"]
+    if "99" in wanted:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode != 0
+        assert f"version: {version}" in done.stderr
+        return
+    run(*command, cwd=tmp_path)
+    run("cmake", "--build", "made", cwd=tmp_path)
+    assert as_numbers(run("made/mine", cwd=tmp_path)) == merged_by_hand()
 
 
 @pytest.mark.slow
@@ -123,7 +146,9 @@ def test_a_wheel_has_the_library_and_all_that_finds_it(tmp_path):
     prefix, told = run(sys.executable, "-c", show, cwd=tmp_path, PYTHONPATH=str(there)).splitlines()
     assert Path(prefix) == there / "flora_kernels"
     assert "CUDA: this library was built without CUDA" in told
-    for file in ("include/flora_kernels.h", "include/flora_ffi.cpp", "lib/libflora_kernels.so"):
+    configuration = [f"lib/cmake/flora_kernels/flora_kernels-config{end}.cmake" for end in ("", "-version")]
+    headers = "include/flora_kernels.h", "include/flora_ffi.cpp"
+    for file in (*headers, "lib/libflora_kernels.so", "lib/pkgconfig/flora_kernels.pc", *configuration):
         assert (there / "flora_kernels" / file).is_file()
     run(sys.executable, EMBED / "merge_numpy.py", cwd=tmp_path, PYTHONPATH=str(there))
     linked = run("ldd", there / "flora_kernels/lib/libflora_kernels.so", cwd=tmp_path) if shutil.which("ldd") else ""
@@ -153,6 +178,16 @@ def test_a_compiler_that_fails_is_an_error_that_says_what_to_do(tmp_path):
     done = subprocess.run(command, cwd=source, env={**PYTHON, "FLORA_CUDA": "0"}, capture_output=True, text=True)
     assert done.returncode != 0
     assert "FLORA_NATIVE=0 installs without it" in done.stderr
+
+
+def test_cuda_that_is_asked_for_without_its_compiler_is_an_error(tmp_path):
+    source = checkout(tmp_path)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = {**PYTHON, "FLORA_CUDA": "1", "NVCC": "no-such-compiler"}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "FLORA_CUDA=1, but nvcc was not found; put it on the PATH or set NVCC" in done.stderr
+    assert not list((source / "kernels").rglob("*.so"))
 
 
 def test_a_choice_that_is_none_is_refused(tmp_path):

@@ -22,6 +22,13 @@ static flora_exec known_part(const flora_exec &exec, bool query) {
     return known;
 }
 
+// A workspace's bytes as callers see them: aligned_alloc takes multiples only.
+static flora_status in_whole_units(flora_status status, size_t *bytes) {
+    constexpr size_t UNIT = FLORA_WORKSPACE_ALIGNMENT;
+    if (status == FLORA_OK) *bytes = (*bytes + UNIT - 1) / UNIT * UNIT;
+    return status;
+}
+
 // An operation on structs as the caller gave them: the workspace that it needs into *bytes, or itself.
 template <class Args>
 static flora_status operate(const flora_exec *given, const Args *args, bool query, size_t *bytes,
@@ -35,7 +42,8 @@ static flora_status operate(const flora_exec *given, const Args *args, bool quer
     FLORA_TRY(check(exec, *args));
     size_t need = 0;
     if (query && !bytes) return fail(FLORA_BAD_ARGUMENT, "bytes must not be NULL");
-    FLORA_TRY((backend->*ask)(exec, *args, query ? bytes : &need));
+    if (!query) bytes = &need;
+    FLORA_TRY(in_whole_units((backend->*ask)(exec, *args, bytes), bytes));
     if (query) return FLORA_OK;
     FLORA_TRY(check_workspace(exec, need));
     return (backend->*run)(exec, *args);
@@ -85,7 +93,7 @@ flora_status flora_merge_many_workspace(const flora_exec *given, const flora_mer
     if (!num_items) return FLORA_OK;
     flora_exec exec = known_part(*given, true);
     FLORA_TRY(check_merge_overlaps({items, num_items}, *options));
-    return backend_of(exec.device)->merge_workspace(exec, {items, num_items}, *options, bytes);
+    return in_whole_units(backend_of(exec.device)->merge_workspace(exec, {items, num_items}, *options, bytes), bytes);
 }
 
 flora_status flora_merge_many(const flora_exec *given, const flora_merge_item *items, int64_t num_items,

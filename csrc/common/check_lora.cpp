@@ -76,7 +76,7 @@ flora_status check_clients(const flora_exec &exec, const flora_clients &clients,
 
 flora_status check_contiguous(const char *name, const flora_vector &vector) {
     if (vector.stride == 1 || vector.size <= 1) return FLORA_OK;
-    return fail(FLORA_BAD_ARGUMENT, "%s.stride must be 1, got %lld", name, wide(vector.stride));
+    return fail(FLORA_BAD_ARGUMENT, "%s.stride must be 1, got %lld; copy it", name, wide(vector.stride));
 }
 
 // A factor in the dtype of the activations, or an fp32 master of 16-bit ones.

@@ -82,14 +82,15 @@ static flora_status check_dtype(Name name, int32_t dtype, uint32_t dtypes) {
         if (dtypes & code(known))
             used += snprintf(wanted + used, sizeof(wanted) - static_cast<size_t>(used), "%s%s", used ? ", " : "",
                              dtype_name(known));
-    return fail(FLORA_BAD_ARGUMENT, "%s.dtype must be %s, got %s (%d)", name.c_str(), wanted, dtype_name(dtype), dtype);
+    return fail(FLORA_BAD_ARGUMENT, "%s.dtype must be %s, got %s (%d); convert it", name.c_str(), wanted,
+                dtype_name(dtype), dtype);
 }
 
 static flora_status check_data(Name name, const void *data, bool empty, size_t alignment) {
     if (!data && !empty) return fail(FLORA_BAD_ARGUMENT, "%s.data must not be NULL", name.c_str());
     if (reinterpret_cast<uintptr_t>(data) % alignment)
-        return fail(FLORA_BAD_ARGUMENT, "%s.data must be aligned to its element of %zu bytes, got %p", name.c_str(),
-                    alignment, data);
+        return fail(FLORA_BAD_ARGUMENT, "%s.data must be aligned to its element of %zu bytes, got %p; copy it",
+                    name.c_str(), alignment, data);
     return FLORA_OK;
 }
 
@@ -109,7 +110,7 @@ static flora_status make_span(Name name, const void *data, int64_t rows, int64_t
     bool over = __builtin_mul_overflow(rows, columns, &count) || __builtin_mul_overflow(count, element, &count) ||
                 widen(rows, row_stride, element, &low, &high) || widen(columns, column_stride, element, &low, &high);
     if (over || static_cast<uintptr_t>(-low) > base || static_cast<uintptr_t>(high) > UINTPTR_MAX - base)
-        return fail(FLORA_BAD_ARGUMENT, "%s reaches beyond memory: %lld x %lld elements with strides %lld and %lld",
+        return fail(FLORA_BAD_ARGUMENT, "%s reaches beyond memory: shape (%lld, %lld) with strides %lld and %lld",
                     name.c_str(), wide(rows), wide(columns), wide(row_stride), wide(column_stride));
     *span = {base + static_cast<uintptr_t>(low), base + static_cast<uintptr_t>(high), 0, 0};
     if (column_stride == 1 && row_stride > 0 && rows > 1)
@@ -128,12 +129,18 @@ static bool shares_places(int64_t rows, int64_t row_stride, int64_t columns, int
 
 static flora_status check_sizes(Name name, int64_t rows, int64_t columns, int64_t want_rows, int64_t want_columns) {
     if (rows < 0 || columns < 0)
-        return fail(FLORA_BAD_ARGUMENT, "%s must have no negative size, got %lld x %lld", name.c_str(), wide(rows),
+        return fail(FLORA_BAD_ARGUMENT, "%s must have no negative size, got (%lld, %lld)", name.c_str(), wide(rows),
                     wide(columns));
-    if ((want_rows >= 0 && rows != want_rows) || (want_columns >= 0 && columns != want_columns))
-        return fail(FLORA_BAD_ARGUMENT, "%s must have %lld x %lld elements (-1 is any), got %lld x %lld", name.c_str(),
-                    wide(want_rows), wide(want_columns), wide(rows), wide(columns));
-    return FLORA_OK;
+    auto fits = [&](int64_t r, int64_t c) {
+        return (want_rows < 0 || r == want_rows) && (want_columns < 0 || c == want_columns);
+    };
+    if (fits(rows, columns)) return FLORA_OK;
+    char want[2][24] = {"any", "any"};
+    if (want_rows >= 0) snprintf(want[0], sizeof(want[0]), "%lld", wide(want_rows));
+    if (want_columns >= 0) snprintf(want[1], sizeof(want[1]), "%lld", wide(want_columns));
+    return fail(FLORA_BAD_ARGUMENT, "%s must have the shape (%s, %s) to fit the others, got (%lld, %lld)%s",
+                name.c_str(), want[0], want[1], wide(rows), wide(columns),
+                fits(columns, rows) ? "; pass its transpose" : "");
 }
 
 flora_status check_matrix(Name name, const flora_matrix &m, uint32_t dtypes, int64_t rows, int64_t columns, bool output,
@@ -146,7 +153,7 @@ flora_status check_matrix(Name name, const flora_matrix &m, uint32_t dtypes, int
     FLORA_TRY(make_span(name, m.data, m.rows, m.row_stride, m.columns, m.column_stride, static_cast<int64_t>(element),
                         span));
     if (output && m.rows && m.columns && shares_places(m.rows, m.row_stride, m.columns, m.column_stride))
-        return fail(FLORA_OVERLAP, "%s is written and must have a place for each element, got strides %lld and %lld",
+        return fail(FLORA_OVERLAP, "%s is written and must have a place for each element, got strides %lld and %lld; copy it",
                     name.c_str(), wide(m.row_stride), wide(m.column_stride));
     return FLORA_OK;
 }
@@ -154,14 +161,17 @@ flora_status check_matrix(Name name, const flora_matrix &m, uint32_t dtypes, int
 flora_status check_vector(Name name, const flora_vector &v, uint32_t dtypes, int64_t size, bool output, Span *span) {
     FLORA_TRY(check_dtype(name, v.dtype, dtypes));
     if (v.reserved) return fail(FLORA_BAD_ARGUMENT, "%s.reserved must be 0, got %d", name.c_str(), v.reserved);
-    if (v.size < 0 || (size >= 0 && v.size != size))
-        return fail(FLORA_BAD_ARGUMENT, "%s must have %lld elements, got %lld", name.c_str(), wide(size),
-                    wide(v.size));
+    if (v.size < 0)
+        return fail(FLORA_BAD_ARGUMENT, "%s must have no negative size, got %lld", name.c_str(), wide(v.size));
+    if (size >= 0 && v.size != size)
+        return fail(FLORA_BAD_ARGUMENT, "%s must have %lld elements to fit the others, got %lld", name.c_str(),
+                    wide(size), wide(v.size));
     size_t element = element_bytes(v.dtype);
     FLORA_TRY(check_data(name, v.data, !v.size, element));
     FLORA_TRY(make_span(name, v.data, v.size ? 1 : 0, 0, v.size, v.stride, static_cast<int64_t>(element), span));
     if (output && v.size > 1 && v.stride == 0)
-        return fail(FLORA_OVERLAP, "%s is written and must have a place for each element, got stride 0", name.c_str());
+        return fail(FLORA_OVERLAP, "%s is written and must have a place for each element, got stride 0; copy it",
+                    name.c_str());
     return FLORA_OK;
 }
 
@@ -182,7 +192,8 @@ flora_status check_apart(Name output, const Span &a, Name other, const Span &b) 
         int64_t then = a.low < b.low ? b.width_bytes : a.width_bytes;
         if (ahead >= first && ahead + then <= a.row_bytes) return FLORA_OK;
     }
-    return fail(FLORA_OVERLAP, "%s is written and must share no memory with %s", output.c_str(), other.c_str());
+    return fail(FLORA_OVERLAP, "%s is written and must share no memory with %s; copy one of them", output.c_str(),
+                other.c_str());
 }
 
 }  // namespace flora

@@ -59,8 +59,8 @@ flora_status check_offsets(Name name, const I *offsets, int64_t count, int64_t t
             return fail(FLORA_BAD_ARGUMENT, "%s must never fall, got %lld then %lld at %lld", name.c_str(),
                         wide(offsets[i]), wide(offsets[i + 1]), wide(i));
     if (offsets[count] != total)
-        return fail(FLORA_BAD_ARGUMENT, "%s must end at %lld, got %lld", name.c_str(), wide(total),
-                    wide(offsets[count]));
+        return fail(FLORA_BAD_ARGUMENT, "%s must end at %lld, the length of its axis, got %lld", name.c_str(),
+                    wide(total), wide(offsets[count]));
     return FLORA_OK;
 }
 

@@ -19,6 +19,8 @@
  *   leaves every output as it was. (What lies in CUDA memory, the tables of clients, is not read for checks.)
  * - Results do not depend on the number of threads, on what else is in the call, nor on the workspace's contents;
  *   sums are made in a fixed order, without atomics.
+ * - What is not finite, in a matrix, coef or scaling, is no error: it goes where the formula takes it, and a client's
+ *   stays with that client.
  * - Every struct that a function takes starts with its own size; set it with the *_INIT macro, which makes all else
  *   zero. Later versions only add fields at its end, for which zero means what this version does.
  */
@@ -197,13 +199,24 @@ typedef struct flora_adamw_args {
     flora_matrix hyper;             /* C, 7; FLORA_FP32 or FLORA_FP64 */
 } flora_adamw_args;
 
-#define FLORA_EXEC_INIT {sizeof(flora_exec)}
-#define FLORA_MERGE_ITEM_INIT {sizeof(flora_merge_item)}
+/* All fields are spelled out, as compilers warn of what is left out. */
+#define FLORA_MATRIX_INIT {NULL, 0, 0, 0, 0, 0, 0}
+#define FLORA_VECTOR_INIT {NULL, 0, 0, 0, 0}
+#define FLORA_CLIENTS_INIT {0, NULL, NULL, NULL, NULL, NULL, NULL, 0, 0}
+#define FLORA_EXEC_INIT {sizeof(flora_exec), FLORA_CPU, 0, NULL, NULL, 0, 0, FLORA_ISA_AUTO}
+#define FLORA_MERGE_ITEM_INIT                                                                                          \
+    {sizeof(flora_merge_item), FLORA_MATRIX_INIT, FLORA_MATRIX_INIT, FLORA_MATRIX_INIT, FLORA_VECTOR_INIT,             \
+     FLORA_MATRIX_INIT, 0}
 #define FLORA_MERGE_OPTIONS_INIT {sizeof(flora_merge_options), FLORA_NEAREST, FLORA_FP32}
-#define FLORA_SHRINK_ARGS_INIT {sizeof(flora_shrink_args)}
-#define FLORA_EXPAND_ARGS_INIT {sizeof(flora_expand_args)}
-#define FLORA_WGRAD_ARGS_INIT {sizeof(flora_wgrad_args)}
-#define FLORA_ADAMW_ARGS_INIT {sizeof(flora_adamw_args)}
+#define FLORA_SHRINK_ARGS_INIT                                                                                         \
+    {sizeof(flora_shrink_args), FLORA_MATRIX_INIT, FLORA_MATRIX_INIT, FLORA_VECTOR_INIT, FLORA_CLIENTS_INIT}
+#define FLORA_EXPAND_ARGS_INIT                                                                                         \
+    {sizeof(flora_expand_args), FLORA_MATRIX_INIT, FLORA_VECTOR_INIT, FLORA_MATRIX_INIT, FLORA_CLIENTS_INIT}
+#define FLORA_WGRAD_ARGS_INIT                                                                                          \
+    {sizeof(flora_wgrad_args), FLORA_VECTOR_INIT, FLORA_MATRIX_INIT, FLORA_VECTOR_INIT, FLORA_MATRIX_INIT,             \
+     FLORA_MATRIX_INIT, FLORA_MATRIX_INIT, FLORA_CLIENTS_INIT}
+#define FLORA_ADAMW_ARGS_INIT                                                                                          \
+    {sizeof(flora_adamw_args), NULL, NULL, NULL, NULL, 0, 0, 0, 0, NULL, NULL, FLORA_MATRIX_INIT}
 
 /* The library's version as text ("0.1.0"), and the interface's as FLORA_ABI_MAJOR * 1000 + FLORA_ABI_MINOR. */
 FLORA_API const char *flora_version(void);
@@ -235,7 +248,8 @@ FLORA_API flora_status flora_expand(const flora_exec *exec, const flora_expand_a
 FLORA_API flora_status flora_wgrad(const flora_exec *exec, const flora_wgrad_args *args);
 FLORA_API flora_status flora_adamw(const flora_exec *exec, const flora_adamw_args *args);
 
-/* How many bytes of workspace the call with the same arguments needs, into *bytes. Of exec only device, device_index,
+/* How many bytes of workspace the call with the same arguments needs, into *bytes: a multiple of
+ * FLORA_WORKSPACE_ALIGNMENT, as aligned_alloc wants it, and no byte beyond them is touched. Of exec only device, device_index,
  * num_threads and isa are read; of the arguments only sizes, strides and dtypes, and on the CPU the clients' tables. */
 FLORA_API flora_status flora_merge_many_workspace(const flora_exec *exec, const flora_merge_item *items,
                                                   int64_t num_items, const flora_merge_options *options, size_t *bytes);

@@ -19,13 +19,13 @@ int32_t dtype_of(const Buffer &b) {
         case ffi::F16: return FLORA_FP16;
         case ffi::F64: return FLORA_FP64;
         case ffi::S16: return FLORA_INT16;
-        default: return 0;  // which the library refuses by name
+        default: return 0;  // which the library refuses by name, as jax_ffi does before it
     }
 }
 
 flora_matrix matrix(const Buffer &b) {
     auto sizes = b.dimensions();
-    if (sizes.size() != 2) return {};
+    if (sizes.size() != 2) return {b.untyped_data(), -1, -1, 1, 1, dtype_of(b), 0};
     return {b.untyped_data(), sizes[0], sizes[1], sizes[1], 1, dtype_of(b), 0};
 }
 
@@ -47,6 +47,15 @@ ffi::Error call(Ask ask, Run run) {
     if (status == FLORA_OK) status = run(&exec);
     if (status == FLORA_OK) return ffi::Error::Success();
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, flora_last_error());
+}
+
+// The library cannot know how long tables are: as many entries as there are clients.
+ffi::Error check_tables(Offsets tokens, Offsets ranks, ffi::Span<const double> scaling) {
+    size_t count = tokens.size() - 1;
+    if (tokens.size() && ranks.size() == tokens.size() && (!scaling.size() || scaling.size() == count))
+        return ffi::Error::Success();
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "tokens and ranks must have one entry more than there are clients, scaling as many or none");
 }
 
 #define FLORA_CALL(NAME)                                                                              \
@@ -80,6 +89,7 @@ ffi::Error merge(Buffer W, Buffer A, Buffer B, Buffer coef, Output out, bool wid
 
 ffi::Error shrink(Buffer x, Buffer A, Output s, Offsets tokens, Offsets ranks,
                   ffi::Span<const double> scaling) {
+    if (auto wrong = check_tables(tokens, ranks, scaling); wrong.failure()) return wrong;
     flora_shrink_args args = FLORA_SHRINK_ARGS_INIT;
     args.x = matrix(x), args.A = matrix(A), args.s = vector(*s), args.clients = clients_of(tokens, ranks, scaling);
     return FLORA_CALL(shrink);
@@ -87,6 +97,7 @@ ffi::Error shrink(Buffer x, Buffer A, Output s, Offsets tokens, Offsets ranks,
 
 ffi::Error expand(Buffer y, Buffer s, Buffer B, Output out, Offsets tokens,
                   Offsets ranks, ffi::Span<const double> scaling) {
+    if (auto wrong = check_tables(tokens, ranks, scaling); wrong.failure()) return wrong;
     take_over(y, out);
     flora_expand_args args = FLORA_EXPAND_ARGS_INIT;
     args.y = matrix(*out), args.s = vector(s), args.B = matrix(B), args.clients = clients_of(tokens, ranks, scaling);
@@ -95,6 +106,7 @@ ffi::Error expand(Buffer y, Buffer s, Buffer B, Output out, Offsets tokens,
 
 ffi::Error wgrad(Buffer ds, Buffer x, Buffer s, Buffer dy, Output dA, Output dB,
                  Offsets tokens, Offsets ranks, ffi::Span<const double> scaling) {
+    if (auto wrong = check_tables(tokens, ranks, scaling); wrong.failure()) return wrong;
     flora_wgrad_args args = FLORA_WGRAD_ARGS_INIT;
     args.ds = vector(ds), args.x = matrix(x), args.s = vector(s), args.dy = matrix(dy);
     args.dA = matrix(*dA), args.dB = matrix(*dB), args.clients = clients_of(tokens, ranks, scaling);

@@ -1,4 +1,4 @@
-"""Kernels of the engine over plain tensors: a reference in torch now, Triton and native code beside it later.
+"""Kernels over plain tensors: ``reference`` in torch, ``triton``, and ``native`` in C++ and CUDA, which needs no torch.
 
 This package never imports ``flora_core``; checks and autograd live there, in ``ops.py``.
 """

@@ -1,19 +1,42 @@
 """The primitives of ``reference`` in C++: same names, same arguments, for any array with ``__dlpack__``, without torch.
 
-torch tensors, NumPy, JAX and CuPy arrays are read where they lie. Beyond the reference's arguments every function takes
-``dtype`` ("bfloat16" or "float16": what uint16 arrays hold, as NumPy has no bfloat16), ``threads`` and ``isa``.
+torch tensors, NumPy, JAX and CuPy arrays are read where they lie, with any strides. Every function also takes
+
+    dtype     what uint16 arrays hold, "bfloat16" or "float16", as NumPy has no bfloat16 (``wgrad``: ``uint16``)
+    threads   size of the OpenMP team; None is torch's number, or without torch OpenMP's own. Bits do not depend on it
+    isa       "portable", "avx2" or "avx512"; "auto" is what the environment variable FLORA_ISA names, else the best
+
+and raises TypeError or ValueError that names the argument, before anything is written. What is not finite is data: it
+goes where the formula takes it, and stays with its client.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Sequence
+import operator
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .arguments import Dropout, MergeItem, Ranges
+from .native_arguments import (
+    CODES,
+    choose,
+    columns_of,
+    flat_size,
+    integer,
+    key,
+    name_of,
+    new,
+    offsets_of,
+    per,
+    require_one_each,
+    run,
+    shared,
+    torch_if_imported,
+)
+from .native_arguments import stream_of as _stream_of
 
 
 def _why_not(error: ImportError) -> str:
@@ -32,12 +55,11 @@ try:
 except ImportError as error:
     raise ImportError(_why_not(error)) from error
 
-_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4, "int16": 5}
-_HALVES = {name: _CODES[name] for name in ("bfloat16", "float16")}
-_SUMS = {name: _CODES[name] for name in ("float32", "float64")}
+_HALVES = {name: CODES[name] for name in ("bfloat16", "float16")}
+_SUMS = {name: CODES[name] for name in ("float32", "float64")}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1}
-_DEVICE_CODES = {"cpu": 0, "cuda": 1}
 _ISAS = {"auto": 0, "portable": 1, "avx2": 2, "avx512": 3}
+_FORCED_ISA = os.environ.get("FLORA_ISA", "auto")
 # Devices that each op's arrays may lie on. The other ops take tables of clients, which on CUDA must lie on the device:
 # they are for callers of the C interface.
 _MERGES = ("cpu", "cuda") if _native.built_with_cuda else ("cpu",)
@@ -47,77 +69,58 @@ DEVICES = {
 }
 
 
-def _name(dtype: Any) -> str:
-    """The name of a dtype of any framework: torch.float32 and numpy.dtype("float32") are "float32"."""
-    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+def _isa(isa: Any) -> int:
+    """The code of an instruction set; "auto" is what FLORA_ISA names, else the processor's best."""
+    if isa == "auto":
+        return choose("FLORA_ISA", _FORCED_ISA, _ISAS)
+    return choose("isa", isa, _ISAS)
 
 
-@functools.cache
-def _code_of(dtype: Any) -> int | None:
-    return _CODES.get(_name(dtype))
-
-
-def _choose(name: str, value: Any, known: dict[str, int]) -> int:
-    if value not in known:
-        raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return known[value]
-
-
-def _torch() -> Any:
-    """torch, if anybody has imported it: nobody else can hand us tensors."""
-    return sys.modules.get("torch")
-
-
-def _is_tensor(array: Any) -> bool:
-    torch = _torch()
-    return torch is not None and isinstance(array, torch.Tensor)
-
-
-def _shared(name: str, array: Any, devices: tuple[str, ...] = ("cpu",)) -> Any:
-    """An array as the compiled module takes it: a tensor as a tuple (20 times as fast as DLPack), else as it is."""
-    torch = _torch()
-    if torch is None or not isinstance(array, torch.Tensor):
-        return array
-    if array.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name} requires grad, which this function does not track; call it under torch.no_grad()")
-    if array.layout != torch.strided or array.is_conj() or array.is_neg():
-        raise ValueError(f"{name} must be a plain strided tensor, got layout {array.layout}; copy it first")
-    code, device = _code_of(array.dtype), array.device
-    if code is None:
-        raise TypeError(f"{name} must be one of {', '.join(_CODES)}, got {_name(array.dtype)}")
-    if device.type not in devices:
-        raise ValueError(f"{name} must be on {' or '.join(devices)}, got {device}; use another backend")
-    return array.data_ptr(), code, _DEVICE_CODES[device.type], device.index or 0, tuple(array.shape), array.stride()
-
-
-def _stream_of(array: Any) -> int:
-    """The CUDA stream that an array's framework works on; 0, the default one, where there is none."""
-    if _is_tensor(array):
-        return _torch().cuda.current_stream(array.device).cuda_stream if array.device.type == "cuda" else 0
-    cupy = sys.modules.get("cupy")
-    return int(cupy.cuda.get_current_stream().ptr) if cupy is not None and isinstance(array, cupy.ndarray) else 0
-
-
-def _call(dtype: str | None, threads: int | None, isa: str, stream: int = 0) -> Any:
+def _call(dtype: Any, threads: int | None, isa: str, stream: int = 0) -> Any:
     """Where and how the next call runs; torch's number of threads unless one is given."""
-    torch = _torch()
+    torch = torch_if_imported()
     if threads is None:
         threads = 0 if torch is None else int(torch.get_num_threads())
-    if threads < 0:
-        raise ValueError(f"threads must be at least 0 (0: OpenMP's default), got {threads}")
-    bits = (
-        0 if dtype is None else _choose("dtype", _name(dtype), {name: _CODES[name] for name in ("bfloat16", "float16")})
-    )
-    return _native.Call(threads, _choose("isa", isa, _ISAS), stream, bits)
+    elif not 0 <= integer("threads", threads) <= 4096:
+        raise ValueError(f"threads must be at least 0 (0: OpenMP's default) and at most 4096, got {threads}")
+    bits = 0 if dtype is None else choose("dtype", name_of(dtype), _HALVES)
+    return _native.Call(threads, _isa(isa), stream, bits)
 
 
-def _key(seed: int) -> int:
-    """A key as a signed 64-bit number."""
-    return ((int(seed) + 2**63) & (2**64 - 1)) - 2**63
+def _clients(tokens: Sequence[int], ranks: Sequence[int], scaling_C: Any, dropout: Dropout | None) -> Any:
+    """The clients' tables, from offsets."""
+    count = len(tokens) - 1
+    require_one_each("client of tokens", "ranks", ranks[1:], count)
+    if scaling_C is None:
+        scaling_C = ()
+    elif isinstance(scaling_C, tuple):
+        require_one_each("client of tokens", "scaling_C", scaling_C, count)
+    else:
+        scaling_C = per("client of tokens", "scaling_C", scaling_C, count, float)
+    tables: list[list[int]] = [[], [], []]
+    if dropout is not None:
+        if not isinstance(dropout, tuple) or len(dropout) != 3:
+            raise TypeError(f"dropout must be Dropout(q_C, seed_C, row_C), got {dropout!r:.60}")
+        names = "dropout.q_C", "dropout.seed_C", "dropout.row_C"
+        makers = operator.index, key, operator.index
+        tables = [per("client of tokens", *one[:2], count, one[2]) for one in zip(names, dropout, makers, strict=True)]
+    try:
+        return _native.Clients(tokens, ranks, scaling_C, *tables)
+    except TypeError:
+        raise TypeError("scaling_C must hold numbers, and tokens, ranks and dropout integers below 2**31") from None
+
+
+def _stacked(name: str, item: Any) -> tuple[Any, ...]:
+    """An item's five fields."""
+    if not isinstance(item, (tuple, list)) or len(item) not in (4, 5):
+        size = f" of {len(item)}" if hasattr(item, "__len__") else ""
+        kind = type(item).__name__
+        raise TypeError(f"{name} must be a MergeItem or a tuple (W, A, B, coef[, low_bits]), got a {kind}{size}")
+    return (*item, None) if len(item) == 4 else item
 
 
 def merge_many_(
-    items: Sequence[MergeItem | tuple[Any, ...]],
+    items: Iterable[MergeItem | tuple[Any, ...]],
     *,
     rounding: str = "nearest",
     seed: int = 0,
@@ -126,30 +129,41 @@ def merge_many_(
     threads: int | None = None,
     isa: str = "auto",
 ) -> int:
-    """Merge many weights in place: ``W += B^T diag(coef) A``.
+    """Merge many weights in place: ``W += B^T diag(coef) A``, each with one sum and one rounding.
 
-    With stochastic rounding item i uses the key ``seed + i``. On CUDA it is enqueued on the stream that the first
-    weight's framework works on, and A and B of an item must have one dtype.
+    On CUDA it is enqueued on the stream that the first weight's framework works on, and A and B of an item must have
+    one dtype.
 
     Args:
-        items: ``MergeItem`` or tuples (W (N, K), A (P, K), B (P, N), coef (P)[, low_bits (N, K)]).
-        rounding: ``nearest`` or, for bfloat16, ``stochastic``.
-        accumulate: ``float32`` or ``float64``: what W's sum is made in, before its one rounding.
+        items: ``MergeItem`` or tuples (W (N, K), A (P, K), B (P, N), coef (P)[, low_bits (N, K)]). W, A, B and coef
+            are float32, bfloat16, float16 or float64, each of its own. low_bits are int16 and make a bfloat16 W the
+            upper half of a float32 master: bits(master) = (bits(W) << 16) + low; start with zeros.
+        rounding: ``nearest``, ties to even, or, for bfloat16 without low_bits, ``stochastic``.
+        seed: Of stochastic rounding; item i uses the key ``seed + i``, modulo 2^64.
+        accumulate: ``float32`` or ``float64``: what W's sum is made in (always float64 for a float64 W).
+        dtype, threads, isa: See the top of this module.
     Returns:
         Bytes of workspace that it used: all the memory beyond the arrays themselves.
     Raises:
-        ValueError: If sizes do not fit, an output is read-only or overlaps another array; nothing is changed then.
-    Deterministic: yes, for any number of threads.
+        TypeError: If something is no array of floats.
+        ValueError: If shapes do not fit, an output is read-only, needs grad or overlaps another array, or arrays lie
+            on two devices; nothing is changed then.
+        RuntimeError: If the GPU cannot be used.
+    Deterministic: yes, for any number of threads. Source: arXiv 2409.05976, eq. 5.
     """
-    stacks, devices = [], DEVICES["merge_many_"]
-    call = _call(dtype, threads, isa, _stream_of(items[0][0]) if items else 0)
-    for i, item in enumerate(items):
-        prefix = f"items[{i}]." if len(items) > 1 else ""
-        weight, A, B, coef, low_bits = (*item, None) if len(item) == 4 else item
-        arrays = {"weight": weight, "A": A, "B": B, "coef": coef, "low_bits": low_bits}
-        stacks.append((*(_shared(prefix + name, array, devices) for name, array in arrays.items()), _key(seed + i)))
-    sums = _choose("accumulate", _name(accumulate), _SUMS)
-    call.merge_many(stacks, _choose("rounding", rounding, _ROUNDINGS), sums)
+    if isinstance(items, str) or not isinstance(items, Iterable):
+        raise TypeError(f"items must be a sequence of MergeItem or tuples, got {items!r:.60}")
+    stacked = [_stacked(f"items[{i}]", item) for i, item in enumerate(items)]
+    stacks, devices, seed = [], DEVICES["merge_many_"], integer("seed", seed)
+    call = _call(dtype, threads, isa, _stream_of(stacked[0][0]) if stacked else 0)
+    for i, (*arrays, low_bits) in enumerate(stacked):
+        prefix = f"items[{i}]." if len(stacked) > 1 else ""
+        named = zip(("weight", "A", "B", "coef"), arrays, strict=True)
+        stack = [shared(prefix + name, array, devices) for name, array in named]
+        stack.append(None if low_bits is None else shared(prefix + "low_bits", low_bits, devices))
+        stacks.append((*stack, key(seed + i)))
+    sums = choose("accumulate", name_of(accumulate), _SUMS)
+    run(call.merge_many, stacks, choose("rounding", rounding, _ROUNDINGS), sums)
     return call.workspace_bytes
 
 
@@ -167,37 +181,19 @@ def merge_(
     threads: int | None = None,
     isa: str = "auto",
 ) -> None:
-    """W += B^T diag(coef) A in place: one sum in ``accumulate``, one rounding. See ``merge_many_``."""
+    """Merge one weight in place: ``W += B^T diag(coef) A``, one sum in ``accumulate``, one rounding.
+
+    Args:
+        weight_NK, A_PK, B_PN, coef_P, low_bits_NK: The fields of an item of ``merge_many_``; B is stored rank by rank,
+            PEFT's ``lora_B.weight.T``.
+        rounding, seed, accumulate, dtype, threads, isa: As there.
+    Raises:
+        TypeError, ValueError, RuntimeError: As there; nothing is changed then.
+    Deterministic: yes, for any number of threads. Source: arXiv 2409.05976, eq. 5.
+    """
     item = MergeItem(weight_NK, A_PK, B_PN, coef_P, low_bits_NK)
     options = dict(rounding=rounding, seed=seed, accumulate=accumulate, dtype=dtype, threads=threads, isa=isa)
     merge_many_([item], **options)  # pyright: ignore[reportArgumentType]
-
-
-def _offsets(ranges: Ranges) -> Sequence[int]:
-    """Where ranges begin and end: kept ready by whoever has them, else gathered."""
-    known = getattr(ranges, "offsets", None)
-    return known if isinstance(known, tuple) else [0, *(part.stop for part in ranges)]
-
-
-def _clients(tokens: Ranges, ranks: Ranges, scaling_C: Any, dropout: Dropout | None) -> Any:
-    if not isinstance(scaling_C, tuple):
-        scaling_C = () if scaling_C is None else [float(scale) for scale in scaling_C]
-    q, seed, row = ([], [], []) if dropout is None else ([int(value) for value in values] for values in dropout)
-    return _native.Clients(_offsets(tokens), _offsets(ranks), scaling_C, q, [_key(value) for value in seed], row)
-
-
-def _new(like: Any, shape: tuple[int, ...], dtype: Any = None) -> Any:
-    """A fresh array of the framework of another one; NumPy's where that has no way to make one in place."""
-    if _is_tensor(like):
-        return like.new_empty(shape, dtype=dtype)
-    if type(like).__module__.partition(".")[0] not in ("numpy", "cupy"):
-        raise TypeError(f"out must be given for arrays of {type(like).__module__}, which this function cannot make")
-    module = sys.modules[type(like).__module__.partition(".")[0]]
-    return module.empty(shape, dtype=like.dtype if dtype is None else dtype)
-
-
-def _flat_size(tokens: Ranges, ranks: Ranges) -> int:
-    return sum((m.stop - m.start) * (p.stop - p.start) for m, p in zip(tokens, ranks, strict=True))
 
 
 def shrink(
@@ -213,14 +209,31 @@ def shrink(
     threads: int | None = None,
     isa: str = "auto",
 ) -> Any:
-    """Flat S in the dtype of x, into ``out`` if given: S_c = scaling_c drop(X_c) A_c^T."""
-    s_flat = _new(x_MK, (_flat_size(tokens, ranks),)) if out is None else out
-    _call(dtype, threads, isa).shrink(
-        _shared("x_MK", x_MK),
-        _shared("A_PK", A_PK),
-        _shared("out", s_flat),
-        _clients(tokens, ranks, scaling_C, dropout),
-    )
+    """Project each client's rows onto its ranks: ``S_c = scaling_c drop(X_c) A_c^T``. Also dS = s dY B^T, with B for A.
+
+    Args:
+        x_MK: float32, bfloat16, float16 or float64.
+        A_PK: The clients' stacked rows, in the dtype of x or a float32 master of 16-bit x.
+        tokens, ranks: One slice per client over M and over P, each from where the one before ends; empty ones too.
+        scaling_C: One number per client; None is 1.
+        dropout: Threshold of 65536, key and first row of each client's mask; None for no dropout.
+        out: Where S goes, contiguous, sum of m_c r_c elements in the dtype of x; None makes it (torch, NumPy, CuPy).
+        dtype, threads, isa: See the top of this module.
+    Returns:
+        Flat S in the dtype of x, client by client, summed in float32 (float64 for float64).
+    Raises:
+        TypeError, ValueError: If something does not fit, before anything is written.
+    Deterministic: yes. Source: arXiv 2106.09685 (LoRA); segments as in arXiv 2310.18547 (Punica).
+    """
+    bank, rows = offsets_of("ranks", ranks), None
+    if out is None:
+        columns_of("x_MK", x_MK)
+        rows = x_MK.shape[0]
+    offsets = offsets_of("tokens", tokens, rows)
+    clients = _clients(offsets, bank, scaling_C, dropout)
+    s_flat = new(x_MK, (flat_size(offsets, bank),)) if out is None else out
+    arrays = shared("x_MK", x_MK), shared("A_PK", A_PK), shared("out", s_flat)
+    run(_call(dtype, threads, isa).shrink, *arrays, clients, x="x_MK", A="A_PK", s="out")
     return s_flat
 
 
@@ -237,14 +250,27 @@ def expand_(
     threads: int | None = None,
     isa: str = "auto",
 ) -> Any:
-    """Y_c += scaling_c S_c B_c in place, dropped columns left alone and kept ones scaled up."""
-    _call(dtype, threads, isa).expand(
-        _shared("y_MN", y_MN),
-        _shared("s_flat", s_flat),
-        _shared("B_PN", B_PN),
-        _clients(tokens, ranks, scaling_C, dropout),
-    )
+    """Add each client's branch to its rows in place: ``Y_c += scaling_c mask_c(S_c B_c)``. Also dX += mask(dS A).
+
+    Args:
+        y_MN: float32, bfloat16, float16 or float64; updated. Clients without rank keep their rows.
+        s_flat: S as ``shrink`` gives it, in the dtype of y.
+        B_PN: The clients' stacked rows, in the dtype of y or a float32 master of 16-bit y.
+        tokens, ranks, scaling_C, dtype, threads, isa: As in ``shrink``.
+        dropout: Dropped elements of Y get nothing, kept ones are scaled up: the backward of the input's dropout.
+    Returns:
+        y_MN, rounded once.
+    Raises:
+        TypeError, ValueError: If something does not fit; y is unchanged then.
+    Deterministic: yes. Source: as ``shrink``.
+    """
+    clients = _clients(offsets_of("tokens", tokens), offsets_of("ranks", ranks), scaling_C, dropout)
+    arrays = shared("y_MN", y_MN), shared("s_flat", s_flat), shared("B_PN", B_PN)
+    run(_call(dtype, threads, isa).expand, *arrays, clients, y="y_MN", s="s_flat", B="B_PN")
     return y_MN
+
+
+_WGRAD = {name: f"{name}_{axes}" for name, axes in dict(ds="flat", x="MK", s="flat", dy="MN", dA="PK", dB="PN").items()}
 
 
 def wgrad(
@@ -263,14 +289,33 @@ def wgrad(
     threads: int | None = None,
     isa: str = "auto",
 ) -> tuple[Any, Any]:
-    """dA_PK = dS^T drop(X) and dB_PN = s S^T dY in ``dtype``; ``uint16`` says what uint16 arrays hold."""
-    total = ranks[-1].stop if len(ranks) else 0
-    shapes = (total, x_MK.shape[1]), (total, dy_MN.shape[1])
-    dA_PK, dB_PN = (_new(x_MK, shape, dtype) for shape in shapes) if out is None else out
-    arrays = dict(ds_flat=ds_flat, x_MK=x_MK, s_flat=s_flat, dy_MN=dy_MN, dA_PK=dA_PK, dB_PN=dB_PN)
-    _call(uint16, threads, isa).wgrad(
-        *(_shared(name, array) for name, array in arrays.items()), _clients(tokens, ranks, scaling_C, dropout)
-    )
+    """Sum the adapters' gradients: ``dA_c = dS_c^T drop(X_c)``, ``dB_c = scaling_c S_c^T dY_c``.
+
+    Args:
+        ds_flat, s_flat: dS and S as ``shrink`` gives them.
+        x_MK, dy_MN: Input and output's gradient. All four have one dtype, any that ``shrink`` takes.
+        tokens, ranks, scaling_C, dropout, threads, isa: As in ``shrink``.
+        dtype: Of dA and dB, in the arrays' framework: that of x, or float32.
+        out: Where dA (P, K) and dB (P, N) go; None makes them (torch, NumPy, CuPy).
+        uint16: What uint16 arrays hold, "bfloat16" or "float16".
+    Returns:
+        dA_PK and dB_PN; a client without tokens gets zeros.
+    Raises:
+        TypeError, ValueError: If something does not fit; ``out`` is unchanged then.
+    Deterministic: yes. Source: as ``shrink``.
+    """
+    bank = offsets_of("ranks", ranks)
+    clients = _clients(offsets_of("tokens", tokens), bank, scaling_C, dropout)
+    if out is None:
+        columns = columns_of("x_MK", x_MK), columns_of("dy_MN", dy_MN)
+        dA_PK, dB_PN = (new(x_MK, (bank[-1], count), dtype) for count in columns)
+    elif isinstance(out, (tuple, list)) and len(out) == 2:
+        dA_PK, dB_PN = out
+    else:
+        raise TypeError(f"out must be a tuple (dA_PK, dB_PN), got {type(out).__name__}")
+    arrays = zip(_WGRAD.values(), (ds_flat, x_MK, s_flat, dy_MN, dA_PK, dB_PN), strict=True)
+    call = _call(uint16, threads, isa)
+    run(call.wgrad, *(shared(name, array) for name, array in arrays), clients, **_WGRAD)
     return dA_PK, dB_PN
 
 
@@ -286,19 +331,29 @@ def cohort_adamw_(
     threads: int | None = None,
     isa: str = "auto",
 ) -> None:
-    """AdamW over flat buffers in place; segment i takes row owner[i] of hyper, a step of 0 leaves it untouched.
+    """Step AdamW over flat buffers in place, each client with its own settings, as ``torch.optim.AdamW`` computes it.
 
-    Columns of hyper: lr, beta1, beta2, eps, weight decay, step (1 for the first), clip scale of the gradient.
+    Args:
+        param, grad, exp_avg, exp_avg_sq: Contiguous, of one size and dtype, float32 or float64; all but grad updated.
+        segments: Slices of the buffers, each from where the one before ends.
+        hyper_CH: Rows of lr, beta1, beta2, eps, weight decay, step (1 for the first; 0 leaves a segment untouched),
+            scale of the gradient; float32 or float64.
+        owner: Segment i takes row owner[i] of hyper.
+        threads, isa: See the top of this module.
+    Raises:
+        TypeError, ValueError: If something does not fit, before anything is written.
+    Deterministic: yes. Source: arXiv 1711.05101 (AdamW).
     """
+    offsets = offsets_of("segments", segments)
+    rows = per("segment", "owner", owner, len(offsets) - 1, operator.index)
     arrays = dict(param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, hyper_CH=hyper_CH)
-    _call(None, threads, isa).adamw(
-        *(_shared(name, array) for name, array in arrays.items()), _offsets(segments), list(owner)
-    )
+    call = _call(None, threads, isa)
+    run(call.adamw, *(shared(name, array) for name, array in arrays.items()), offsets, rows)
 
 
 def describe() -> str:
-    """The library in a line: version, instruction set, threads, CUDA."""
-    isa = {code: name for name, code in _ISAS.items()}[_native.cpu_isa()]
+    """The library in a line: version, instruction set, threads, CUDA or why not."""
+    isa = {code: name for name, code in _ISAS.items()}[_isa("auto") or _native.cpu_isa()]
     cuda = _native.why_not_cuda() or "here"
     return f"{_native.version()}, {isa}, {_native.cpu_threads()} threads, CUDA: {cuda}"
 
