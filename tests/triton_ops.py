@@ -20,7 +20,7 @@ import triton.language as tl
 
 from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing, ways
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, LinearInputs, make_linear, make_merge
-from flora_kernels import reference
+from flora_kernels import reference, reference_draws
 from flora_kernels import triton as kernels
 from flora_kernels.triton.common import draws_of
 from tests import test_ops_shared
@@ -124,7 +124,7 @@ def test_the_mask_is_the_reference_s_bit_for_bit(vector):
 
 
 def test_the_draws_of_rounding_are_the_reference_s():
-    draws = reference._draws(16, 128, 2**62 + 3, 9, 1, torch.device("cpu"))
+    draws = reference_draws.draws(16, 128, 2**62 + 3, 9, 1, torch.device("cpu"))
     for q in (1, 20000, 65535):
         assert torch.equal(mask(16, 128, q, 2**62 + 3, 9, stream=1), draws >= q)
 

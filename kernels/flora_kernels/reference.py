@@ -10,6 +10,15 @@ Letters: M packed tokens, K in_features, N out_features, R one client's rank, P 
 ``tokens`` and ``ranks`` hold one slice per client, over M and P. S is ragged and flat: client c's
 block of m_c x r_c numbers follows client c-1's. 16-bit inputs are widened to float32 per client, so sums
 are always at least float32. Rows of different clients never meet in a sum: a NaN stays with its client.
+
+Arguments that many functions share:
+    x_MK, y_MN, dy_MN: Activations, outputs, gradients: float64, float32, bfloat16 or float16, one dtype a call.
+    A_PK, B_PN: The clients' stacked rows, in that dtype or as masters, which are rounded to it first.
+    tokens, ranks: One slice per client over M and over P, in order and without gaps; some may be empty.
+    scaling_C: One number per client; None, where it may be, is 1.
+    dropout: ``Dropout(q_C, seed_C, row_C)``: threshold of 65536, Philox key and first row of each client's mask.
+Nothing is checked here: ``flora_core.ops`` does, and torch's own errors say the rest. Everything is deterministic as
+far as torch's products are. Sources: LoRA, arXiv 2106.09685; the stacked merge, arXiv 2409.05976, eq. 5.
 """
 
 # torch leaves its _foreach functions out of its stubs.
@@ -23,44 +32,8 @@ import torch
 from torch.optim.adamw import adamw
 
 from .arguments import Dropout, MergeItem, Ranges
-
-_PHILOX_M = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_W = (0x9E3779B9, 0xBB67AE85)
-_U32 = 0xFFFFFFFF
-
-
-def philox4x32(
-    counter: Sequence[torch.Tensor], key: tuple[int, int], rounds: int = 7
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Four 32-bit words (held in int64) per counter. Salmon et al., SC 2011."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(rounds):
-        # int64 products wrap, which leaves the low 64 bits right; the mask undoes the arithmetic shift.
-        p0, p1 = c0 * _PHILOX_M[0], c2 * _PHILOX_M[1]
-        c0, c1, c2, c3 = ((p1 >> 32) & _U32) ^ c1 ^ k0, p1 & _U32, ((p0 >> 32) & _U32) ^ c3 ^ k1, p0 & _U32
-        k0, k1 = (k0 + _PHILOX_W[0]) & _U32, (k1 + _PHILOX_W[1]) & _U32
-    return c0, c1, c2, c3
-
-
-def _draws(rows: int, columns: int, seed: int, first_row: int, stream: int, device: torch.device) -> torch.Tensor:
-    """16-bit draws (rows, columns), held in int64.
-
-    The key is ``seed`` (low word, high word), the counter is (column // 8, row, 0, stream); draw ``column % 8`` is a
-    16-bit half of word ``(column % 8) // 2``, the low half first.
-    """
-    row_M1 = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)[:, None]
-    group_1G = torch.arange((columns + 7) // 8, dtype=torch.int64, device=device)[None, :]
-    zero = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox4x32((group_1G, row_M1, zero, zero + stream), (seed & _U32, (seed >> 32) & _U32))
-    words = [word.expand(rows, group_1G.shape[1]) for word in words]
-    draws = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return draws.flatten(1)[:, :columns]
-
-
-def dropout_keep(rows: int, columns: int, q: int, seed: int, first_row: int, device: torch.device) -> torch.Tensor:
-    """Bool (rows, columns), True where an element is kept: where its draw is at least q."""
-    return _draws(rows, columns, seed, first_row, 0, device) >= q
+from .reference_draws import dropout_keep, philox4x32
+from .reference_merge import join_master, merge_, merge_many_, round_stochastic, split_master
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,7 +87,13 @@ def _product_into(
 
 
 def linear(x_MK: torch.Tensor, weight_NK: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """The frozen product Y = X W^T + b."""
+    """Multiply by the frozen weight: Y = X W^T + b.
+
+    Args:
+        x_MK, weight_NK, bias_N: Of one dtype; the bias may be None.
+    Returns:
+        y_MN in that dtype.
+    """
     return torch.nn.functional.linear(x_MK, weight_NK, bias_N)
 
 
@@ -126,7 +105,13 @@ def shrink(
     scaling_C: Sequence[float] | torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """Flat S in the dtype of x: S_c = scaling_c drop(X_c) A_c^T. Also dS = s dY B^T, with B for A."""
+    """Project each client's rows onto its ranks: S_c = scaling_c drop(X_c) A_c^T. Also dS = s dY B^T, with B for A.
+
+    Args:
+        x_MK, A_PK, tokens, ranks, scaling_C, dropout: See the top of this file.
+    Returns:
+        Flat S, sum of m_c r_c elements in the dtype of x, rounded once.
+    """
     size = sum((m.stop - m.start) * (p.stop - p.start) for m, p in zip(tokens, ranks, strict=True))
     s_flat = x_MK.new_empty(size)
     for c, rows, bank, flat in _clients(tokens, ranks):
@@ -145,7 +130,16 @@ def expand_(
     scaling_C: Sequence[float] | torch.Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> torch.Tensor:
-    """Y_c += scaling_c S_c B_c in place. Also dX += mask (dS A) / (1 - q), with A for B and the forward's dropout."""
+    """Add each client's branch in place: Y_c += scaling_c S_c B_c. Also dX += mask (dS A) / (1 - q), with A for B.
+
+    Args:
+        y_MN: Updated; rows of clients without rank stay as they are.
+        s_flat: S as ``shrink`` gives it, in the dtype of y.
+        B_PN, tokens, ranks, scaling_C: See the top of this file.
+        dropout: The forward's; dropped elements of Y get nothing, kept ones are scaled up.
+    Returns:
+        y_MN.
+    """
     narrow = y_MN.dtype in (torch.bfloat16, torch.float16)
     for c, rows, bank, flat in _clients(tokens, ranks):
         b_RN = _compute_copy(B_PN[bank], y_MN.dtype)
@@ -170,7 +164,14 @@ def shrink_many(
     scaling: Sequence[Sequence[float] | torch.Tensor | None],
     dropout: Sequence[Dropout | None],
 ) -> list[torch.Tensor]:
-    """``shrink`` for targets that share x: each with its A, ranks, scales and dropout."""
+    """Shrink once for each target that shares x.
+
+    Args:
+        x_MK, tokens: Of all targets.
+        factors, ranks, scaling, dropout: Each target's A, ranks, scaling_C and dropout, as ``shrink`` takes them.
+    Returns:
+        Each target's flat S.
+    """
     targets = zip(factors, ranks, scaling, dropout, strict=True)
     return [shrink(x_MK, A_PK, tokens, rows, scale, drop) for A_PK, rows, scale, drop in targets]
 
@@ -184,7 +185,14 @@ def expand_many_(
     scaling: Sequence[Sequence[float] | torch.Tensor | None],
     dropout: Sequence[Dropout | None],
 ) -> torch.Tensor:
-    """``expand_`` of several targets into one Y; 16 bits are summed in float32 and rounded once."""
+    """Expand several targets into one Y in place; 16 bits are summed in float32 and rounded once.
+
+    Args:
+        y_MN, tokens: Of all targets.
+        s_flats, factors, ranks, scaling, dropout: Each target's S, B, ranks, scaling_C and dropout.
+    Returns:
+        y_MN.
+    """
     narrow = len(factors) > 1 and y_MN.dtype in (torch.bfloat16, torch.float16)
     sum_MN = y_MN.float() if narrow else y_MN
     for s_flat, B_PN, rows, scale, drop in zip(s_flats, factors, ranks, scaling, dropout, strict=True):
@@ -204,7 +212,15 @@ def wgrad(
     dtype: torch.dtype,
     dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dA_PK = dS^T drop(X) and dB_PN = s S^T dY in ``dtype``; clients without tokens get zeros."""
+    """Sum the adapters' gradients: dA_c = dS_c^T drop(X_c), dB_c = scaling_c S_c^T dY_c.
+
+    Args:
+        ds_flat, s_flat: dS and S as ``shrink`` gives them.
+        x_MK, dy_MN, tokens, ranks, scaling_C, dropout: See the top of this file.
+        dtype: Of the gradients.
+    Returns:
+        dA_PK and dB_PN, rounded once; clients without tokens get zeros.
+    """
     total = ranks[-1].stop if len(ranks) else 0
     dA_PK = torch.empty(total, x_MK.shape[1], dtype=dtype, device=x_MK.device)
     dB_PN = torch.empty(total, dy_MN.shape[1], dtype=dtype, device=x_MK.device)
@@ -229,7 +245,14 @@ def linear_lora(
     ranks: Ranges,
     scaling_C: Sequence[float] | torch.Tensor,
 ) -> torch.Tensor:
-    """Y = X W^T + b + scaling_c S_c B_c; S as ``shrink`` gives it."""
+    """Multiply by the frozen weight and add the branch: Y = X W^T + b + scaling_c S_c B_c.
+
+    Args:
+        x_MK, weight_NK, bias_N: As ``linear`` takes them.
+        s_flat, B_PN, tokens, ranks, scaling_C: As ``expand_`` takes them.
+    Returns:
+        y_MN in the dtype of x.
+    """
     return expand_(linear(x_MK, weight_NK, bias_N), s_flat, B_PN, tokens, ranks, scaling_C)
 
 
@@ -240,85 +263,20 @@ def place_(
     ranks: Ranges,
     scaling_C: Sequence[float] | torch.Tensor,
 ) -> torch.Tensor:
-    """scaling_c S_c into the columns ranks[c] of rows tokens[c], zero everywhere else; columns past P too."""
+    """Put scaling_c S_c into the columns ranks[c] of rows tokens[c], zero everywhere else; columns past P too.
+
+    Args:
+        out_MP: Overwritten; at least P columns, any float dtype.
+        s_flat, tokens, ranks, scaling_C: As ``expand_`` takes them.
+    Returns:
+        out_MP.
+    """
     out_MP.zero_()
     for c, rows, bank, flat in _clients(tokens, ranks):
         out_MP[rows, bank] = (
             (_wide(s_flat[flat]) * float(scaling_C[c])).view(rows.stop - rows.start, -1).to(out_MP.dtype)
         )
     return out_MP
-
-
-def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """An fp32 master as (bf16, int16 low bits): bits(master) = (bits(bf16) << 16) + low.
-
-    The bf16 part is the master rounded to nearest; a tie goes away from zero, so that ``low`` fits 16 bits.
-    """
-    bits = master.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-
-
-def join_master(weight: torch.Tensor, low_bits: torch.Tensor) -> torch.Tensor:
-    """The fp32 master of a bf16 weight and its 16 signed low bits."""
-    high = weight.contiguous().view(torch.int16).to(torch.int32) << 16
-    return (high + low_bits.to(torch.int32)).view(torch.float32)
-
-
-def round_stochastic(master: torch.Tensor, dtype: torch.dtype, seed: int, first_row: int) -> torch.Tensor:
-    """Round fp32 to bf16 up or down with the odds of its 16 low bits; draws are counted by row and column."""
-    rows, columns = master.shape
-    draws = _draws(rows, columns, seed, first_row, 1, master.device)
-    bits = master.contiguous().view(torch.int32).to(torch.int64)
-    rounded = torch.where(torch.isfinite(master), bits + draws, bits) >> 16
-    return rounded.to(torch.int16).view(torch.bfloat16).to(dtype)
-
-
-# Rows of W handled at a time: a float64 block of 64 x 4096 is 2 MB and stays in cache.
-_MERGE_ROWS = 256
-
-
-def merge_(
-    weight_NK: torch.Tensor,
-    A_PK: torch.Tensor,
-    B_PN: torch.Tensor,
-    coef_P: torch.Tensor,
-    *,
-    rounding: str = "nearest",
-    low_bits_NK: torch.Tensor | None = None,
-    seed: int = 0,
-    accumulate: torch.dtype = torch.float32,
-) -> None:
-    """W += B^T diag(coef) A in place: one sum in ``accumulate``, one rounding."""
-    if weight_NK.stride(-1) != 1 and weight_NK.stride(0) == 1 and rounding == "nearest" and low_bits_NK is None:
-        # A transposed weight (Conv1D): merge the transpose, which is contiguous.
-        return merge_(weight_NK.T, B_PN, A_PK, coef_P, accumulate=accumulate)
-    wide = torch.promote_types(accumulate, torch.float64 if weight_NK.dtype == torch.float64 else torch.float32)
-    a_PK = A_PK.to(wide)
-    b_NP = B_PN.to(wide).T * coef_P.to(wide)
-    if weight_NK.dtype == wide:
-        weight_NK.addmm_(b_NP, a_PK)
-        return None
-    for start in range(0, weight_NK.shape[0], _MERGE_ROWS):
-        rows = slice(start, start + _MERGE_ROWS)
-        w_nK = weight_NK[rows]
-        master = w_nK if low_bits_NK is None else join_master(w_nK, low_bits_NK[rows])
-        summed = torch.addmm(master.to(wide), b_NP[rows], a_PK)
-        if low_bits_NK is not None:
-            w_nK[:], low_bits_NK[rows] = split_master(summed.float())
-        elif rounding == "stochastic":
-            w_nK[:] = round_stochastic(summed.float(), w_nK.dtype, seed, start)
-        else:
-            w_nK[:] = summed.to(w_nK.dtype)
-    return None
-
-
-def merge_many_(
-    items: Sequence[MergeItem], *, rounding: str = "nearest", seed: int = 0, accumulate: torch.dtype = torch.float32
-) -> None:
-    """Merge many weights in place; with stochastic rounding item i uses the key ``seed + i``."""
-    for i, (weight, A, B, coef, low_bits) in enumerate(items):
-        merge_(weight, A, B, coef, rounding=rounding, low_bits_NK=low_bits, seed=seed + i, accumulate=accumulate)
 
 
 def cohort_adamw_(
@@ -330,9 +288,15 @@ def cohort_adamw_(
     hyper_CH: torch.Tensor,
     owner: Sequence[int],
 ) -> None:
-    """AdamW over flat buffers in place; segment i takes row owner[i] of hyper, a step of 0 leaves it untouched.
+    """Step AdamW over flat buffers in place, each client with its own settings.
 
-    Columns of hyper: lr, beta1, beta2, eps, weight decay, step (1 for the first), clip scale of the gradient.
+    Args:
+        param, grad, exp_avg, exp_avg_sq: Flat, of one size and dtype, float64 or float32; all but grad are updated.
+        segments: Slices of the buffers, in order and without gaps.
+        hyper_CH: Rows of lr, beta1, beta2, eps, weight decay, step (1 for the first; 0 leaves a segment untouched),
+            scale of the gradient.
+        owner: Segment i takes row owner[i] of hyper.
+    Source: arXiv 1711.05101 (AdamW), as ``torch.optim.AdamW``.
     """
     by_row: dict[int, list[slice]] = {}
     for segment, row in zip(segments, owner, strict=True):
@@ -376,6 +340,7 @@ __all__ = [
     "merge_many_",
     "philox4x32",
     "place_",
+    "round_stochastic",
     "shrink",
     "shrink_many",
     "split_master",
