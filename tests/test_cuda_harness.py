@@ -163,6 +163,14 @@ MUTATIONS = {
     "rank past its end": ("expand.cuh", "s_unit, rows, rank - r)", "s_unit, rows, rank - r + 1)", expand),
     "too little shared memory": ("backend.cu", "sizeof(ExpandMemory<T, F>)", "sizeof(ExpandMemory<T, F>) - 64", expand),
     "scale on the wrong side": ("wgrad.cuh", "factor = side.scaled ?", "factor = !side.scaled ?", wgrad),
+    "store past the edge": ("tile.cuh", "if (e < real) st_global(", "st_global(", expand),
+    "unaligned 16-byte copy": ("tile.cuh", "if (unit == 16) {", "if (unit) {", wgrad),
+    "barrier for half the block": (
+        "merge.cuh",
+        "sync_threads();",
+        "if (thread_id() < 64) sync_threads();",
+        merge,
+    ),
     "settings of the wrong row": ("adamw.cuh", "args.owner + segment", "args.owner", adamw),
 }
 
