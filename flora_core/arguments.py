@@ -22,6 +22,7 @@ HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_sc
 Numbers = Sequence[float] | torch.Tensor
 Named = Sequence[tuple[str, torch.Tensor]]
 _INT64 = -(2**63), 2**63
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,40 @@ def check_target(
             f"{prefix}ranks and scaling_C must have one entry for each of the {clients} segments of tokens, "
             f"got {ranks} and {scales}"
         )
+
+
+def is_sound(x_MK: torch.Tensor, target: LoraWeights, clients: int) -> bool:
+    """Whether ``check_target`` has nothing to say and all tensors are plain: quick, since every call pays for it.
+
+    ``x_MK`` has passed ``check_rows``. What is not sound here is looked at again, one by one, to say what is wrong.
+    """
+    weight, bias, ranks, kind = target.weight, target.bias, target.ranks, x_MK.dtype
+    if type(weight) not in _PLAIN or weight.dim() != 2 or weight.requires_grad:
+        return False
+    (N, K), P, device = weight.shape, ranks.total, x_MK.device
+    factors = (kind,) if kind is torch.float64 else (kind, torch.float32)
+    return (
+        x_MK.shape[1] == K
+        and len(ranks) == clients == len(target.scaling_C)
+        and type(ranks) is Segments
+        and _is_plain(x_MK, (kind,), device)
+        and _is_plain(weight, (kind,), device)
+        and (bias is None or (not bias.requires_grad and bias.shape == (N,) and _is_plain(bias, (kind,), device)))
+        and target.A.shape == (P, K)
+        and target.B.shape == (P, N)
+        and _is_plain(target.A, factors, device)
+        and _is_plain(target.B, factors, device)
+    )
+
+
+def _is_plain(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> bool:
+    return (
+        type(tensor) in _PLAIN
+        and tensor.dtype in dtypes
+        and tensor.device == device
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+    )
 
 
 def dropout_threshold(probability: float) -> int:
@@ -304,4 +339,5 @@ __all__ = [
     "check_target",
     "dropout_of",
     "dropout_threshold",
+    "is_sound",
 ]

@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -18,6 +19,10 @@ _MODULES = {
     "native": "flora_kernels.native",
 }
 _TRITON = "flora_kernels.triton"
+# The same ops for tensors that were checked and are plain.
+_CHECKED = {"flora_kernels.native": "flora_kernels.native_tensors"}
+# What auto took for an op, a dtype and a kind of device, and the reasons it was taken under.
+_taken: dict[Any, tuple[dict[str, str | None], tuple[ModuleType, str]]] = {}
 # What the kernels are compiled for, and bfloat16 in hardware.
 _OLDEST = (8, 0)
 
@@ -88,6 +93,21 @@ def _able(op: str, tensor: torch.Tensor | None) -> Iterator[str]:
     return (name for name in order if reasons.get(name, "") is None and _unfit(name, op, tensor, auto=True) is None)
 
 
+def _automatic(op: str, tensor: torch.Tensor | None, reasons: dict[str, str | None]) -> tuple[ModuleType, str]:
+    for name in _able(op, tensor):
+        skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
+        return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
+    available = ", ".join(name for name, reason in reasons.items() if reason is None)
+    raise ValueError(f"no backend has {op} here; available: {available}")
+
+
+@functools.cache
+def without_checks(kernels: ModuleType) -> ModuleType:
+    """The kernels of a linear for tensors that were checked and are plain: less host time, where there are such."""
+    name = _CHECKED.get(kernels.__name__)
+    return kernels if name is None else importlib.import_module(name)
+
+
 def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[ModuleType, str]:
     """Pick the kernel module for an op, and say why.
 
@@ -98,12 +118,13 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
         ValueError: If a named backend is unknown, is not here (with the reason) or lacks the op.
     """
     reasons = availability()
-    available = [name for name, reason in reasons.items() if reason is None]
     if backend == "auto":
-        for name in _able(op, tensor):
-            skipped = "; ".join(f"{other}: {reasons[other]}" for other in reasons if reasons[other])
-            return importlib.import_module(_MODULES[name]), f"{name} (auto{'; ' + skipped if skipped else ''})"
-        raise ValueError(f"no backend has {op} here; available: {', '.join(available)}")
+        key = op, None if tensor is None else (tensor.dtype, tensor.device.type)
+        under, found = _taken.get(key, (None, None))
+        if under is not reasons or found is None:
+            _taken[key] = reasons, (found := _automatic(op, tensor, reasons))
+        return found
+    available = [name for name, reason in reasons.items() if reason is None]
     require(backend in reasons, f"backend must be one of auto, {', '.join(reasons)}, got {backend!r}")
     require(
         backend in available,
@@ -114,4 +135,4 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
     return importlib.import_module(_MODULES[backend]), f"{backend} (named)"
 
 
-__all__ = ["able", "availability", "resolve"]
+__all__ = ["able", "availability", "resolve", "without_checks"]

@@ -22,8 +22,9 @@ from .arguments import (
     check_segments,
     check_target,
     dropout_of,
+    is_sound,
 )
-from .backends import resolve
+from .backends import resolve, without_checks
 from .checks import check_choice, check_tensor, require
 from .fused import Plan, without_autocast
 from .merge_ways import merge_kernels, merge_with
@@ -48,19 +49,17 @@ def plan_linears(
     check_fuse(fuse, kernels)
     require(len(targets) > 0, "targets must hold at least one LoraWeights, got none")
     keys = [None] * len(targets) if dropout_seed_C is None else dropout_seed_C
-    require(
-        len(keys) == len(targets),
-        f"dropout_seed_C must have one row for each of {len(targets)} targets, got {len(keys)}",
-    )
-    dropouts, clients = [], len(tokens)
+    if len(keys) != len(targets):
+        raise ValueError(f"dropout_seed_C must have one row for each of {len(targets)} targets, got {len(keys)}")
+    dropouts, clients, sound = [], len(tokens), type(tokens) is Segments
     for i, target in enumerate(targets):
-        prefix = f"targets[{i}]." if len(targets) > 1 else ""
-        tensors = target.weight, target.bias, target.A, target.B
-        check_target(prefix, x_MK, tensors, target.ranks.total, (clients, len(target.ranks), len(target.scaling_C)))
+        if not is_sound(x_MK, target, clients):
+            sound = False
+            _check_one(f"targets[{i}]." if len(targets) > 1 else "", x_MK, target, clients)
         seed_C = keys[i] if target.dropout_seed_C is None else target.dropout_seed_C
         dropouts.append(dropout_of(kernels, dropout_C, seed_C, row_C, clients))
     return Plan(
-        kernels,
+        without_checks(kernels) if sound else kernels,
         tokens,
         tuple(target.ranks for target in targets),
         tuple(target.scaling_C for target in targets),
@@ -68,6 +67,11 @@ def plan_linears(
         tuple((target.weight, target.bias) for target in targets),
         fuse,
     )
+
+
+def _check_one(prefix: str, x_MK: torch.Tensor, target: LoraWeights, clients: int) -> None:
+    tensors = target.weight, target.bias, target.A, target.B
+    check_target(prefix, x_MK, tensors, target.ranks.total, (clients, len(target.ranks), len(target.scaling_C)))
 
 
 def check_fuse(fuse: str, kernels: ModuleType) -> None:

@@ -24,7 +24,7 @@ from .ways import WAYS, possible
 Tensors = Sequence[torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Plan:
     """What forward and gradients need besides tensors that take part in the graph; one entry per target."""
 
@@ -177,6 +177,8 @@ class LoraLinears(torch.autograd.Function):
         x_MK, *saved = ctx.saved_tensors
         count, needs = len(dys), ctx.needs_input_grad
         wants = [any(needs[2 + 2 * i : 4 + 2 * i]) for i in range(count)]
+        # A view that is negated when it is read is not what kernels find at its address.
+        dys = [dy.resolve_neg() for dy in dys]
         with without_autocast(x_MK):
             dx_MK, factor_grads = gradients(ctx.plan, dys, x_MK, saved[:count], saved[count:], needs[1], wants)
         return None, dx_MK, *factor_grads

@@ -15,7 +15,7 @@ import torch
 
 from . import calls, library
 from .arguments import HYPER_COLUMNS, LoraWeights, MergeItem, dropout_threshold
-from .fused import LoraLinears, without_autocast
+from .fused import LoraLinears, forward, without_autocast
 from .segments import Segments
 
 
@@ -97,6 +97,8 @@ def lora_linears(
     plan = calls.plan_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
     factors = [factor for target in targets for factor in (target.A, target.B)]
     with without_autocast(x_MK):
+        if not torch.is_grad_enabled():
+            return forward(plan, x_MK, factors)[0]
         return list(LoraLinears.apply(plan, x_MK, *factors))  # pyright: ignore[reportGeneralTypeIssues]
 
 
