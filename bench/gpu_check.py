@@ -20,28 +20,38 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.protocol import finite
+from flora_core.files import atomic_write_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
+# Of the selection that bench.gpu_run takes, in a process of its own that compiles its kernels.
+FEW_SECONDS = 150
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     import tests.triton_interpreter  # noqa: F401 (before the first kernel is defined)
 
 
-def run_tests(few: bool) -> dict[str, Any]:
-    """Run the tests of the Triton ops where their kernels run."""
+def run_tests(few: bool, seconds: float | None = None) -> dict[str, Any]:
+    """Run the tests of the Triton ops where their kernels run; red if they take longer than they may."""
     words = ["-q", "-p", "no:cacheprovider", "tests/triton_ops.py"]
     # Nearly every test compiles kernels of its own: side by side where pytest-xdist is. A new torch may warn.
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
     words += [*parallel, "-W", "default"] if GPU else ["-p", "tests.triton_interpreter"]
     words += ["-k", "M37 or integers or way"] if few else []
-    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", *words]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"green": False, "summary": f"out of time: {' '.join(command[1:])} was stopped after {seconds:g} s"}
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     return {"green": done.returncode == 0, "summary": lines[-1] if lines else done.stderr[-500:], "failed": failed}
@@ -53,8 +63,8 @@ def run_cuda(out: Path) -> dict[str, Any]:
     return {"green": done.returncode == 0, "details": "gpu_check.json"}
 
 
-def main() -> int:
-    """Check, then time."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, then time; 0 if everything is green."""
     from bench import gpu_merge, gpu_step, gpu_times
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,13 +75,17 @@ def main() -> int:
     parser.add_argument("--trial", action="store_true", help="without a GPU: run what would be timed, on small shapes")
     parser.add_argument("--models", default="7b,tinyllama", help="whose shapes are timed")
     parser.add_argument("--tokens", default="8192,1280,32768", help="M over ten clients, the most important first")
-    options = parser.parse_args()
+    parser.add_argument("--minutes", type=float, help="begin no linear after so many minutes")
+    options, began = parser.parse_args(argv), time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "gpu_check_triton.json"
     results: dict[str, Any] = {"setting": gpu_times.setting()}
+    if options.stage == "time" and path.is_file():  # the other half was run before
+        results = json.loads(path.read_text()) | results
 
     def save() -> None:
-        text = json.dumps(results, indent=1, default=str) + "\n"
-        (options.out / "gpu_check_triton.json").write_text(text)
+        text = json.dumps(finite(results), indent=1, default=str, allow_nan=False) + "\n"
+        atomic_write_bytes(path, text.encode())
 
     def step(name: str, run: Callable[[], Any]) -> Any:
         try:
@@ -84,22 +98,28 @@ def main() -> int:
 
     device, checks = "cuda" if GPU else "cpu", []
     if options.stage != "time":
-        checks = [step("ops", lambda: run_tests(options.few)), step("training step", lambda: gpu_step.check(device))]
+        seconds = FEW_SECONDS if GPU and options.few else None
+        checks = [step("ops", lambda: run_tests(options.few, seconds))]
+        checks.append(step("training step", lambda: gpu_step.check(device)))
         checks.append(step("CUDA graphs", lambda: gpu_step.check_graphs(device)))
         if not options.skip_cuda:
             checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
         if GPU and not options.skip_cuda:
             checks.append(step("CUDA merge", gpu_merge.run))
     # What is timed is Triton's; a red check of C++ does not keep its times back. Each case is checked again by itself.
-    green = all(results[name]["green"] for name in ("ops", "training step") if name in results)
+    green = options.stage == "time" or all(results[name]["green"] for name in ("ops", "training step"))
     if options.stage != "check" and green and (GPU or options.trial):
         bandwidth = step("copy bytes/s", gpu_times.copy_bandwidth)
         step("adamw", lambda: gpu_times.time_adamw(bandwidth))
         models, tokens = options.models.split(","), [int(number) for number in options.tokens.split(",")]
         for name, group, M, dropout in gpu_times.cases(*(("trial",), (40,)) if options.trial else (models, tokens)):
+            results["verdicts"] = gpu_times.verdicts(results)
+            if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+                results.setdefault("not begun: out of time", []).append(name)
+                continue
             case = (group, M, dropout, bandwidth)
             checks.append(step(name, lambda case=case: gpu_times.time_group(*case)))
-            results["verdicts"] = gpu_times.verdicts(results)
+        results["verdicts"] = gpu_times.verdicts(results)
         save()
         print(json.dumps(results["verdicts"], indent=1))
     elif GPU and not green:

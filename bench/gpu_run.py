@@ -1,28 +1,34 @@
-"""``make bench-gpu``: in one process, check everything, then measure it against the rivals, in nine minutes.
+"""``make bench-gpu``: in one process, check, then measure against the rivals, in nine minutes.
 
-First ``bench.gpu_check``: are the kernels right, and how fast are linears, merge and AdamW; then the questions of
-``flora bench --select gpu`` on whole layers, models and rounds. Every file is written as it grows, so a stop loses
-nothing. Words on the command line go to ``bench.gpu_check``.
+1. ``bench.gpu_check``, a selection: are the Triton ops, a training step and steps from CUDA graphs right.
+2. The questions of ``flora bench --select gpu``, what matters most first: steps of whole models, memory, a round, then
+   linears, a layer, AdamW. Each is held to the oracle by itself before it is timed, so a red check in 1 does not keep
+   the others from being measured; the end is red all the same.
+3. Linears on every way to fuse, from CUDA graphs, with the time that is left.
+
+Every file is written as it grows, what runs past its time is stopped with that reason, and a table of what must be
+shown ends it. ``python -m bench.gpu_check`` alone has all checks, those of the CUDA C++ kernels too.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 from bench.protocol import RESULTS
 
-MINUTES = 9.0
-# The check begins with its most important times; what follows needs about three minutes.
-CHECK = ["--tokens", "8192"]
+# Minutes after the start: no question begins, the questions are stopped, no linear begins. The page takes some seconds.
+BEGIN, STOP, END = 6.6, 7.4, 8.3
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check and measure; 0 if everything is green."""
+    """Check and measure; 0 if everything is green, 130 if it was stopped. Words go to ``bench.gpu_check``."""
     began = time.monotonic()
     if not torch.cuda.is_available():
         print(
@@ -31,23 +37,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    folder, words = RESULTS / "gpu", list(sys.argv[1:] if argv is None else argv)
+    folder.mkdir(parents=True, exist_ok=True)
+    code = stages(folder, words, lambda minutes: f"{max(0.0, minutes - (time.monotonic() - began) / 60):.2f}")
+    print(f"checked and measured in {(time.monotonic() - began) / 60:.1f} minutes")
+    tell_targets(folder)
+    return code
+
+
+def stages(folder: Path, words: Sequence[str], left: Callable[[float], str]) -> int:
+    """One after another; the first code that is not 0, after all of them. ``left``: minutes until such a minute."""
     from bench import gpu_check, run
 
-    folder = RESULTS / "gpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ["OUT"] = str(folder)
-    before, sys.argv = sys.argv, ["bench.gpu_check", *CHECK, *(sys.argv[1:] if argv is None else argv)]
-    try:
-        code = gpu_check.main()
-    finally:
-        sys.argv = before
-    if code:
-        print("a check is red: nothing else is measured")
-        return code
-    left = MINUTES - (time.monotonic() - began) / 60
-    print(f"checked and timed in {MINUTES - left:.1f} minutes; {max(left, 0):.1f} are left")
-    # A question that has begun runs on for up to about a minute.
-    return run.main(["--select", "gpu", "--minutes", f"{max(0.0, left - 0.8):.2f}"])
+    check = [*words, "--out", str(folder)]
+    works: list[Callable[[], int]] = [
+        lambda: gpu_check.main([*check, "--stage", "check", "--few", "--skip-cuda"]),
+        lambda: run.main(["--select", "gpu", "--minutes", left(BEGIN), "--stop", left(STOP)]),
+        lambda: gpu_check.main([*check, "--stage", "time", "--tokens", "8192", "--minutes", left(END)]),
+    ]
+    first = 0
+    for work in works:
+        try:
+            code = work()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except Exception:  # the stages after it may still tell something
+            traceback.print_exc()
+            code = 1
+        first = first or code
+        if code == INTERRUPTED:
+            return code
+    return first
+
+
+def tell_targets(folder: Path) -> None:
+    """Print what must be shown, and whether it is."""
+    from bench.tables import TARGET_HEADER, load, target_rows, verdict_rows
+    from flora_core.progress import print_tables
+
+    rows = [*target_rows(load(folder)), *verdict_rows(folder)]
+    print_tables([("What must be shown", TARGET_HEADER, [[cell.replace("**", "") for cell in row] for row in rows])])
 
 
 if __name__ == "__main__":

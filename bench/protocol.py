@@ -177,7 +177,7 @@ class Result:
         self.data |= fields
         self.data["environment"]["load"] = self._load.since()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(self.path, (json.dumps(_finite(self.data), indent=1, allow_nan=False) + "\n").encode())
+        atomic_write_bytes(self.path, (json.dumps(finite(self.data), indent=1, allow_nan=False) + "\n").encode())
         if self.path == self._whole:
             self._partial.unlink(missing_ok=True)
 
@@ -254,13 +254,13 @@ def _command() -> str:
     return f"python -m pytest {shlex.quote(test.rpartition(' ')[0])} --benchmark-only -s {words}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with NaN and infinities as words, which JSON has no numbers for."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def speedup(ours: Mapping[str, Any], rival: Mapping[str, Any], target: float | None = None) -> dict[str, Any]:
@@ -352,6 +352,7 @@ __all__ = [
     "Result",
     "Timing",
     "environment",
+    "finite",
     "interleave",
     "quantile",
     "reason",

@@ -96,6 +96,42 @@ def is_compared(data: Data) -> bool:
     return bool({"times", "speedups", "failed", "stopped"} & data.keys())
 
 
+TARGET_HEADER = ["what must be shown", "is", "target", "where"]
+
+
+def target_rows(found: dict[str, Data]) -> list[list[str]]:
+    """Everything that has a target: what it is, and whether the target is met."""
+    rows = []
+    for name, data in found.items():
+        for rival, speedup in data.get("speedups", {}).items():
+            if speedup["target"] is not None:
+                what = f"{our_name(data)}, times as fast as {rival}"
+                rows.append([what, f"{speedup['times']:.2f}", verdict(speedup["times"], speedup["target"]), name])
+        if "speedups" not in data and is_compared(data):
+            rows.append([data["question"], "-", f"**not known**: {why_no_speedup(data)}", name])
+        for row in data.get("targets", []):
+            rows.append([row["what"], f"{row['is']:.3g}", verdict(row["is"], row["target"], row["at_least"]), name])
+    return rows
+
+
+def verdict_rows(folder: Path) -> list[list[str]]:
+    """The same of the linears that ``bench.gpu_check`` times."""
+    path = folder / "gpu_check_triton.json"
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text())
+    rows = []
+    for what, row in found.get("verdicts", {}).items():
+        at_least, value = "at least" in row, row["is"]
+        target = row["at least" if at_least else "at most"]
+        known = value is not None
+        cells = f"{value:.3g}" if known else "-", verdict(value, target, at_least) if known else "**not known**"
+        rows.append([what, *cells, path.stem])
+    rows += [[name, "-", "**not begun**: out of time", path.stem] for name in found.get("not begun: out of time", [])]
+    checks = {name: row["green"] for name, row in found.items() if isinstance(row, dict) and "green" in row}
+    return [[f"check: {name}", "", "**red**", path.stem] for name, green in checks.items() if not green] + rows
+
+
 SPEED_HEADER = ["question", "ours", "rival", "ours is", "target", "error"]
 
 
@@ -204,6 +240,7 @@ def _median(timing: Data) -> str:
 
 __all__ = [
     "SPEED_HEADER",
+    "TARGET_HEADER",
     "Data",
     "case_name",
     "cases_rows",
@@ -218,6 +255,8 @@ __all__ = [
     "speed_rows",
     "summary",
     "table",
+    "target_rows",
     "verdict",
+    "verdict_rows",
     "why_no_speedup",
 ]

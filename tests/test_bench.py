@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gpu_run, grid, run, tables
+import bench
+from bench import gpu_run, grid, run, tables, test_cohort_rivals, test_memory
 from flora_core import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +36,7 @@ def test_grid_has_every_axis_of_the_promise():
 
 
 @pytest.mark.parametrize(
-    "question", ["linear_forward", "decoder_layer", "cohort_rivals", "federated_round", "optimizer"]
+    "question", ["linear_forward", "decoder_layer", "cohort_rivals", "memory", "federated_round", "optimizer"]
 )
 def test_selections_are_part_of_the_grid(question):
     everything = set(grid.full(question))
@@ -94,3 +97,97 @@ def test_run_out_of_time_begins_nothing_and_says_so(tmp_path):
     assert "skipped" in done.stdout, done.stderr
     (row,) = tables.outcome_rows(tmp_path / "smoke")
     assert row[1:] == ["skipped", "out of time: 0 minutes were over before its turn"]
+
+
+# The one command for a GPU, on a machine that has none.
+
+
+@pytest.fixture
+def gpu_stages(monkeypatch, tmp_path):
+    """``gpu_run`` whose stages do nothing but tell what they were asked for."""
+    asked: list[list[str]] = []
+    codes: list[int | BaseException] = []
+
+    def stage(words: list[str]) -> int:
+        asked.append(words)
+        code = codes.pop(0) if codes else 0
+        if isinstance(code, BaseException):
+            raise code
+        return code
+
+    monkeypatch.setattr(bench, "gpu_check", types.SimpleNamespace(main=stage), raising=False)
+    monkeypatch.setattr(run, "main", stage)
+    monkeypatch.setattr(gpu_run, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu_run.torch.cuda, "is_available", lambda: True)
+    return asked, codes
+
+
+def test_gpu_run_checks_then_measures_within_its_time(gpu_stages, capsys):
+    asked, _ = gpu_stages
+    assert gpu_run.main([]) == 0
+    (check, questions, linears), time_of = asked, lambda words, name: float(words[words.index(name) + 1])
+    assert check[-4:] == ["--stage", "check", "--few", "--skip-cuda"]
+    assert questions[:2] == ["--select", "gpu"]
+    assert time_of(questions, "--minutes") < time_of(questions, "--stop") < time_of(linears, "--minutes") < 9
+    assert "What must be shown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [1, RuntimeError("no kernel")])
+def test_gpu_run_measures_the_rest_after_a_failure_and_is_red(fails, gpu_stages):
+    asked, codes = gpu_stages
+    codes.append(fails)
+    assert (gpu_run.main([]), len(asked)) == (1, 3)
+
+
+@pytest.mark.parametrize("stop", [130, KeyboardInterrupt()])
+def test_gpu_run_that_is_stopped_begins_nothing_more(stop, gpu_stages):
+    asked, codes = gpu_stages
+    codes += [0, stop]
+    assert (gpu_run.main([]), len(asked)) == (130, 2)
+
+
+def test_what_must_be_shown_on_a_gpu_is_measured_and_has_targets(monkeypatch):
+    """Every sentence of the promise has a case of the gpu selection, and a target where it names one."""
+    steps, memory = grid.cases("cohort_rivals", "gpu"), grid.cases("memory", "gpu")
+    monkeypatch.setattr(test_cohort_rivals.torch.cuda, "is_available", lambda: True)
+    found = {(case.model, test_cohort_rivals.target_of(case)) for case in steps if case.mix == "mixed"}
+    assert found == {("TinyLlama-1.1B", 3.0), ("Llama-7B", 1.7)}
+    assert {case.tokens for case in (*steps, *memory) if case.mix == "mixed"} == {819}
+    assert any(len(case.ranks) == 64 for case in steps)
+    assert {(case.model, case.dropout) for case in memory} == {("TinyLlama-1.1B", 0.1), ("Llama-7B", 0.1)}
+    assert test_memory.PER_TOKEN == {"PEFT": 0.45, "PEFT bf16": 0.65}
+    assert grid.cases("federated_round", "gpu")
+    for name in ("cohort_rivals", "memory", "federated_round"):
+        assert run.QUESTIONS[name].gpu
+    assert [test_cohort_rivals.compiles(case) for case in steps] == [False] * (len(steps) - 1) + [True], (
+        "the last alone"
+    )
+
+
+def test_targets_are_told_met_missed_or_not_known():
+    speedups = {"PEFT": {"times": 2.5, "target": 3.0}, "frozen base": {"times": 0.9, "target": None}}
+    data = {
+        "good": {"ours": "flora", "speedups": speedups, "times": {}},
+        "bad": {"question": "Q", "failed": "out of memory: no room"},
+        "memory": {"targets": [{"what": "w", "is": 0.4, "target": 0.45, "at_least": False, "met": True}]},
+    }
+    rows = tables.target_rows(data)
+    assert rows[0] == ["flora, times as fast as PEFT", "2.50", "**missed** (target >= 3)", "good"]
+    assert rows[1] == ["Q", "-", "**not known**: failed: out of memory: no room", "bad"]
+    assert rows[2:] == [["w", "0.4", "met (target <= 0.45)", "memory"]]
+
+
+def test_verdicts_of_linears_tell_red_checks_and_what_was_not_begun(tmp_path):
+    found = {
+        "ops": {"green": False},
+        "verdicts": {"a": {"is": 1.1, "at most": 1.12, "met": True}, "b": {"is": None, "at least": 1.25, "met": False}},
+        "not begun: out of time": ["7b 4096"],
+    }
+    assert tables.verdict_rows(tmp_path) == []
+    (tmp_path / "gpu_check_triton.json").write_text(json.dumps(found))
+    assert [row[:3] for row in tables.verdict_rows(tmp_path)] == [
+        ["check: ops", "", "**red**"],
+        ["a", "1.1", "met (target <= 1.12)"],
+        ["b", "-", "**not known**"],
+        ["7b 4096", "-", "**not begun**: out of time"],
+    ]
