@@ -273,6 +273,10 @@ def session() -> Iterator[Ranks]:
             yield joined
     finally:
         if own:
+            # The group goes with its last reference, and its threads with it: one that lives on when Python ends aborts
+            # the process ("terminate called without an active exception").
+            for _, those in _JOINED:
+                those.group = None
             _JOINED.clear()
             dist.destroy_process_group()
 

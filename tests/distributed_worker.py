@@ -203,6 +203,7 @@ def main(jobs: str, results: str) -> None:
         for job in json.loads(Path(jobs).read_text()):
             found = run(job, ranks)
             (Path(results) / f"{job['name']}-{ranks.rank}.json").write_text(json.dumps(found))
+    assert ranks.group is None, "threads of a group that outlives its session abort Python at its end"
 
 
 if __name__ == "__main__":
