@@ -24,7 +24,7 @@ from bench.rates import rates
 from bench.rivals import FROZEN
 from bench.steps import RIVALS, Step
 from flora_core import steps
-from flora_core.backends import resolve
+from flora_core.backends import resolve, without_checks
 from flora_core.optimizer import CohortAdamW
 
 PARTS = ("base products", "LoRA", "attention", "norm", "elementwise", "loss", "optimizer", "data", "host")
@@ -87,7 +87,8 @@ class Marks:
     @contextmanager
     def on(self) -> Iterator[None]:
         kernels, _ = resolve(self.step.packed.cohort.backend, "shrink", self.step.model.get_input_embeddings().weight)
-        places = [(kernels, name, "LoRA") for name in _KERNELS if hasattr(kernels, name)]
+        owners = {kernels, without_checks(kernels)}
+        places = [(owner, name, "LoRA") for owner in owners for name in _KERNELS if hasattr(owner, name)]
         places += [(steps, "lay_out", "data"), (steps, "client_losses", "loss")]
         places += [(CohortAdamW, name, "optimizer") for name in ("step", "grad_norms", "zero_grad")]
         with ExitStack() as stack:

@@ -16,13 +16,20 @@ import torch
 
 from . import _native  # pyright: ignore[reportAttributeAccessIssue]
 from .arguments import Dropout
-from .native import _call
+from .native import _isa
 
 if TYPE_CHECKING:
     from flora_core.segments import Segments
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+# Of this process: what FLORA_ISA names, else the processor's best.
+_ISA = _isa("auto")
 Scales = Sequence[float] | torch.Tensor | None
+
+
+def _call() -> Any:
+    """A call with torch's number of threads."""
+    return _native.Call(torch.get_num_threads(), _ISA, 0, 0)
 
 
 def _shared(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -64,7 +71,7 @@ def shrink(
     """Flat S in the dtype of x: S_c = scaling_c drop(X_c) A_c^T."""
     s_flat = x_MK.new_empty(_flat_size(tokens.lengths, ranks.lengths))
     clients = _clients(tokens, ranks, scaling_C, dropout)
-    _call(None, None, "auto").shrink(_shared(x_MK), _shared(A_PK), _shared(s_flat), clients)
+    _call().shrink(_shared(x_MK), _shared(A_PK), _shared(s_flat), clients)
     return s_flat
 
 
@@ -79,7 +86,7 @@ def expand_(
 ) -> torch.Tensor:
     """Y_c += scaling_c S_c B_c in place, dropped columns left alone and kept ones scaled up."""
     clients = _clients(tokens, ranks, scaling_C, dropout)
-    _call(None, None, "auto").expand(_shared(y_MN), _shared(s_flat), _shared(B_PN), clients)
+    _call().expand(_shared(y_MN), _shared(s_flat), _shared(B_PN), clients)
     return y_MN
 
 
@@ -98,7 +105,7 @@ def wgrad(
     dA_PK = x_MK.new_empty((ranks.total, x_MK.shape[1]), dtype=dtype)
     dB_PN = x_MK.new_empty((ranks.total, dy_MN.shape[1]), dtype=dtype)
     arrays = ds_flat, x_MK, s_flat, dy_MN, dA_PK, dB_PN
-    _call(None, None, "auto").wgrad(*map(_shared, arrays), _clients(tokens, ranks, scaling_C, dropout))
+    _call().wgrad(*map(_shared, arrays), _clients(tokens, ranks, scaling_C, dropout))
     return dA_PK, dB_PN
 
 
