@@ -60,11 +60,11 @@ soak: environment
 	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=10 tests/test_faults.py tests/test_hostile.py tests/test_kill_resume.py \
 	    tests/test_memory.py tests/test_privacy.py tests/test_remote.py tests/test_robust.py 2>&1 | tee docs/logs/soak.txt
 
-# A red check or a missed run still leaves the results that came before it, and the page is written from them.
+# A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list
 bench: environment
-	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 12 --threads $(THREADS) $(BENCH) || status=$$?; \
-	    $(LIMITED) $(PY) -m bench.run --explain --threads $(THREADS) || status=$$?; \
+	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 12 --stop 13.5 --threads $(THREADS) $(BENCH) || status=$$?; \
+	    [ $$status = 130 ] || $(LIMITED) $(PY) -m bench.run --explain --threads $(THREADS) || status=$$?; \
 	    $(PY) -m bench.publish; exit $$status
 
 bench-gpu: environment

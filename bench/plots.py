@@ -26,8 +26,8 @@ def plot_memory(data: Data, path: Path) -> None:
     for gigabytes, speed, case in points:
         name = case.removeprefix("flora, ")
         axes.annotate(name, (gigabytes, speed), textcoords="offset points", xytext=(4, -13), fontsize=8)
-    for row in (row for row in data["rows"] if row not in ours):
-        axes.plot(row["beyond_base_bytes"] / 1e9, row["tokens_per_s"], "s", color="tab:red", label=row["case"])
+    for row, mark in zip((row for row in data["rows"] if row not in ours), ("s", "D"), strict=False):
+        axes.plot(row["beyond_base_bytes"] / 1e9, row["tokens_per_s"], mark, color="tab:red", label=row["case"])
     top = 1.15 * max(row["tokens_per_s"] for row in data["rows"])
     axes.set(xlabel="peak memory beyond the base, GB", ylabel="tokens per second", xlim=(0, None), ylim=(0, top))
     axes.legend(loc="lower right")
@@ -95,15 +95,21 @@ def plot_roofline(found: Sequence[Data], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def plot_scaling(found: Sequence[Data], path: Path) -> None:
+def around(found: Sequence[Data], model: str) -> list[Data]:
+    """The points of one linear of a model without dropout, which have a speed-up over PEFT."""
+    base = {"model": model, "linear": "q_proj", "dropout": 0.0}
+    return [data for data in found if base.items() <= data["settings"].items() and peft_of(data)]
+
+
+def plot_scaling(points: Sequence[Data], tokens: int, path: Path) -> None:
     """How the speed-up over PEFT and the share of the limit move with tokens, clients and ranks."""
     panels = (("tokens of each client", "tokens"), ("clients", "clients"), ("ranks", "mix"))
-    base = {"model": "SmolLM2-135M", "linear": "q_proj", "dropout": 0.0}
-    points = [data for data in found if base.items() <= data["settings"].items() and peft_of(data)]
     figure = _figure(9.5, 3.6)
     for axes, (label, axis) in zip(figure.subplots(1, 3, sharey=True), panels, strict=True):
         for part, colour in (("forward", "tab:blue"), ("backward", "tab:orange")):
-            own = [data for data in points if data["name"].startswith(f"linear_{part}") and _on_axis(data, axis)]
+            own = [
+                data for data in points if data["name"].startswith(f"linear_{part}") and _on_axis(data, axis, tokens)
+            ]
             own.sort(key=lambda data: (data["settings"]["clients"], data["settings"]["tokens"]))
             xs = [str(data["settings"][axis]) for data in own]
             for rival, style in (("PEFT", "o-"), (FROZEN, "x--")):
@@ -115,6 +121,8 @@ def plot_scaling(found: Sequence[Data], path: Path) -> None:
                 axes.errorbar([x for x, _ in there], ys, errors, fmt=style, color=colour, capsize=3, label=label_of)
         axes.axhline(1, color="k", linewidth=0.8)
         axes.set(xlabel=label, ylim=(0, None))
+    settings = points[0]["settings"]
+    figure.suptitle(f"{settings['model']}, {settings['linear']}, around {tokens} tokens of ten clients", fontsize=10)
     figure.axes[0].set_ylabel("times as fast")
     figure.axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=130)
@@ -126,10 +134,10 @@ def _errors(speedups: Sequence[Data]) -> list[list[float]]:
     return [below, [max(0.0, speedup["p80"] - speedup["times"]) for speedup in speedups]]
 
 
-def _on_axis(data: Data, axis: str) -> bool:
+def _on_axis(data: Data, axis: str, tokens: int) -> bool:
     """Whether a point differs from the base case in this axis alone."""
     settings = data["settings"]
-    clean = {"tokens": settings["tokens"] == 128, "mix": settings["mix"] == "mixed"}
+    clean = {"tokens": settings["tokens"] == tokens, "mix": settings["mix"] == "mixed"}
     if axis == "tokens":
         return clean["mix"]
     if axis == "clients":

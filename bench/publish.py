@@ -6,7 +6,7 @@ python -m bench.publish
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from bench.protocol import RESULTS, ROOT
 from bench.rivals import FROZEN, Rival
 from bench.tables import (
     SPEED_HEADER,
+    TARGET_HEADER,
     Data,
     cases_rows,
     load,
@@ -23,7 +24,9 @@ from bench.tables import (
     ratio,
     speed_rows,
     table,
+    target_rows,
     verdict,
+    verdict_rows,
 )
 
 PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
@@ -41,12 +44,14 @@ GRIDS = (
     ("data_loading", "From records to batches", "Against the tokenizer with transformers' padding collator."),
     ("cpu_merge", "The CPU's merge kernel", "Against torch's products; `large fp32 product` is the processor's rate."),
 )
-PLOTS = (
-    ("times as fast as PEFT", "bench_speedups.png"),
-    ("operations a second below the roof", "bench_roofline.png"),
-    ("scaling with tokens, clients and ranks", "bench_scaling.png"),
-    ("time and memory of a step by part", "bench_parts.png"),
-)
+PLOTS = {
+    "speedups": "times as fast as PEFT",
+    "roofline": "operations a second below the roof",
+    "scaling": "scaling with tokens, clients and ranks",
+    "parts": "time and memory of a step by part",
+}
+# What the pictures of each machine are called, and the case that its scaling is around: model, tokens of each client.
+CPU, GPU = ("bench", "SmolLM2-135M", 128), ("bench_gpu", "Llama-7B", 819)
 
 
 def source(data: Data, folder: str = "bench/results") -> str:
@@ -75,16 +80,18 @@ def memory_table(data: Data) -> str:
         [
             row["case"],
             f"{row['beyond_base_bytes'] / 1e9:.2f} GB",
+            f"{row['beyond_base_bytes'] / row['tokens_in_flight'] / 1e3:.0f} kB" if "tokens_in_flight" in row else "-",
             f"{row['beyond_base_bytes'] / peft['beyond_base_bytes']:.2f}" if peft else "-",
             f"{row['tokens_per_s']:.0f}",
             f"{row['tokens_per_s'] / peft['tokens_per_s']:.2f}" if peft else "-",
         ]
         for row in data["rows"]
     ]
-    text = table(["case (token budget)", "peak beyond the base", "of PEFT's", "tokens/s", "of PEFT's"], rows)
+    heads = ["peak beyond the base", "a token in flight", "of PEFT's peak", "tokens/s", "of PEFT's"]
+    text = table(["case (token budget)", *heads], rows)
     if "one_client_over_peft" in data:
         met = verdict(data["one_client_over_peft"], data["target"], at_least=False)
-        text += f"\n\nAt a budget of one client's tokens: {met}"
+        text += f"\n\nAt a budget of one client's tokens {data['one_client_over_peft']:.2f} of PEFT's peak: {met}."
     return text
 
 
@@ -161,50 +168,64 @@ def grids(found: dict[str, Data]) -> list[str]:
     return parts
 
 
-def body(found: dict[str, Data], gpu: dict[str, Data] | None = None, images: Path = IMAGES) -> str:
-    """Everything between the marks."""
-    steps = [data for name, data in found.items() if name.startswith("cohort_step")]
-    merges = [data for name, data in found.items() if name.startswith(("merge", "stream_merge"))]
-    parts = []
-    if steps:
-        parts += ["### Cohort step", step_table(steps)]
-    parts += [f"![{title}](img/{name})" for title, name in PLOTS[:1] if (images / name).is_file() and found]
-    parts += grids(found)
-    if merges:
-        parts += ["### Aggregation", step_table(merges)]
-    parts += [f"![{title}](img/{name})" for title, name in PLOTS[1:] if (images / name).is_file() and found]
-    for data in (data for name, data in found.items() if name.startswith("explain") and "text" in data):
-        parts += ["### Where a step's time goes", data["question"] + ".", parts_table(data)]
-    if found.get("memory", {}).get("rows"):
-        memory = found["memory"]
-        parts += ["### Memory", memory["question"] + ".", memory_table(memory)]
-        parts.append("![speed against memory](img/bench_memory.png)")
+def sections(found: dict[str, Data], machine: tuple[str, str, int], images: Path) -> list[str]:
+    """Targets, tables and pictures of what was measured on one machine."""
+
+    def picture(kind: str, title: str) -> list[str]:
+        name = f"{machine[0]}_{kind}.png"
+        return [f"![{title}](img/{name})"] * ((images / name).is_file() and bool(found))
+
+    def named(*prefixes: str) -> list[Data]:
+        return [data for name, data in found.items() if name.startswith(prefixes)]
+
+    steps, merges, targets = named("cohort_step"), named("merge", "stream_merge"), target_rows(found)
+    parts = ["### What must be shown", table(TARGET_HEADER, targets)] if targets else []
+    parts += ["### Cohort step", step_table(steps)] if steps else []
+    parts += picture("speedups", PLOTS["speedups"]) + grids(found)
+    parts += ["### Aggregation", step_table(merges)] if merges else []
+    parts += [line for kind in ("roofline", "scaling") for line in picture(kind, PLOTS[kind])]
+    for data in (data for data in named("explain") if "text" in data):
+        parts += ["### Where a step's time and memory go", data["question"] + ".", parts_table(data)]
+    parts += picture("parts", PLOTS["parts"])
+    for data in (data for data in named("memory") if data.get("rows")):
+        parts += ["### Memory", data["question"] + ".", memory_table(data)]
+        parts += picture(data["name"], "speed against memory")
     if found.get("saved_activations", {}).get("rows"):
         saved = found["saved_activations"]
         parts += ["### Saved for backward", saved["question"] + ".", saved_table(saved)]
-    demos = [data for name, data in found.items() if name.startswith("demo") and data.get("finished")]
-    if demos:
-        parts += ["### The demo", "`flora run quickstart seed=N`, on held-out questions.", demo_table(demos)]
-    parts += gpu_parts(gpu or {})
-    parts += absent({**found, **(gpu or {})})
-    if found:
+    demos = [data for data in named("demo") if data.get("finished")]
+    return parts + ["### The demo", "`flora run quickstart seed=N`, on held-out questions.", demo_table(demos)] * bool(
+        demos
+    )
+
+
+def body(
+    found: dict[str, Data], gpu: dict[str, Data] | None = None, folder: Path = RESULTS, images: Path = IMAGES
+) -> str:
+    """Everything between the marks."""
+    parts = sections(found, CPU, images)
+    parts += gpu_parts(gpu or {}, folder, images)
+    parts += absent({**found, **(gpu or {})}, folder)
+    if found or gpu:
         parts += ["### How the rivals are set up", fairness()]
         parts += ["### Sources", "\n".join(f"- {source(data)}" for data in found.values())]
         parts += ["\n".join(f"- {source(data, 'bench/results/gpu')}" for data in (gpu or {}).values())] * bool(gpu)
-    return "\n\n".join(parts or ["No results yet: run `make bench`."])
+    return "\n\n".join(parts)
 
 
-def gpu_parts(gpu: dict[str, Data]) -> list[str]:
-    """The same tables for what was measured on a GPU."""
-    linears = gpu_linears(RESULTS / "gpu")
-    if not gpu and linears is None:
-        return ["### On a GPU", "Nothing measured yet: `make bench-gpu` on a machine that has one."]
-    return ["## On a GPU", *([linears] if linears else []), *grids(gpu)]
+def gpu_parts(gpu: dict[str, Data], folder: Path, images: Path) -> list[str]:
+    """The same for what was measured on a GPU, and the linears that ``bench.gpu_check`` timed."""
+    linears, verdicts = gpu_linears(folder / "gpu"), verdict_rows(folder / "gpu")
+    if not gpu and linears is None and not verdicts:
+        return ["## On a GPU", "Nothing measured yet: `make bench-gpu` on a machine that has one."]
+    parts = ["## On a GPU", *sections(gpu, GPU, images)]
+    parts += ["### Linears on every way to fuse, from CUDA graphs", linears] if linears else []
+    return parts + [table(TARGET_HEADER, verdicts)] * bool(verdicts)
 
 
-def absent(found: dict[str, Data]) -> list[str]:
+def absent(found: dict[str, Data], folder: Path = RESULTS) -> list[str]:
     """Who did not take part and why, and what did not run to its end."""
-    missing, outcomes = missing_rows(found), outcome_rows(RESULTS)
+    missing, outcomes = missing_rows(found), [*outcome_rows(folder), *outcome_rows(folder / "gpu")]
     parts = []
     if missing:
         parts += ["### Rivals that did not take part", table(["rival", "reason", "where"], missing)]
@@ -213,8 +234,15 @@ def absent(found: dict[str, Data]) -> list[str]:
     return parts
 
 
-def headlines(found: dict[str, Data]) -> str:
-    """The README's table: wins and losses, each with its file."""
+def headlines(found: dict[str, Data], gpu: dict[str, Data] | None = None) -> str:
+    """The README's tables: wins and losses, each with its file; what must be shown on a GPU, where one was at hand."""
+    text = cpu_headlines(found)
+    targets = [[*row[:3], f"`bench/results/gpu/{row[3]}.json`"] for row in target_rows(gpu or {})]
+    return "\n\n".join([text, table(["on a GPU", *TARGET_HEADER[1:3], "source"], targets)]) if targets else text
+
+
+def cpu_headlines(found: dict[str, Data]) -> str:
+    """Each of the CPU's wins and losses."""
     rows = []
 
     def add(name: str, rival: str, what: str) -> None:
@@ -269,28 +297,41 @@ def write_between(page: Path, text: str) -> None:
     page.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
-def draw(found: dict[str, Data], images: Path = IMAGES) -> None:
-    """Every plot that there are results for."""
-    images.mkdir(parents=True, exist_ok=True)
+def draw(found: dict[str, Data], machine: tuple[str, str, int] = CPU, images: Path = IMAGES) -> None:
+    """Every plot that there are results for; one that has none any more is taken away."""
+    prefix, model, tokens = machine
     everything = list(found.values())
     linears = [data for name, data in found.items() if name.startswith("linear_") and "speedups" in data]
-    if any(plots.peft_of(data) for data in everything):
-        plots.plot_speedups(everything, images / "bench_speedups.png")
-    if linears:
-        plots.plot_roofline(linears, images / "bench_roofline.png")
-        plots.plot_scaling(linears, images / "bench_scaling.png")
-    for data in (data for name, data in found.items() if name.startswith("explain") and "text" in data):
-        plots.plot_parts(data, images / "bench_parts.png")
-    if len(found.get("memory", {}).get("rows", [])) > 1:
-        plots.plot_memory(found["memory"], images / "bench_memory.png")
+    explained = [data for name, data in found.items() if name.startswith("explain") and "text" in data]
+    rated = [data for data in linears if "rates" in data]
+    drawn: dict[str, tuple[bool, Callable[[Path], None]]] = {
+        "speedups": (
+            any(plots.peft_of(data) for data in everything),
+            lambda path: plots.plot_speedups(everything, path),
+        ),
+        "roofline": (bool(rated), lambda path: plots.plot_roofline(rated, path)),
+        "scaling": (
+            bool(plots.around(linears, model)),
+            lambda path: plots.plot_scaling(plots.around(linears, model), tokens, path),
+        ),
+        "parts": (bool(explained), lambda path: plots.plot_parts(explained[-1], path)),
+    }
+    for name in (name for name in found if name.startswith("memory")):
+        data = found[name]
+        drawn[name] = len(data.get("rows", [])) > 1, lambda path, data=data: plots.plot_memory(data, path)
+    images.mkdir(parents=True, exist_ok=True)
+    for kind, (there, plot) in drawn.items():
+        path = images / f"{prefix}_{kind}.png"
+        plot(path) if there else path.unlink(missing_ok=True)
 
 
 def publish(page: Path, readme: Path, images: Path, folder: Path = RESULTS) -> dict[str, Any]:
     """Write both pages and the plots; the results that they come from."""
     found, gpu = load(folder), load(folder / "gpu")
-    draw(found, images)
-    write_between(page, body(found, gpu, images))
-    write_between(readme, headlines(found))
+    draw(found, CPU, images)
+    draw(gpu, GPU, images)
+    write_between(page, body(found, gpu, folder, images))
+    write_between(readme, headlines(found, gpu))
     return {**found, **gpu}
 
 

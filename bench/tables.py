@@ -105,7 +105,7 @@ def target_rows(found: dict[str, Data]) -> list[list[str]]:
     for name, data in found.items():
         for rival, speedup in data.get("speedups", {}).items():
             if speedup["target"] is not None:
-                what = f"{our_name(data)}, times as fast as {rival}"
+                what = f"{data['question']}: times as fast as {rival}"
                 rows.append([what, f"{speedup['times']:.2f}", verdict(speedup["times"], speedup["target"]), name])
         if "speedups" not in data and is_compared(data):
             rows.append([data["question"], "-", f"**not known**: {why_no_speedup(data)}", name])

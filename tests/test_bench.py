@@ -167,12 +167,12 @@ def test_what_must_be_shown_on_a_gpu_is_measured_and_has_targets(monkeypatch):
 def test_targets_are_told_met_missed_or_not_known():
     speedups = {"PEFT": {"times": 2.5, "target": 3.0}, "frozen base": {"times": 0.9, "target": None}}
     data = {
-        "good": {"ours": "flora", "speedups": speedups, "times": {}},
+        "good": {"question": "A step", "ours": "flora", "speedups": speedups, "times": {}},
         "bad": {"question": "Q", "failed": "out of memory: no room"},
         "memory": {"targets": [{"what": "w", "is": 0.4, "target": 0.45, "at_least": False, "met": True}]},
     }
     rows = tables.target_rows(data)
-    assert rows[0] == ["flora, times as fast as PEFT", "2.50", "**missed** (target >= 3)", "good"]
+    assert rows[0] == ["A step: times as fast as PEFT", "2.50", "**missed** (target >= 3)", "good"]
     assert rows[1] == ["Q", "-", "**not known**: failed: out of memory: no room", "bad"]
     assert rows[2:] == [["w", "0.4", "met (target <= 0.45)", "memory"]]
 

@@ -25,6 +25,14 @@ def test_pages_are_written_from_results_alone(tmp_path, monkeypatch):
     page, readme = tmp_path / "page.md", tmp_path / "README.md"
     for path in (page, readme):
         path.write_text(f"before\n{publish.START}\nold 9.99\n{publish.END}\nafter\n")
+    large = json.loads(json.dumps(linear))
+    large["settings"] = grid.Case("Llama-7B", tokens=819, linear="q_proj").settings
+    large["speedups"]["PEFT"]["target"] = 1.7
+    (folder / "gpu").mkdir()
+    (folder / "gpu" / "linear_forward_y.json").write_text(json.dumps(large))
+    gone = tmp_path / "img" / "bench_parts.png"
+    gone.parent.mkdir()
+    gone.write_text("of a result that is not there any more")
     publish.publish(page, readme, tmp_path / "img", folder)
     times = f"{data['speedups']['peft']['times']:.2f} times faster"
     assert times in page.read_text()
@@ -36,10 +44,17 @@ def test_pages_are_written_from_results_alone(tmp_path, monkeypatch):
         assert text.startswith("before\n")
         assert text.endswith("after\n")
     assert {path.name for path in (tmp_path / "img").iterdir()} == {
-        "bench_speedups.png",
-        "bench_roofline.png",
-        "bench_scaling.png",
+        f"bench{where}_{kind}.png" for where in ("", "_gpu") for kind in ("speedups", "roofline", "scaling")
     }
+    gpu = page.read_text().partition("## On a GPU")[2]
+    for words in ("(img/bench_gpu_roofline.png)", "target >= 1.7", "bench/results/gpu/linear_forward_x.json"):
+        assert words in gpu
+    assert "target >= 1.7" in readme.read_text()
+
+
+def test_page_without_any_result_says_what_to_run(tmp_path):
+    assert "Nothing measured yet: `make bench-gpu`" in publish.body({}, {}, tmp_path, tmp_path)
+    assert publish.headlines({}) == "Nothing measured yet: `make bench`."
 
 
 def test_page_without_marks_is_refused(tmp_path):
