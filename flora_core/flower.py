@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
@@ -30,6 +31,8 @@ from .update import ClientUpdate
 _HEADER_BYTES = 256
 # Flower's number for the SuperLink, which answers for nodes that are gone.
 _SUPERLINK = 1
+# Its answers when a message, or the node's answer to it, was older than the deadline.
+_EXPIRED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 
 
 class FloraStrategy(Strategy):
@@ -212,8 +215,10 @@ class FloraStrategy(Strategy):
         return MetricRecord({"followed": sum(isinstance(found, dict) for found in self.followed.values())})
 
     def _named(self, replies: Iterable[Message]) -> Iterable[tuple[str, Message]]:
+        """The answers to this round's messages that came in time, with their clients."""
         named = ((self.asked.get(reply.metadata.reply_to_message_id), reply) for reply in replies)
-        return [(name, reply) for name, reply in named if name is not None]
+        late = lambda reply: reply.has_error() and reply.error.code in _EXPIRED  # noqa: E731
+        return [(name, reply) for name, reply in named if name is not None and not late(reply)]
 
     def _update(self, name: str, number: int, reply: Message) -> ClientUpdate:
         server, expected = self.federation.server, self.federation.expected[name]

@@ -36,7 +36,7 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def write_recipe(folder: Path, ranks: Sequence[int], rounds: int, hidden: int = 16) -> Path:
+def write_recipe(folder: Path, ranks: Sequence[int], rounds: int, hidden: int = 16, **train: Any) -> Path:
     """A recipe with its model and data in ``folder``; every client trains alone (token_budget of one token)."""
     specs = make_clients(ranks)
     make_model(hidden=max(hidden, *ranks)).save_pretrained(folder / "model")
@@ -49,7 +49,7 @@ def write_recipe(folder: Path, ranks: Sequence[int], rounds: int, hidden: int = 
         "target_modules": ["q_proj", "v_proj"],
         "data": {"path": paths, "test": str(folder / "test.jsonl")},
         "clients": {"ranks": list(ranks), "count": None},
-        "train": {"lr": 1e-2, "batch_size": 2, "max_length": 32, "token_budget": 1},
+        "train": {"lr": 1e-2, "batch_size": 2, "max_length": 32, "token_budget": 1, **train},
         "federation": {"rounds": rounds},
         "device": "cpu",
         "out": str(folder / "out"),

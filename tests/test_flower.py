@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import transformers
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-core[flower]'")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 import flora_core as flora
 from flora_core import flower, flower_node, recipes
@@ -108,11 +110,15 @@ def changed(**values: Any) -> Any:
     return how
 
 
-def gone(message: Message, reply: Message) -> Message:
-    """What the SuperLink answers, in its own name, for a node that is offline."""
-    answer = Message(Error(3, "Node Unavailable"), reply_to=message)
-    answer.metadata.__dict__["_src_node_id"] = 1
-    return answer
+def by_superlink(code: int, reason: str) -> Any:
+    """What the SuperLink answers in its own name."""
+
+    def how(message: Message, reply: Message) -> Message:
+        answer = Message(Error(code, reason), reply_to=message)
+        answer.metadata.__dict__["_src_node_id"] = 1
+        return answer
+
+    return how
 
 
 def of_another(**versions: Any) -> Any:
@@ -127,7 +133,8 @@ def of_another(**versions: Any) -> Any:
 
 
 LOST = {
-    "offline": (gone, "its node failed: Node Unavailable"),
+    "offline": (by_superlink(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), "its node failed: Node Unavailable"),
+    "expired": (by_superlink(ErrorCode.MESSAGE_UNAVAILABLE, "Error: Message Unavailable"), "no answer within 9 s"),
     "another version": (
         of_another(version="0.2.0"),
         r"its flora-core is 0\.2\.0 \(protocol 1\), and this side's .*install the same 0\.1 on both sides",
@@ -423,6 +430,21 @@ def test_nobody_needs_the_data_of_others(overrides, tmp_path):
         build_client(recipe, whole[0].name)
     with pytest.raises(ValueError, match="the node's recipe has no client 'z'; it has "):
         build_client(recipe, "z")
+
+
+def test_a_sites_recipe_of_the_docs_is_enough(tmp_path, monkeypatch):
+    """It names its model, its data and its adapter; relative paths begin where the node was started."""
+    monkeypatch.chdir(write_recipe(tmp_path, (4, 2), 1).parent)
+    text = (Path(__file__).parents[1] / "docs" / "flower.md").read_text()
+    shown = [part.partition("```")[0] for part in text.split("```yaml\n")[1:]]
+    (tmp_path / "hospitals.yaml").write_text(shown[0].replace("/models/base", str(tmp_path / "model")))
+    (tmp_path / "b.jsonl").unlink()
+    site = flower_node.site_of({"recipe": "hospitals.yaml", "client": "a", "folder": "copies"})
+    assert (site.spec.name, site.spec.adapter.rank, len(site.spec.data)) == ("a", 16, 5)
+    (tmp_path / "server.yaml").write_text(shown[1].replace("/srv/flora/held-out.jsonl", "test.jsonl"))
+    (tmp_path / "a.jsonl").unlink()
+    assert client_names(recipes.load("server.yaml")) == ["a", "b"]
+    assert len(build_held_out(recipes.load("server.yaml"))) == 6
 
 
 def test_names_are_in_the_order_of_people():

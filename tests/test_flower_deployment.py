@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-core[flower]'")
@@ -65,10 +66,14 @@ def test_ten_nodes_give_the_bytes_of_one_process_and_strangers_are_refused(tmp_p
     assert (tmp_path / "out" / MODEL).read_bytes() == in_process(recipe, tmp_path / "alone")
 
 
-# The test's own app: the node whose environment names a round spoils what it sends in that round.
-SPOILING = '''"""The app, with a node that spoils its payload."""
+# The test's own app: the node whose environment names a round spoils what it sends in that round, stops itself with its
+# finished answer, or keeps that back until there is a file.
+SPOILING = '''"""The app, with a node that spoils its payload, or holds it back."""
 
 import os
+import pathlib
+import signal
+import time
 
 from flora_core.flower import client_app, server_app
 from flwr.app import Array, ArrayRecord
@@ -96,6 +101,10 @@ def train(message, context):
     if message.metadata.group_id == os.environ.get("FLORA_TEST_SPOIL"):
         data = reply.content["payload"]["tensors"].data[:-7]
         reply.content["payload"] = ArrayRecord({"tensors": Array("uint8", (len(data),), "safetensors", data)})
+    if message.metadata.group_id == os.environ.get("FLORA_TEST_STOP"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while message.metadata.group_id == os.environ.get("FLORA_TEST_HOLD") and not pathlib.Path("go").exists():
+        time.sleep(0.1)
     return reply
 '''
 
@@ -137,6 +146,38 @@ def test_damage_delay_absence_and_a_newcomer(tmp_path):
     assert re.search(gone, refused.pop((3, "b")))
     taking_part = {1: ["a"], 2: ["a", "b"], 3: ["a"], 4: ["a", "b", "c"]}
     assert refused == {(number, name): None for number, names in taking_part.items() for name in names}
+    assert (tmp_path / "out" / MODEL).read_bytes() == in_process(recipe, tmp_path / "alone", taking_part)
+
+
+def test_answers_that_are_ready_before_the_deadline_and_arrive_after_it(tmp_path):
+    """b's process of round 1 is stopped with its answer, c's keeps it back: both go on when round 2 has begun.
+
+    Of a stopped process Flower says so itself, before the deadline; one that is slow is waited for until then.
+    """
+    recipe = write_recipe(tmp_path, (4, 2, 3), 3, keep_optimizer=True)
+    with deployed(tmp_path, recipe, "abc") as world:
+        world.start_node("a")
+        world.start_node("b", FLORA_TEST_STOP="1")
+        world.start_node("c", FLORA_TEST_HOLD="1")
+        world.submit(spoiling_app(tmp_path / "app"), join_timeout=240, round_timeout=110)
+        world.wait_for_round(2)
+        late = [one for one in world.processes("b", "flwr-clientapp") if one.status() == psutil.STATUS_STOPPED]
+        late += world.processes("c", "flwr-clientapp")
+        assert len(late) == 2
+        (tmp_path / "go").touch()
+        resume(late[:1])
+        world.wait_for("run", "run_end", 600)
+        # They went on, and ended, while the run did.
+        assert not any(one.is_running() for one in late)
+        refused: dict[tuple[int, str], Any] = {
+            (event["round"], event["client"]): event.get("refused") for event in world.events("client_done")
+        }
+        told = [event for event in world.events("warning") if "did not follow" in event["message"]]
+    assert "ClientApp stopped responding" in refused.pop((1, "b"))
+    assert "no answer within 110 s (round-timeout)" in refused.pop((1, "c"))
+    taking_part = {1: ["a"], 2: ["a", "b", "c"], 3: ["a", "b", "c"]}
+    assert refused == {(number, name): None for number, names in taking_part.items() for name in names}
+    assert told == []
     assert (tmp_path / "out" / MODEL).read_bytes() == in_process(recipe, tmp_path / "alone", taking_part)
 
 
