@@ -147,11 +147,15 @@ public:
         check(status);
     }
 
-    // The clients' tables come from Python as host memory, which a GPU cannot read.
-    void only_on_the_cpu(const char *op) const {
+    // An operation on a struct whose tables come from Python as host memory, which a GPU cannot read.
+    template <class Args>
+    void run_on_the_cpu(const char *op, flora_status (*ask)(const flora_exec *, const Args *, size_t *),
+                        flora_status (*work)(const flora_exec *, const Args *), const Args &args) {
         if (exec.device != FLORA_CPU)
             refuse(first_, std::string("must be on the CPU: from Python, ") + op +
                                " runs there only; on CUDA call flora_kernels.h or use backend='triton'");
+        run([&](auto *exec, size_t *bytes) { return ask(exec, &args, bytes); },
+            [&](auto *exec) { return work(exec, &args); });
     }
 
     flora_exec exec = FLORA_EXEC_INIT;
@@ -249,18 +253,14 @@ void shrink(Call &call, py::handle x, py::handle A, py::handle s, const Clients 
     flora_shrink_args args = FLORA_SHRINK_ARGS_INIT;
     args.x = call.matrix("x_MK", x), args.A = call.matrix("A_PK", A), args.s = call.vector("out", s, true);
     args.clients = clients.table();
-    call.only_on_the_cpu("shrink");
-    call.run([&](auto *exec, size_t *bytes) { return flora_shrink_workspace(exec, &args, bytes); },
-             [&](auto *exec) { return flora_shrink(exec, &args); });
+    call.run_on_the_cpu("shrink", flora_shrink_workspace, flora_shrink, args);
 }
 
 void expand(Call &call, py::handle y, py::handle s, py::handle B, const Clients &clients) {
     flora_expand_args args = FLORA_EXPAND_ARGS_INIT;
     args.y = call.matrix("y_MN", y, true), args.s = call.vector("s_flat", s), args.B = call.matrix("B_PN", B);
     args.clients = clients.table();
-    call.only_on_the_cpu("expand");
-    call.run([&](auto *exec, size_t *bytes) { return flora_expand_workspace(exec, &args, bytes); },
-             [&](auto *exec) { return flora_expand(exec, &args); });
+    call.run_on_the_cpu("expand", flora_expand_workspace, flora_expand, args);
 }
 
 void wgrad(Call &call, py::handle ds, py::handle x, py::handle s, py::handle dy, py::handle dA, py::handle dB,
@@ -270,9 +270,7 @@ void wgrad(Call &call, py::handle ds, py::handle x, py::handle s, py::handle dy,
     args.s = call.vector("s_flat", s), args.dy = call.matrix("dy_MN", dy);
     args.dA = call.matrix("dA_PK", dA, true), args.dB = call.matrix("dB_PN", dB, true);
     args.clients = clients.table();
-    call.only_on_the_cpu("wgrad");
-    call.run([&](auto *exec, size_t *bytes) { return flora_wgrad_workspace(exec, &args, bytes); },
-             [&](auto *exec) { return flora_wgrad(exec, &args); });
+    call.run_on_the_cpu("wgrad", flora_wgrad_workspace, flora_wgrad, args);
 }
 
 void adamw(Call &call, py::handle param, py::handle grad, py::handle exp_avg, py::handle exp_avg_sq, py::handle hyper,
@@ -294,9 +292,7 @@ void adamw(Call &call, py::handle param, py::handle grad, py::handle exp_avg, py
     args.num_segments = static_cast<int64_t>(owner.size());
     args.segment_offsets = offsets.data(), args.owner = owner.data();
     args.hyper = call.matrix("hyper_CH", hyper);
-    call.only_on_the_cpu("adamw");
-    call.run([&](auto *exec, size_t *bytes) { return flora_adamw_workspace(exec, &args, bytes); },
-             [&](auto *exec) { return flora_adamw(exec, &args); });
+    call.run_on_the_cpu("adamw", flora_adamw_workspace, flora_adamw, args);
 }
 
 }  // namespace

@@ -49,18 +49,18 @@ ffi::Error call(Ask ask, Run run) {
     return ffi::Error(ffi::ErrorCode::kInvalidArgument, flora_last_error());
 }
 
-// The library cannot know how long tables are: as many entries as there are clients.
-ffi::Error check_tables(Offsets tokens, Offsets ranks, ffi::Span<const double> scaling) {
-    size_t count = tokens.size() - 1;
-    if (tokens.size() && ranks.size() == tokens.size() && (!scaling.size() || scaling.size() == count))
-        return ffi::Error::Success();
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "tokens and ranks must have one entry more than there are clients, scaling as many or none");
+// An operation on clients. The library cannot know how long their tables are: as many entries as there are clients.
+template <class Args>
+ffi::Error call(flora_status (*ask)(const flora_exec *, const Args *, size_t *),
+                flora_status (*run)(const flora_exec *, const Args *), const Args &args, Offsets tokens, Offsets ranks,
+                ffi::Span<const double> scaling) {
+    size_t offsets = tokens.size();
+    if (!offsets || ranks.size() != offsets || (scaling.size() && scaling.size() + 1 != offsets))
+        return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                          "tokens and ranks must have one entry more than there are clients, scaling as many or none");
+    return call([&](auto *exec, size_t *bytes) { return ask(exec, &args, bytes); },
+                [&](auto *exec) { return run(exec, &args); });
 }
-
-#define FLORA_CALL(NAME)                                                                              \
-    call([&](auto *exec, size_t *bytes) { return flora_##NAME##_workspace(exec, &args, bytes); }, \
-         [&](auto *exec) { return flora_##NAME(exec, &args); })
 
 flora_clients clients_of(Offsets tokens, Offsets ranks, ffi::Span<const double> scaling) {
     flora_clients clients = {};
@@ -89,28 +89,25 @@ ffi::Error merge(Buffer W, Buffer A, Buffer B, Buffer coef, Output out, bool wid
 
 ffi::Error shrink(Buffer x, Buffer A, Output s, Offsets tokens, Offsets ranks,
                   ffi::Span<const double> scaling) {
-    if (auto wrong = check_tables(tokens, ranks, scaling); wrong.failure()) return wrong;
     flora_shrink_args args = FLORA_SHRINK_ARGS_INIT;
     args.x = matrix(x), args.A = matrix(A), args.s = vector(*s), args.clients = clients_of(tokens, ranks, scaling);
-    return FLORA_CALL(shrink);
+    return call(flora_shrink_workspace, flora_shrink, args, tokens, ranks, scaling);
 }
 
 ffi::Error expand(Buffer y, Buffer s, Buffer B, Output out, Offsets tokens,
                   Offsets ranks, ffi::Span<const double> scaling) {
-    if (auto wrong = check_tables(tokens, ranks, scaling); wrong.failure()) return wrong;
     take_over(y, out);
     flora_expand_args args = FLORA_EXPAND_ARGS_INIT;
     args.y = matrix(*out), args.s = vector(s), args.B = matrix(B), args.clients = clients_of(tokens, ranks, scaling);
-    return FLORA_CALL(expand);
+    return call(flora_expand_workspace, flora_expand, args, tokens, ranks, scaling);
 }
 
 ffi::Error wgrad(Buffer ds, Buffer x, Buffer s, Buffer dy, Output dA, Output dB,
                  Offsets tokens, Offsets ranks, ffi::Span<const double> scaling) {
-    if (auto wrong = check_tables(tokens, ranks, scaling); wrong.failure()) return wrong;
     flora_wgrad_args args = FLORA_WGRAD_ARGS_INIT;
     args.ds = vector(ds), args.x = matrix(x), args.s = vector(s), args.dy = matrix(dy);
     args.dA = matrix(*dA), args.dB = matrix(*dB), args.clients = clients_of(tokens, ranks, scaling);
-    return FLORA_CALL(wgrad);
+    return call(flora_wgrad_workspace, flora_wgrad, args, tokens, ranks, scaling);
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ def _stacked(name: str, item: Any) -> tuple[Any, ...]:
         size = f" of {len(item)}" if hasattr(item, "__len__") else ""
         kind = type(item).__name__
         raise TypeError(f"{name} must be a MergeItem or a tuple (W, A, B, coef[, low_bits]), got a {kind}{size}")
-    return (*item, None) if len(item) == 4 else item
+    return (*item, None) if len(item) == 4 else tuple(item)
 
 
 def merge_many_(
