@@ -58,9 +58,9 @@ class Layers:
         return [(W, *self.stacks[shape]) for W, shape in zip(weights, self.shapes, strict=True)]
 
 
-def ours(layers: Layers, weights: list[torch.Tensor]) -> Callable[[], int]:
+def ours(layers: Layers, weights: list[torch.Tensor], isa: str = "auto") -> Callable[[], int]:
     items = layers.items(weights)
-    return lambda: native.merge_many_(items)
+    return lambda: native.merge_many_(items, isa=isa)
 
 
 def addmm(layers: Layers, weights: list[torch.Tensor]) -> Callable[[], None]:
@@ -212,4 +212,22 @@ def test_bench_cpu_merge_fp32(benchmark: Any, scale: Any, name: str):
     with result.told():
         run(benchmark, result, layers, "flora", rivals, 6 * scale.seconds)
         print("\n" + result.conclude("flora", {"addmm_": 0.95}))
+    benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
+
+
+def test_bench_cpu_merge_instruction_sets(benchmark: Any, scale: Any):
+    """The best path of the processor against the others of the same library, which older processors take."""
+    best = native.describe().split(", ")[1]
+    name, others = "2048x2048", ("avx2", "portable")[best != "avx512" :]
+    result = Result(
+        f"cpu_merge_isa_{name}",
+        f"Merging a stack of P = {P} into bfloat16 weights ({name}) on the CPU, by instruction set",
+        settings(scale, name, "bfloat16"),
+        scale.folder,
+    )
+    layers = Layers(name, scale.layers, torch.bfloat16)
+    rivals = {isa: ours(layers, layers.weights(), isa) for isa in others}
+    with result.told():
+        run(benchmark, result, layers, "flora", rivals, 8 * scale.seconds)
+        print("\n" + result.conclude("flora", dict.fromkeys(others)))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

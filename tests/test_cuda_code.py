@@ -87,20 +87,24 @@ def compiled(target: str) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 
+# What moves 16 bytes at once, and what multiplies on tensor cores, by the names that the disassembler gives.
+WIDE_LOAD, WIDE_STORE, TENSOR = r"\b(LDG|LDGSTS)\.\S*128", r"\bSTG\.\S*128", r"\bHMMA\b"
+
+
 def problems(kernel: Kernel) -> list[str]:
     """What a kernel must not be."""
     found = []
     if kernel.stack_bytes or kernel.count(r"\b(STL|LDL)\b"):
         found.append(f"spills: {kernel.stack_bytes} bytes of stack")
-    if kernel.on_tensor_cores != bool(kernel.count(r"\bHMMA\b")):
+    if kernel.on_tensor_cores != bool(kernel.count(TENSOR)):
         found.append("tensor-core instructions" + (" are missing" if kernel.on_tensor_cores else " in an IEEE product"))
     if kernel.count(r"MMA\S*TF32"):
         found.append("plain TF32")
     if kernel.count(FLOAT_ATOMIC):
         found.append("float atomics")
-    if not kernel.count(r"\b(LDG|LDGSTS)\.\S*128"):
+    if not kernel.count(WIDE_LOAD):
         found.append("no 16-byte loads")
-    if not kernel.count(r"\bSTG\.\S*128"):
+    if not kernel.count(WIDE_STORE):
         found.append("no 16-byte stores")
     return found
 
@@ -137,11 +141,19 @@ def table() -> str:
     rows: dict[str, list[str]] = {}
     for target in TARGETS:
         for kernel in compiled(target):
-            loads, stores = kernel.count(r"\b(LDG|LDGSTS)\.\S*128"), kernel.count(r"\bSTG\.\S*128")
+            loads, stores = kernel.count(WIDE_LOAD), kernel.count(WIDE_STORE)
             counts = f"{kernel.registers} / {kernel.count('HMMA')} / {loads} + {stores}"
             rows.setdefault(kernel.name, []).append(counts)
     lines += [f"| `{name}` | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *map(instructions, TARGETS)])
+
+
+def instructions(target: str) -> str:
+    """The names of the instructions that were counted, of all kernels of a target."""
+    code = "\n".join(kernel.code for kernel in compiled(target))
+    names = (sorted(set(re.findall(rf"{pattern}[\w.]*", code))) for pattern in (r"\bHMMA", r"\bLDG", r"\bSTG"))
+    tensor, loads, stores = ([f"`{name}`" for name in found if "HMMA" in name or "128" in name] for found in names)
+    return f"- {target}: {', '.join(tensor)}; {', '.join(loads)}; {', '.join(stores)}."
 
 
 if __name__ == "__main__":
