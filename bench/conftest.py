@@ -14,6 +14,7 @@ import torch
 
 from bench.deadline import within
 from bench.grid import SELECTIONS, cases
+from bench.machine import forget
 from bench.outcomes import Outcomes
 from bench.protocol import RESULTS, SMOKE
 
@@ -110,6 +111,10 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     left = 60 * stop - (time.monotonic() - item.config.stash[_STARTED])
     with within(max(left, 0.001), "the run"):
         return (yield)
+
+
+def pytest_runtest_logfinish() -> None:
+    forget()
 
 
 @pytest.hookimpl(wrapper=True)

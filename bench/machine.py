@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,16 @@ def _nvidia_smi(*fields: str) -> dict[str, Any]:
     return dict(zip(fields, (part.strip() for part in first.split(",")), strict=False))
 
 
+def forget() -> None:
+    """Give back what a finished case held: an error's frames hold its tensors, and the next case needs the room."""
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        if hasattr(sys, name):
+            delattr(sys, name)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 @functools.cache
 def _git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -129,4 +141,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-__all__ = ["ROOT", "Load", "environment", "gpu_now"]
+__all__ = ["ROOT", "Load", "environment", "forget", "gpu_now"]

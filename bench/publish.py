@@ -115,13 +115,22 @@ def demo_table(found: Sequence[Data]) -> str:
 
 
 def parts_table(data: Data) -> str:
-    """Where a step's time goes."""
-    whole = data["seconds"]
+    """Where a step's time and memory go."""
+    whole, kept = data["seconds"], data["saved_bytes"]
     rows = [
-        [part, f"{1e3 * share * whole:.0f}", f"{share:.1%}", f"{1e3 * data['limits'][part]:.0f}"]
+        [
+            part,
+            f"{1e3 * share * whole:.0f}",
+            f"{share:.1%}",
+            f"{1e3 * data['limits'][part]:.0f}",
+            f"{kept.get(part, 0) / 1e6:.1f}",
+        ]
         for part, share in sorted(data["shares"].items(), key=lambda item: -item[1])
     ]
-    return table(["part", "ms", "share", "limit, ms"], rows) + f"\n\n{data['text']}"
+    held = {"base weights": "weights_bytes", "adapters": "adapter_bytes", "gradients and moments": "optimizer_bytes"}
+    sizes = ", ".join(f"{name} {data[key] / 1e6:.0f} MB" for name, key in held.items())
+    text = table(["part", "ms", "share", "limit, ms", "kept for backward, MB"], rows)
+    return f"{text}\n\nHeld all the time: {sizes}.\n\n{data['text']}"
 
 
 def gpu_linears(folder: Path) -> str | None:

@@ -86,6 +86,16 @@ def tests(names: Sequence[str], selection: str) -> list[str]:
     return found
 
 
+def listed() -> list[list[str]]:
+    """Every question, what it asks and which selections take it; a named one always runs."""
+    rows = []
+    for name, question in QUESTIONS.items():
+        path = str(HERE / f"test_{name}.py")
+        taken = [choice for choice in SELECTIONS if any(t.startswith(path) for t in tests([], choice))]
+        rows.append([name, question.about, ", ".join(taken)])
+    return rows
+
+
 def words(options: argparse.Namespace, selection: str) -> list[str]:
     """What pytest is told."""
     shrunk = ["--bench-layers=1", "--bench-tokens=16", "--bench-seconds=0.01"] if selection == "quick" else []
@@ -149,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from flora_core.progress import print_tables  # after the environment is set: torch reads it
 
     if options.list:
-        print_tables([("Questions", ["question", "what"], [[name, q.about] for name, q in QUESTIONS.items()])])
+        print_tables([("Questions", ["question", "what", "selections that take it"], listed())])
         return 0
     if options.explain:
         from bench.explain import explain

@@ -70,6 +70,9 @@ def test_every_question_has_a_file():
 def test_flora_bench_lists_its_questions(capsys):
     assert cli.main(["bench", "--list"]) == 0
     assert "cohort_rivals" in capsys.readouterr().out
+    taken = {name: choices for name, _, choices in run.listed()}
+    assert taken["cohort_rivals"] == "cpu, gpu, quick, all"
+    assert taken["demo"] == "all", "a named question runs, and the whole grid takes it"
 
 
 def test_flora_bench_refuses_in_a_sentence(capsys):

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -184,9 +185,9 @@ def test_memory_case_without_memory_is_told_and_the_others_go_on(tmp_path, monke
     found = json.loads(result.path.read_text())
     assert found["missing"] == {"flora, all": "out of memory: the system killed it"}
     assert [row["case"] for row in found["rows"]] == list(sizes)[:2]
-    assert "| flora, one client | 2.00 GB | 0.67 | 20 | 0.67 |" in publish.memory_table(found)
+    assert "| flora, one client | 2.00 GB | 15625 kB | 0.67 | 20 | 0.67 |" in publish.memory_table(found)
     found["rows"] = found["rows"][1:]
-    assert "| flora, one client | 2.00 GB | - | 20 | - |" in publish.memory_table(found)
+    assert "| flora, one client | 2.00 GB | 15625 kB | - | 20 | - |" in publish.memory_table(found)
 
 
 @pytest.mark.parametrize(
@@ -304,3 +305,23 @@ def test_memory_is_held_to_its_targets_per_token_and_in_all(tmp_path):
         ("PEFT bf16's", 0.65): True,
     }
     assert sum(line.startswith("MISSED: ") for line in lines) == 1
+
+
+def test_a_case_that_failed_gives_back_what_its_error_held():
+    class Large:
+        pass
+
+    large = Large()
+    held = weakref.ref(large)
+
+    def fails(room: Large) -> None:
+        raise MemoryError
+
+    try:
+        fails(large)
+    except MemoryError as error:
+        sys.last_value = error  # as pytest leaves it
+    del large
+    assert held() is not None
+    machine.forget()
+    assert held() is None
