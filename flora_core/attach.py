@@ -6,7 +6,7 @@ Letters: M packed tokens, K in_features, N out_features, C clients.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +20,7 @@ from .checks import require
 from .cohort import ClientSpec, Cohort
 from .forward import Batch, find_way
 from .linear import MultiLoRALinear, is_conv1d, weight_view
+from .sharding import check_plain, is_sharded, sharded
 
 _COHORTS: weakref.WeakKeyDictionary[nn.Module, Cohort] = weakref.WeakKeyDictionary()
 # What a newcomer means who names no targets: the attention projections of the common families.
@@ -133,14 +134,26 @@ def _targets(
     require(bool(targets), "no client adapts any module: no targets, or every rank is 0; give at least one client both")
     for path in targets:
         _check_target(model, path, known[path])
-    sharded = [name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")]
-    require(
-        not sharded,
-        f"{len(sharded)} parameters are sharded over processes, such as {', '.join(sharded[:1])}: here every process "
-        "needs the whole base; load it without FSDP and tensor parallelism (gradient_checkpointing and bfloat16 save "
-        "memory)",
-    )
+    if sharded(model) is None:
+        check_plain(model)
+    else:
+        _check_rows_spread(targets, known)
     return targets
+
+
+def _check_rows_spread(targets: Iterable[str], known: Mapping[str, nn.Module]) -> None:
+    whole = [path for path in targets if not is_sharded(known[path].weight)]
+    require(
+        not whole,
+        f"{', '.join(whole[:3])} is outside the decoder layers, which alone are sharded; leave it out of "
+        "target_modules, or use base='replicated'",
+    )
+    turned = [path for path in targets if is_conv1d(known[path])]
+    require(
+        not turned,
+        f"{', '.join(turned[:3])} is a Conv1D, whose weight is stored K x N, and a sharded base has rows of N; use "
+        "base='replicated'",
+    )
 
 
 def _default_targets(known: Mapping[str, nn.Module]) -> Sequence[str]:

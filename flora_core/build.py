@@ -20,9 +20,11 @@ from .data.records import Record, load_records, read_jsonl
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
 from .device import pick_device, pick_dtype
+from .distributed import RankError, Ranks, ranks
 from .files import atomic_write_bytes, atomic_write_json
 from .history import Event
 from .seeds import derive
+from .sharding import hold_base
 
 if TYPE_CHECKING:
     from .recipes import DataRecipe, Recipe
@@ -30,9 +32,12 @@ if TYPE_CHECKING:
 Parts = dict[str, list[Record]]
 
 
-def build(recipe: Recipe) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
+def build(recipe: Recipe, spread: bool = False) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
     """Load data, tokenizer and model of a recipe, in the order of what fails fastest.
 
+    Args:
+        recipe: The run.
+        spread: Whether all ranks of torchrun call this, and may share the base as ``federation.base`` says.
     Returns:
         model, tokenizer, clients (one `ClientSpec` with its records each), held-out records.
     Raises:
@@ -40,18 +45,35 @@ def build(recipe: Recipe) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
         OSError: If a file or the model cannot be read.
     """
     clients, test_records = build_clients(recipe)
-    return *build_model(recipe), clients, test_records
+    return *build_model(recipe, spread), clients, test_records
 
 
-def build_model(recipe: Recipe) -> tuple[Any, Any]:
-    """Load model and tokenizer of a recipe."""
+def build_model(recipe: Recipe, spread: bool = False) -> tuple[Any, Any]:
+    """Load model and tokenizer of a recipe; ``spread`` as in ``build``."""
     device = pick_device(recipe.device)
     folder = model_folder(recipe.model)
+    dtype = pick_dtype(recipe.dtype, device)
     try:
         tokenizer = load_tokenizer(folder)
-        return load_model(folder, device, pick_dtype(recipe.dtype, device)), tokenizer
+        if spread and recipe.federation.base != "replicated" and ranks().size > 1:
+            return _load_between(ranks(), folder, device, dtype, recipe.federation.base), tokenizer
+        return load_model(folder, device, dtype), tokenizer
+    except RankError:
+        raise
     except OSError as error:
         raise OSError(f"model {recipe.model} could not be loaded from {folder}: {error}") from error
+
+
+def _load_between(joined: Ranks, folder: str, device: torch.device, dtype: torch.dtype, base: str) -> Any:
+    """Load a model that the ranks may hold between them; where they surely do, one process of a machine at a time."""
+    here, turns = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    model: Any = None
+    for turn in range(max(joined.meet(turns)) if base == "sharded" else 1):
+        if base == "auto" or turn == here:
+            model = load_model(folder, torch.device("cpu"), dtype)
+            model = model if hold_base(model, base, joined, device) else model.to(device)
+        joined.meet()
+    return model
 
 
 def build_clients(recipe: Recipe) -> tuple[list[ClientSpec], list[Record]]:

@@ -291,11 +291,16 @@ class RunFolder:
         """Save the global adapter in PEFT form."""
         save_peft_adapter(adapter, self.path / "adapter", **options)
 
-    def save_model(self, model: Any, tokenizer: Any = None, card: str = "") -> None:
-        """Save a model, its tokenizer and its card as transformers does, whole or not at all."""
+    def save_model(
+        self, model: Any, tokenizer: Any = None, card: str = "", state: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Save a model, its tokenizer and its card as transformers does, whole or not at all.
+
+        ``state`` has the tensors of a model that is not whole here.
+        """
         folder = self.path / "model"
         with atomic_dir(folder, replaceable=_names(folder)) as new, system_errors(new), _without_bars():
-            model.save_pretrained(new)
+            model.save_pretrained(new, **({} if state is None else {"state_dict": dict(state)}))
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             (new / "README.md").write_text(card, encoding="utf-8")

@@ -136,7 +136,7 @@ def _train(recipe: Recipe, first: bool) -> int:
     from .progress import make_progress, print_tables
     from .report import write_report
 
-    model, tokenizer, clients, test_records = build(recipe)
+    model, tokenizer, clients, test_records = build(recipe, spread=True)
     # What a client's failure is about is told by its event; the warning of the same is for people without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
     with make_progress() if first else nullcontext() as progress:

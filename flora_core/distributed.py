@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from .checks import require
 from .identity import differences
-from .pausing import Stopped
+from .pausing import Stopped, is_out_of_memory
 from .snapshot import put_in, take_out
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -47,32 +47,55 @@ class Ranks:
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
         self.moved_bytes = 0
+        # Within a pass of a sharded base, which takes all ranks: then nobody hears of anything else.
+        self.busy = False
         self._told: BaseException | None = None
+        self._meshes: dict[str, Any] = {}
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0, which alone writes files, evaluates and tells progress."""
         return self.rank == 0
 
-    def meet(self, value: int = 0) -> list[int]:
+    def meet(self, value: int = 0, *, passes: bool = False) -> list[int]:
         """Wait for all ranks; the number that each brings.
 
+        Args:
+            value: What this rank brings.
+            passes: Whether it is about the next pass of a sharded base.
         Raises:
-            RankError: If one failed since the last meeting, with its words, or was lost.
+            RankError: If one failed since the last meeting, with its words, was lost, or meets about something else.
         """
-        return [value] if self.size == 1 else self._meet(value, None)
+        return [value] if self.size == 1 else self._meet(value, None, passes)
 
-    def _meet(self, value: int, error: BaseException | None) -> list[int]:
-        mine = torch.tensor([int(value), error is not None], dtype=torch.int64)
+    def _meet(self, value: int, error: BaseException | None, passes: bool = False) -> list[int]:
+        mine = torch.tensor([int(value), error is not None, passes], dtype=torch.int64)
         found = [torch.zeros_like(mine) for _ in range(self.size)]
         with _lost():
             dist.all_gather(found, mine, group=self.group)
-        failed = [rank for rank, (_, wrong) in enumerate(found) if wrong]
+        failed = [rank for rank, (_, wrong, _) in enumerate(found) if wrong]
         if failed:
             words = f"{type(error).__name__}: {error}".encode()
             said = self._send_bytes(words, failed[0]).decode()
             raise RankError(f"rank {failed[0]} of {self.size} failed, and no rank goes on without it: {said}")
-        return [int(brought) for brought, _ in found]
+        others = [str(rank) for rank, (_, _, theirs) in enumerate(found) if bool(theirs) != passes]
+        if others:
+            places = ("between passes of the sharded base", "before a pass of the sharded base")
+            raise RankError(
+                f"rank {self.rank} of {self.size} is {places[passes]}, ranks {', '.join(others)} are "
+                f"{places[not passes]}: they do not run the same program; where one rank runs the model alone, the "
+                "others must run along (ShardedBase.run_along)"
+            )
+        return [int(brought) for brought, _, _ in found]
+
+    def mesh(self, device_type: str) -> Any:
+        """The ranks as torch's tensors know them that are spread over processes."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if device_type not in self._meshes:
+            # By the group that has time for a rank's whole share: within a pass one may compile its kernels.
+            self._meshes[device_type] = DeviceMesh.from_group(self.group, device_type)
+        return self._meshes[device_type]
 
     @contextmanager
     def together(self) -> Iterator[Ranks]:
@@ -82,8 +105,20 @@ class Ranks:
         except (Stopped, RankError):
             raise  # all know of it
         except BaseException as error:
+            if self.busy:
+                raise self._within_pass(error) from error
             self._tell(error)
             raise
+
+    def _within_pass(self, error: BaseException) -> BaseException:
+        """What ends this rank within a pass: the others wait in there, and hear of it as connections close."""
+        if is_out_of_memory(error) or not isinstance(error, RuntimeError):
+            print(f"flora: rank {self.rank} of {self.size} failed within a pass of the sharded base", file=sys.stderr)
+            return error
+        return RankError(
+            f"a pass of the sharded base ended on rank {self.rank} of {self.size}, here or because another was lost "
+            f"({_first_line(error)}); start the same run again: it goes on after its newest whole round"
+        )
 
     def _tell(self, error: BaseException) -> None:
         if self.size == 1 or error is self._told:
@@ -163,6 +198,11 @@ class Ranks:
             f"{text} on rank {self.rank}: the last bits may depend on the rank" for text in differences(others, mine)
         ]
         return [text for part in self.exchange(notes) for text in part]
+
+    @staticmethod
+    def noticing_loss() -> AbstractContextManager[None]:
+        """Say what it means where torch's collectives fail within."""
+        return _lost()
 
     def _send_bytes(self, body: bytes, source: int) -> bytes:
         length = torch.tensor([len(body)])

@@ -66,8 +66,10 @@ def choose(expected: Sequence[ClientUpdate], ranks: int, why_gather: str | None)
     return Way(reduced, reason, sum(gathered.values()), moved)
 
 
-def why_gather(strategy: str, config: FederationConfig) -> str | None:
+def why_gather(strategy: str, config: FederationConfig, sharded: bool = False) -> str | None:
     """Say what needs every client's factors on every rank; None if the sum is enough."""
+    if sharded:
+        return "each rank writes its own rows of a sharded base"
     if strategy != "flora":
         return f"strategy {strategy!r} looks at single clients' factors"
     for name in ("clip_update", "outlier_factor"):

@@ -18,6 +18,7 @@ from .backends import resolve
 from .config import TrainConfig
 from .graphs import why_not
 from .linear import MultiLoRALinear
+from .sharding import sharded
 
 _KERNELS = {
     "reference": "torch, client by client",
@@ -68,9 +69,10 @@ def explain(model: nn.Module) -> Explanation:
         "linear": "hidden @ W^T in chunks, gradient written out",
         "model": "the model's own head in chunks: it transforms logits after the product",
     }[cohort.head.kind]
-    against = why_not(cohort, TrainConfig())
+    against, base = why_not(cohort, TrainConfig()), sharded(model)
     notes = (
         f"batches: {packing}{f' ({cohort.packing_reason})' if cohort.packing_reason else ''}",
+        *([] if base is None else [f"base: {base}"]),
         f"loss: {head}",
         f"backend: {reason}",
         f"CUDA graphs: {f'off ({against})' if against else 'on, for shapes that come again'}",

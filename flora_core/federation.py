@@ -32,6 +32,7 @@ from .pausing import Paused, Stopped, stopping
 from .privacy import Privacy, PrivateSum
 from .resuming import Resuming
 from .server import Server
+from .sharding import hold_base
 from .snapshot import ROUND, STATE
 from .trainer import CohortTrainer
 from .update import ClientUpdate
@@ -92,7 +93,8 @@ class Federation(Resuming):
         )
         self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
         self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
-        self.paused, self.heard, self.sums, self.stop, self.ranks = {}, [], {}, lambda: False, ranks()
+        self.paused, self.found, self.heard, self.sums, self.stop = {}, {}, [], {}, lambda: False
+        self.ranks = ranks()
         clients = list(clients)
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
@@ -144,7 +146,9 @@ class Federation(Resuming):
             nullcontext() if self.folder is None else self.folder.locked(),
             stopping(self.config.out is not None) as self.stop,
         ):
-            began, notes = time.perf_counter(), self._check_clients()
+            began = time.perf_counter()
+            hold_base(self.model, self.config.base, self.ranks)
+            notes = self._check_clients()
             notes += self._resume()
             if self._over:
                 text = f"{self.config.out} holds this run, finished: nothing is trained; a new one needs another out"
@@ -230,6 +234,7 @@ class Federation(Resuming):
             out=self._out,
             seed=self.config.seed,
             resumed_from=self.round or None,
+            **({} if self.server.base is None else {"base": self.server.base.to_json()}),
         )
         for note in [*notes, *self._idle_ranks()]:
             self._emit("warning", round=self.round, message=note["message"], client=note.get("client"))
@@ -249,9 +254,8 @@ class Federation(Resuming):
 
     def _bytes_to_save(self) -> int:
         model = self.model.parameters() if self.config.save_model else []
-        server = [*self.server.weights.values(), *self.server.low_bits.values()]
-        tensors = [*model, *(server if self.round < self.config.rounds else [])]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        whole = sum(parameter.numel() * parameter.element_size() for parameter in model)
+        return whole + (self.server.size_bytes if self.round < self.config.rounds else 0)
 
     def _run_round(self) -> None:
         number, began = self.round + 1, time.perf_counter()
@@ -273,15 +277,17 @@ class Federation(Resuming):
             self._evaluate(number)
         end: Event = {"round": number, "rounds": self.config.rounds, "applied": applied}
         end |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes(self.server.device)}
+        state = {} if self.config.out is None else {"server": self.server.saved(), "optimizer": self.optimizer}
         if self.folder is not None:
             end["checkpoint"] = str(self.folder.folder(number))
-            self._save_round(self.folder, number, updates, {"event": "round_end", **end})
+            self._save_round(self.folder, number, updates, state, {"event": "round_end", **end})
         self.round = number
         self._emit("round_end", **end)
 
-    def _save_round(self, folder: RunFolder, number: int, updates: Sequence[ClientUpdate], end: Event) -> None:
+    def _save_round(
+        self, folder: RunFolder, number: int, updates: Sequence[ClientUpdate], state: dict[str, Any], end: Event
+    ) -> None:
         folder.keep_choices()
-        state = {"server": self.server.saved(), "optimizer": self.optimizer}
         events = [event for event in self.events if event.get("round") == number]
         # What single clients sent is nobody's but the server's under privacy.
         updates = updates if self.private is None and self.config.save_adapters else []
@@ -332,19 +338,21 @@ class Federation(Resuming):
                     template=config.eval_template,
                     label=config.eval_label,
                 )
+        self._run_along()
         self.ranks.meet()
         found = self.ranks.send(found)
         self._emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
 
     def _finish(self, began: float) -> None:
-        if self.folder is not None:
-            adapter = self.server.adapter()
-            if adapter is not None:
-                self.folder.save_adapter(adapter, **self.server.peft_options())
-            if self.config.save_model:
-                card = model_card(self.model, self.strategy.name, self.config, self.train, self.events)
-                with self.server.merged() as model:
-                    self.folder.save_model(model, self.tokenizer, card)
+        adapter = self.server.adapter()
+        if self.folder is not None and adapter is not None:
+            self.folder.save_adapter(adapter, **self.server.peft_options())
+        if self.config.out is not None and self.config.save_model:
+            with self.server.merged() as model:
+                state = None if self.server.base is None else self.server.base.state_dict()
+                if self.folder is not None:
+                    card = model_card(model, self.strategy.name, self.config, self.train, self.events)
+                    self.folder.save_model(model, self.tokenizer, card, state)
         self._emit(
             "run_end",
             rounds=self.config.rounds,

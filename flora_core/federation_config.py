@@ -42,6 +42,8 @@ class FederationConfig:
         keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay (``save_adapters``).
         save_model: Save the global model as a whole at the end.
         save_adapters: Save what every client trained in every round.
+        base: How several ranks hold the model (``docs/distributed.md``): ``replicated``, each whole; ``sharded``, each
+            a part of every decoder layer; ``auto`` shards where it would take more than 0.6 of a rank's memory.
         strategy_options: Options of the strategy.
     Raises:
         ValueError or TypeError: If a value is out of range.
@@ -67,6 +69,7 @@ class FederationConfig:
     keep_snapshots: int = 2
     save_model: bool = True
     save_adapters: bool = True
+    base: Literal["auto", "replicated", "sharded"] = "auto"
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -77,6 +80,7 @@ class FederationConfig:
         check_number("fraction", self.fraction, 0, 1)
         require(self.fraction > 0, "fraction must be above 0, got 0; 1 takes every client in every round")
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("base", self.base, ("auto", "replicated", "sharded"))
         check_choice("eval_template", self.eval_template, ("auto", "chat", "prompt"))
         if self.eval_max_length is not None:
             check_number("eval_max_length", self.eval_max_length, 2, whole=True)

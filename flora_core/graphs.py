@@ -26,6 +26,7 @@ from .linear import Layout
 from .loss import client_losses
 from .optimizer import CohortAdamW
 from .segments import DeviceSegments, Segments, to_device
+from .sharding import sharded
 
 # A shape runs so often as it is, which compiles kernels and measures ways to fuse, before it is captured.
 WARM_UP = 2
@@ -63,6 +64,8 @@ def why_not(cohort: Cohort, config: TrainConfig) -> str | None:
         return "cuda_graphs=False"
     if parameter.device.type != "cuda":
         return f"training on {parameter.device.type}"
+    if sharded(cohort.model) is not None:
+        return "the base is sharded: layers are gathered within a step"
     if not cohort.packs:
         return f"sequences are padded ({cohort.packing_reason})"
     if config.gradient_checkpointing:

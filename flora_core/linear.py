@@ -178,7 +178,8 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
     for layer in layers:
         entry, _ = layer.entry()
         entry = entry.padded if layout.padding else entry
-        weight, bias = layer.weight_NK, layer.bias
+        # Of the layer below: where the base is sharded, it is there that its weights are gathered.
+        weight, bias = layer.weight_NK, layer.original.bias
         if dtype is not None:
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
         seed_C = None if layout.seeds is None else layout.seeds[layer.path]

@@ -42,12 +42,14 @@ def merge_adapter_(
     check_adapters(update)
     check_choice("rounding", rounding, ("nearest", "stochastic"))
     weights = target_weights(model, [module for module, rank in update.ranks.items() if rank])
-    stacks = {}
-    for module, weight in weights.items():
-        A_RK, B_RN = (factor.to(weight.device) for factor in update.adapters[module])
-        coef_R = A_RK.new_full((A_RK.shape[0],), update.scaling[module], dtype=torch.float64)
-        stacks[module] = A_RK, B_RN, coef_R
+    stacks = {module: adapter_stack(update, module, weight.device) for module, weight in weights.items()}
     return total(apply_base_delta_(weights, stacks, rounding=rounding, seed=seed).values())
+
+
+def adapter_stack(update: ClientUpdate, module: str, device: torch.device) -> Stack:
+    """One module's adapter as what is to be added to its weight."""
+    A_RK, B_RN = (factor.to(device) for factor in update.adapters[module])
+    return A_RK, B_RN, A_RK.new_full((A_RK.shape[0],), update.scaling[module], dtype=torch.float64)
 
 
 def apply_base_delta_(
@@ -57,7 +59,7 @@ def apply_base_delta_(
     low_bits: Mapping[str, torch.Tensor] | None = None,
     rounding: str = "low_bits",
     seed: int | None = None,
-    check_rows: int | None = 64,
+    check_rows: int | Mapping[str, torch.Tensor] | None = 64,
     accumulate: str = "float64",
     backend: str = "auto",
 ) -> dict[str, Deviation]:
@@ -74,7 +76,7 @@ def apply_base_delta_(
             ``nearest``, or ``stochastic`` for bfloat16 weights.
         seed: Key of the stochastic rounding.
         check_rows: Rows of each weight whose change is compared with the exact one; None for all, at the cost of
-            a copy of the weights; 0 for none.
+            a copy of the weights; 0 for none; or which, by module.
         accumulate: ``float64``, or ``float32`` for speed.
         backend: Whose kernels write: auto (see ``stacked_merge_``), reference, triton or native.
     Returns:
@@ -89,7 +91,12 @@ def apply_base_delta_(
     require(not unknown, f"base_delta has modules without a weight: {', '.join(unknown)}; known: {listed(weights)}")
     lows = {module: _low_bits(module, weights[module], low_bits or {}, rounding) for module in base_delta}
     items = [MergeItem(weights[module], *base_delta[module], lows[module]) for module in base_delta]
-    rows = {m: sample_rows(weights[m].shape[0], check_rows, weights[m].device) for m in base_delta}
+    rows = {
+        m: check_rows[m]
+        if isinstance(check_rows, Mapping)
+        else sample_rows(weights[m].shape[0], check_rows, weights[m].device)
+        for m in base_delta
+    }
     before = {m: _master_rows(weights[m], lows[m], rows[m]) for m in base_delta}
     once = "nearest" if rounding == "low_bits" else rounding
     stacked_merge_many_(items, rounding=once, seed=seed, accumulate=accumulate, backend=backend)
@@ -182,4 +189,4 @@ def _master_rows(weight: torch.Tensor, low_bits: torch.Tensor | None, rows_S: to
     return weight[rows_S] if low_bits is None else join_master(weight[rows_S], low_bits[rows_S])
 
 
-__all__ = ["ROUNDINGS", "apply_base_delta_", "merge_adapter_", "new_low_bits", "target_weights"]
+__all__ = ["ROUNDINGS", "adapter_stack", "apply_base_delta_", "merge_adapter_", "new_low_bits", "target_weights"]

@@ -5,7 +5,8 @@
 marked ? may be missing or None. Losses are means over labelled tokens; sizes are bytes; times are seconds.
 
 run_start       rounds, strategy, clients: [{name, rank, examples, parameters?}], device?, out?, seed?,
-                resumed_from?: the last round found done in `out` (its events stand in metrics.jsonl already)
+                resumed_from?: the last round found done in `out` (its events stand in metrics.jsonl already),
+                base?: {held: "sharded", reason, bytes: of it on rank 0 between passes}, where ranks share it
 round_start     round, rounds, clients: [name], cohorts?: number of cohorts the planner made,
                 shares?: [[name]]: the clients of each process, where torchrun started several
 train_progress  round, step, steps: optimizer steps done and planned in this round, over all cohorts,
@@ -52,6 +53,8 @@ def _say_start(event: Event) -> str:
         f"{len(event['clients'])} clients, {event['rounds']} round{'s' * (event['rounds'] != 1)} of {event['strategy']}"
     )
     text += f" on {event['device']}" if event.get("device") else ""
+    if event.get("base"):
+        text += f", the base {event['base']['held']} ({event['base']['reason']})"
     if event.get("resumed_from") is not None:
         text += f", resumed after round {event['resumed_from']}"
     return text + (f"; results go to {event['out']}" if event.get("out") else "")

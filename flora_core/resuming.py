@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, NoReturn
 
+import torch
+
 from . import tuning
 from .checkpoint import RunFolder
 from .history import Event
 from .identity import environment, identity, json_digest, tensor_digest
 from .pausing import Paused, Stopped
+from .snapshot import on_device
 from .training_round import TrainingRound
 
 
@@ -21,6 +24,7 @@ class Resuming(TrainingRound):
     events: list[Event]
     eval_data: Any
     strategy: Any
+    found: dict[str, Any]
     finished = False
 
     @property
@@ -48,7 +52,7 @@ class Resuming(TrainingRound):
         """Go on after the newest whole round in the folder, if it holds this run; warnings."""
         if self.folder is None and self.ranks.size == 1:
             return []
-        start = tensor_digest(self.server.weights.items())
+        start = self.server.digest()
         mine, where = self._identity(), environment(self.server.device)
         notes = self.ranks.agree({**mine, "start": start}, where)
         if self.folder is not None:
@@ -60,12 +64,14 @@ class Resuming(TrainingRound):
         self, folder: RunFolder, mine: Mapping[str, Any], where: Mapping[str, Any], start: str
     ) -> list[str]:
         notes = folder.begin(mine, where, start)
-        snapshot, damaged = folder.newest(self.server.device)
+        # Whole weights of a sharded base have no room on a device.
+        place = self.server.device if self.server.base is None else torch.device("cpu")
+        snapshot, damaged = folder.newest(place)
         if snapshot is None:
             folder.check_start(start)
         else:
-            self.server.restore(snapshot.state["server"])
-            self.round, self.optimizer = snapshot.round, snapshot.state["optimizer"]
+            self.found = snapshot.state["server"]
+            self.round, self.optimizer = snapshot.round, on_device(snapshot.state["optimizer"], self.server.device)
         if self.private is not None:
             self.private.open(self.round)
         self.paused, torn = folder.pause(self.round + 1, self.server.device)
@@ -76,24 +82,29 @@ class Resuming(TrainingRound):
 
     def _go_on_alike(self) -> None:
         """Give every rank what rank 0 found in the folder: the others may not even see its disk."""
+        mine, self.found = self.found, {}
         if self.ranks.size == 1:
+            if mine:
+                self.server.restore(mine)
             return
         self.ranks.meet()
         names = ("round", "optimizer", "paused", "finished", "events")
         state = {name: getattr(self, name) for name in names}
-        state |= {"server": self.server.saved() if self.round else None, "fuse": tuning.used()}
-        found = self.ranks.send(state)
+        # What is sharded goes to each rank in parts, by itself.
+        apart = {} if self.server.base is None else {"weights": {}, "low_bits": {}}
+        found = self.ranks.send({**state, "server": {**mine, **apart} if mine else {}, "fuse": tuning.used()})
         if not self.ranks.first:
             for name in names:
                 setattr(self, name, found[name])
-            if found["server"] is not None:
-                self.server.restore(found["server"])
+            mine = found["server"]
+        if mine:
+            self.server.restore(mine)
         self._use_choices([found["fuse"]])
 
     def _keep_alike(self, number: int) -> None:
         """See that the round left all ranks the same weights; where a machine rounds otherwise, rank 0's count."""
-        if self.ranks.size == 1:
-            return
+        if self.ranks.size == 1 or self.server.base is not None:
+            return  # nobody else has a copy
         saved = {**self.server.weights, **{f"{m} low bits": low for m, low in self.server.low_bits.items()}}
         digests = self.ranks.exchange([tensor_digest(saved.items())])
         others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
@@ -109,10 +120,11 @@ class Resuming(TrainingRound):
     def _identity(self) -> dict[str, Any]:
         ours = asdict(replace(self.config, out=None))
         # These change what is kept, and nothing that is computed.
-        for name in ("out", "keep_snapshots", "save_model", "save_adapters"):
+        for name in ("base", "out", "keep_snapshots", "save_model", "save_adapters"):
             ours.pop(name)
-        targets = {weight.data_ptr() for weight in self.server.weights.values()}
-        rest = [(name, p) for name, p in self.model.named_parameters() if p.data_ptr() not in targets]
+        base, targets = self.server.base, {f"{module}.weight" for module in self.server.weights}
+        parameters = self.model.named_parameters() if base is None else base.parameters()
+        rest = ((name, parameter) for name, parameter in parameters if name not in targets)
         others = {
             "strategy": self.strategy.name,
             "target_modules": self.target_modules,

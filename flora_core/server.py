@@ -16,16 +16,21 @@ import torch
 
 from .aggregate import Certificate, Deviation, aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
+from .aggregate.inputs import Stack
 from .aggregate.strategy import BOTH
 from .attach import attach, detach
 from .bank import AdapterConfig
 from .checks import require
 from .cohort import ClientSpec, Cohort
 from .exchange import dense_stack, light
+from .identity import tensor_digest
 from .linear import is_conv1d
-from .merge import apply_base_delta_, merge_adapter_, new_low_bits, target_weights
+from .merge import adapter_stack, apply_base_delta_, new_low_bits, target_weights
 from .penalty import TailPenalty
 from .seeds import derive, generator
+from .sharded_merge import apply_to_parts_
+from .sharding import sharded
+from .snapshot import on_device
 from .update import ClientUpdate, RoundResult
 
 
@@ -58,12 +63,13 @@ class Server:
         everybody = {name: update.ranks for name, update in expected.items()}
         self.options = {**self.strategy.population_options(everybody), **(options or {})}
         targets = dict.fromkeys(module for update in expected.values() for module in update.adapters)
-        self.weights = target_weights(model, targets)
+        self.base = sharded(model)
+        # Of a sharded base these are this rank's rows.
+        self.weights = target_weights(model, targets) if self.base is None else self.base.weights(targets)
         self._check_rounding()
         self.low_bits = new_low_bits(self.weights) if rounding == "low_bits" else {}
         self.state: dict[str, Any] = {}
-        held = [*self.weights.values(), *self.low_bits.values()]
-        self.log = DeltaLog(sum(tensor.numel() * tensor.element_size() for tensor in held))
+        self.log = DeltaLog(self.size_bytes)
 
     def _check_rounding(self) -> None:
         dtypes = {weight.dtype for weight in self.weights.values()}
@@ -92,16 +98,37 @@ class Server:
         """Whether a round's small changes are lost in 16 bits."""
         return self.rounding == "nearest" and any(weight.element_size() == 2 for weight in self.weights.values())
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all targets' weights with their low bits, whole."""
+        widths = {m: weight.element_size() + 2 * (m in self.low_bits) for m, weight in self.weights.items()}
+        shapes = {m: weight.shape if self.base is None else self.base.shape(m) for m, weight in self.weights.items()}
+        return sum(width * shapes[m][0] * shapes[m][1] for m, width in widths.items())
+
+    def digest(self) -> str:
+        """A digest of the whole targets' weights; of a sharded base all ranks ask for it."""
+        return tensor_digest(self.weights.items() if self.base is None else self.base.wholes(self.weights))
+
     def saved(self) -> dict[str, Any]:
-        """All that the next round needs; tensors are not copied."""
+        """All that the next round needs; tensors are not copied.
+
+        Of a sharded base all ranks ask for it, and rank 0 alone has the whole weights, in its host's memory.
+        """
         parts = {"weights": self.weights, "low_bits": self.low_bits}
+        if self.base is not None:
+            parts = {name: self.base.gathered(held) for name, held in parts.items()}
         return {**parts, "strategy": self.state, "log": self.log.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go back to what ``saved`` gave."""
-        for module, weight in saved["weights"].items():
-            self.weights[module].copy_(weight)
-        self.low_bits, self.state = saved["low_bits"], saved["strategy"]
+        """Go back to what ``saved`` gave; of a sharded base all ranks do, and rank 0 has the whole weights."""
+        if self.base is None:
+            for module, weight in saved["weights"].items():
+                self.weights[module].copy_(weight)
+            self.low_bits = saved["low_bits"]
+        else:
+            self.base.scatter_(self.weights, saved["weights"])
+            self.base.scatter_(self.low_bits, saved["low_bits"])
+        self.state = on_device(saved["strategy"], self.device)
         self.log.restore(saved["log"])
 
     @property
@@ -176,20 +203,20 @@ class Server:
         if sums:
             self._add_sums(result, updates, sums)
         began = time.perf_counter()
-        written = apply_base_delta_(
-            self.weights,
-            result.base_delta,
-            low_bits=self.low_bits,
-            rounding=self.rounding,
-            seed=derive(self.seed, "rounding", number),
-            accumulate="float64",
-            check_rows=self.check_rows,
-        )
+        written = self._write(result.base_delta, self.rounding, derive(self.seed, "rounding", number))
         result.seconds["write"] = time.perf_counter() - began
         self.state = result.state
         self.log.record(number, sum(size for _, size in result.forms.values()), [one.client for one in updates])
         result.certificate = replace(result.certificate, application=written, rows=self.check_rows)
         return result
+
+    def _write(self, delta: Mapping[str, Stack], rounding: str, seed: int | None) -> dict[str, Deviation]:
+        options: dict[str, Any] = dict(rounding=rounding, seed=seed, check_rows=self.check_rows)
+        if rounding == "low_bits":
+            options["low_bits"] = self.low_bits
+        if self.base is None:
+            return apply_base_delta_(self.weights, delta, accumulate="float64", **options)
+        return apply_to_parts_(self.base, self.weights, delta, **options)
 
     def _add_sums(self, result: RoundResult, updates: Sequence[ClientUpdate], sums: Mapping[str, torch.Tensor]) -> None:
         """Put modules into a result whose sums are known: they travel dense, which many clients' factors exceed."""
@@ -236,12 +263,13 @@ class Server:
 
     @contextmanager
     def merged(self) -> Iterator[Any]:
-        """The global model as plain weights; the base is put back as it was."""
+        """The global model as plain weights, or its parts; the base is put back as it was."""
         adapter = self.adapter()
         before = {} if adapter is None else {module: self.weights[module].clone() for module in adapter.adapters}
         try:
             if adapter is not None:
-                merge_adapter_(self.model, adapter)
+                stacks = {module: adapter_stack(adapter, module, self.device) for module in before}
+                self._write(stacks, "nearest", None)
             yield self.model
         finally:
             for module, weight in before.items():

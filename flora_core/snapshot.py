@@ -100,6 +100,13 @@ def put_in(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return [put_in(part, tensors) for part in value] if isinstance(value, list) else value
 
 
+def on_device(value: Any, device: torch.device | str) -> Any:
+    """A state with its tensors on a device."""
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = take_out(value, tensors)
+    return put_in(skeleton, {name: tensor.to(device) for name, tensor in tensors.items()})
+
+
 def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become None."""
     if isinstance(value, Mapping):
@@ -129,6 +136,7 @@ __all__ = [
     "STATE",
     "Snapshot",
     "finite",
+    "on_device",
     "put_in",
     "read_snapshot",
     "take_out",

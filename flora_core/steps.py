@@ -25,6 +25,7 @@ from .optimizer import CohortAdamW
 from .pausing import CrowdedError, crowded_text, is_out_of_memory
 from .penalty import TailPenalty
 from .segments import Segments
+from .sharding import sharded
 
 
 class CohortSteps:
@@ -137,6 +138,11 @@ class CohortSteps:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if sharded(self.cohort.model) is not None:
+                    raise MemoryError(
+                        f"memory ran out with {min(budget, sum(lengths))} tokens in flight, and with a sharded base no "
+                        f"rank can do a pass again; lower token_budget ({error})"
+                    ) from error
                 if min(budget, sum(lengths)) <= max(lengths):
                     raise CrowdedError(
                         f"memory ran out with one sequence of {max(lengths)} tokens in flight; lower max_length, turn "

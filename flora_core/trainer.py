@@ -21,6 +21,7 @@ from .optimizer import CohortAdamW
 from .pausing import CrowdedError, Paused, State, client_state, crowded_text, is_out_of_memory, restore_client
 from .penalty import TailPenalty
 from .recompute import keeping_less
+from .sharding import check_training
 from .steps import CohortSteps
 from .update import ClientUpdate
 
@@ -75,6 +76,7 @@ class CohortTrainer:
         self.finished: dict[str, int] = {}
         self.cuda_graphs = "off: nothing was trained yet"
         for client in self.clients.values():
+            check_training(cohort.model, client.config, client.name)
             client.check_lengths(getattr(cohort.model.config, "max_position_embeddings", None))
 
     def _client(self, spec: ClientSpec) -> LocalClient:

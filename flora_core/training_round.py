@@ -118,7 +118,9 @@ class TrainingRound:
         several = self.ranks.size > 1
         shares = spread({name: self._work(name) for name in here}, self.ranks.size) if several else [list(here)]
         with self._trainer(number, shares[self.ranks.rank], done) as trainer:
-            cohorts = sum(self.ranks.meet(len(trainer.plan().cohorts) if trainer else 0))
+            planned = len(trainer.plan().cohorts) if trainer else 0
+            self._run_along()
+            cohorts = sum(self.ranks.meet(planned))
             dealt = {"shares": shares} if several else {}
             self._emit("round_start", **start, cohorts=cohorts, **dealt)
             updates = self._train_share(trainer)
@@ -167,12 +169,18 @@ class TrainingRound:
             if self.ranks.size == 1:
                 raise
             begun = pause.state
+        self._run_along()
         if any(self.ranks.meet(bool(begun))):
             if trainer and not begun:
                 begun = trainer.finished_states()
             parts = self.ranks.exchange([{name: state} for name, state in begun.items()])
             raise Paused({name: state for part in parts for one in part for name, state in one.items()})
         return updates
+
+    def _run_along(self) -> None:
+        """With a sharded base, run the other ranks' passes along until none has any left."""
+        if self.server.base is not None:
+            self.server.base.run_along()
 
     def _swap(
         self,
@@ -186,7 +194,8 @@ class TrainingRound:
             return updates, failures
         before, mine = self.ranks.moved_bytes, shares[self.ranks.rank]
         everybody = [self.expected[name] for share in shares for name in share]
-        way = choose(everybody, self.ranks.size, why_gather(self.server.strategy.name, self.config))
+        spread_base = self.server.base is not None
+        way = choose(everybody, self.ranks.size, why_gather(self.server.strategy.name, self.config, spread_base))
         if way.reduced:
             # The others will not see these factors.
             updates, refused = self._judge(updates, mine)

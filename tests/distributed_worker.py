@@ -96,6 +96,34 @@ def no_memory(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
 
 
 @fault(1)
+def fails_within_a_pass(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    forward, steps = LlamaMLP.forward, [0]
+
+    def fail(self: Any, x: Any) -> Any:
+        steps[0] += torch.is_grad_enabled()
+        if steps[0] == 3:  # the first layer, in the second step
+            raise RuntimeError("this layer is on fire")
+        return forward(self, x)
+
+    patch.setattr(LlamaMLP, "forward", fail)
+
+
+@fault(0)
+def runs_the_model_alone(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    from tests.federation_cases import make_model
+
+    changes["model"] = model = make_model()
+
+    def callback(event: dict[str, Any]) -> None:
+        if event["event"] == "round_end":
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+
+    changes["callbacks"] = [callback]
+
+
+@fault(1)
 def rounds_otherwise(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     apply = Server.apply
 
@@ -165,6 +193,8 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
         from tests.federation_cases import make_model
 
         changes["model"] = make_model(getattr(torch, changes.pop("base")))
+    if "held" in changes:
+        changes["base"] = changes.pop("held")
     if changes.pop("private", False):
         changes |= {"privacy": Privacy(clip=1.0, noise_multiplier=1.0), "weights": "uniform"}
     if changes.pop("elsewhere", False):
@@ -179,6 +209,22 @@ def paused_at(job: dict[str, Any]) -> dict[str, int]:
     return {name: state["step"] for name, state in clients.items()}
 
 
+def gathered(model: Any) -> list[int]:
+    """Bytes of one weight of a sharded base within a pass, and of the same tensor after it."""
+    seen: list[torch.Tensor] = []
+    sizes: list[int] = []
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        seen.append(module.weight)
+        sizes.append(module.weight.untyped_storage().size())
+
+    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(look)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    handle.remove()
+    return [*sizes, seen[0].untyped_storage().size()]
+
+
 def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """One job on this rank."""
     changes, before = arguments(job), ranks.moved_bytes
@@ -191,9 +237,11 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             if job.get("ends"):
                 raise
             return {"error": type(error).__name__, "text": str(error), "steps": paused_at(job)}
-    digest = tensor_digest(target_weights(federation.model).items())
+    base = federation.server.base
+    digest = federation.server.digest() if base else tensor_digest(target_weights(federation.model).items())
+    held = {"held": base.held_bytes, "gathered": gathered(federation.model)} if base else {}
     found = [event for event in result.events if event["event"] == "evaluated"]
-    return {"digest": digest, "moved": ranks.moved_bytes - before, "evaluated": len(found)}
+    return {"digest": digest, "moved": ranks.moved_bytes - before, "evaluated": len(found), **held}
 
 
 def main(jobs: str, results: str) -> None:
