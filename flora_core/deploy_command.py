@@ -98,6 +98,10 @@ def deploy(options: argparse.Namespace) -> int:
         return _check(options)
     for name, given in (("a recipe", options.recipe), ("--out DIR", options.out), ("--host HOST", options.host)):
         require(bool(given), f"flora deploy needs {name}: flora deploy --help shows examples")
+    require(
+        options.superlink is None,
+        "--superlink is for flora deploy --check, and tells it where the server is; here --host does",
+    )
     options.port = options.port or 9093
     out, names = Path(options.out).resolve(), _names(options)
     last = options.port + len(names)

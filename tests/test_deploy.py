@@ -207,6 +207,7 @@ def test_on_other_hosts_paths_begin_in_the_nodes_own_folder(tmp_path, capsys):
         ("quickstart --out {0} --host x --nodes a --port 65535", "--port must leave 1 ports above it, got 65535"),
         ("quickstart --out {0}", "needs --host HOST: flora deploy --help"),
         ("--out {0} --host x", "needs a recipe"),
+        ("quickstart --out {0} --host x --superlink x:1", "--superlink is for flora deploy --check"),
         ("--check {0}/none.crt", "none.crt: No such file or directory"),
     ],
 )
