@@ -49,7 +49,15 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class MergeItem:
-    """One weight of ``stacked_merge_many_`` with its stack."""
+    """One weight of ``stacked_merge_many_`` with its stack, for ``W += B^T diag(coef) A``.
+
+    Args:
+        weight: W (N, K), float32, bfloat16, float16 or float64; updated.
+        A: (P, K); row p belongs to one rank of one client.
+        B: (P, N), stored rank by rank: PEFT's ``lora_B.weight.T``.
+        coef: (P), what each rank is multiplied by: its client's weight times scaling.
+        low_bits: int16 (N, K); makes a bfloat16 W the upper half of an fp32 master, and is updated too.
+    """
 
     weight: torch.Tensor
     A: torch.Tensor

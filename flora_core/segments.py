@@ -15,6 +15,12 @@ class Segments:
 
     Ranges live on the host as ints; ``offsets_on`` gives the same numbers as an int32 device table,
     copied once per device.
+
+    Args:
+        lengths: Each client's number of rows, in order, at least 0 each and below 2**31 together.
+    Raises:
+        TypeError: If a length is no integer.
+        ValueError: If one is negative or the sum too large.
     """
 
     __slots__ = ("_slices", "_tables", "lengths", "offsets")
@@ -37,11 +43,7 @@ class Segments:
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> Segments:
-        """Cut an axis into ranges of these lengths, in order.
-
-        Raises:
-            ValueError: If a length is negative.
-        """
+        """Cut an axis into ranges of these lengths, in order; what the class itself takes and refuses."""
         return cls(lengths)
 
     @property

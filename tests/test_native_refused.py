@@ -23,7 +23,7 @@ def test_clients_of_wrong_kinds_are_refused():
         ((x, A, *parts, ("a",)), "scaling_C must hold numbers"),
         ((x, A, *parts, 2.0), "scaling_C must hold one number for each client of tokens, got 2.0"),
         # A probability instead of a threshold would be no dropout at all.
-        ((x, A, *parts, None, Dropout([0.1], [1], [0])), r"dropout.q_C must hold one integer for .*, got \[0.1\]"),
+        ((x, A, *parts, None, Dropout([0.1], [1], [0])), r"dropout.q_C must hold one integer for .*, got \[0.1\]"),  # pyright: ignore[reportArgumentType]
         ((x, A, *parts, None, 0.1), r"dropout must be Dropout\(q_C, seed_C, row_C\), got 0.1"),
         ((x, A, *parts, None, Dropout([2**40], [1], [0])), r"integers below 2\*\*31"),
     ):

@@ -20,7 +20,14 @@ class Ranges(Protocol):
 
 
 class Dropout(NamedTuple):
-    """Counter-based dropout: per client the threshold q of 65536, the Philox key and the first row."""
+    """Counter-based dropout of each client.
+
+    Args:
+        q_C: Thresholds of 65536, round(65536 p): an element is dropped where its 16-bit draw is below. 0 drops nothing.
+        seed_C: Philox keys, 64 bits.
+        row_C: The number of the client's first row within the optimizer step; draws are counted by row and column.
+    Source: Philox4x32-7, Salmon et al., SC 2011.
+    """
 
     q_C: Sequence[int] | torch.Tensor
     seed_C: Sequence[int] | torch.Tensor
@@ -28,7 +35,15 @@ class Dropout(NamedTuple):
 
 
 class MergeItem(NamedTuple):
-    """One weight with its stack: W (N, K), A (P, K), B (P, N), coef (P) and, for an fp32 master, its low bits."""
+    """One weight with its stack, for ``W += B^T diag(coef) A``.
+
+    Args:
+        weight: W (N, K), float32, bfloat16, float16 or float64; updated.
+        A: (P, K), any of these dtypes; row p belongs to one rank of one client.
+        B: (P, N), stored rank by rank: PEFT's ``lora_B.weight.T``.
+        coef: (P), what each rank is multiplied by: its client's weight times scaling.
+        low_bits: int16 (N, K); makes a bfloat16 W the upper half of an fp32 master, and is updated too.
+    """
 
     weight: torch.Tensor
     A: torch.Tensor
