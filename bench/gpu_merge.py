@@ -14,10 +14,8 @@ import gc
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from ctypes import byref, c_int64, c_size_t, sizeof
 from pathlib import Path
@@ -26,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.gpu_times import copy_bandwidth, in_turns, summary
 from flora_core.testing import budget_ratio
 from tests.abi import CODES, Exec, Item, Options, merge_item
 
@@ -124,33 +123,10 @@ def peft_merges(layers: Layers) -> Callable[[], None]:
     return work
 
 
-def timed(work: Callable[[], Any], device: str) -> float:
-    """Milliseconds of one call."""
-    if device != "cuda":
-        start = time.perf_counter()
-        work()
-        return 1e3 * (time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def interleaved(works: dict[str, Callable[[], Any]], device: str) -> dict[str, dict[str, float]]:
-    """Median, p20 and p80 of every contender, in turns; the first rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(ROUNDS + WARM_UP):
-        for name, work in works.items():
-            ms = timed(work, device)
-            times[name] += [ms] if number >= WARM_UP else []
-    for values in times.values():
-        values.sort()
-    return {
-        name: {"ms": statistics.median(v), "p20": v[len(v) // 5], "p80": v[len(v) * 4 // 5]}
-        for name, v in times.items()
-    }
+def interleaved(works: Mapping[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
+    """Milliseconds of every contender in turns: median, p20 and p80."""
+    each = {name: summary(us) for name, us in in_turns(works, ROUNDS, WARM_UP).items()}
+    return {name: {"ms": s["us"] / 1e3, "p20": s["p20"] / 1e3, "p80": s["p80"] / 1e3} for name, s in each.items()}
 
 
 def check(library: Library, shapes: Shapes, device: str) -> float:
@@ -167,22 +143,14 @@ def check(library: Library, shapes: Shapes, device: str) -> float:
     return worst
 
 
-def copy_bytes_per_s(device: str, size: int) -> float:
-    """Bytes read and written a second by a large copy."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    found = interleaved({"copy": lambda: target.copy_(source)}, device)
-    return 2e3 * size / found["copy"]["ms"]
-
-
 def times(library: Library, name: str, shapes: Shapes, bandwidth: float, device: str) -> dict[str, Any]:
     """Ours and the rivals on the same layers, and which targets are met."""
     layers = Layers(shapes, device)
     works = {"flora": library.merge(layers), "a loop of addmm_": addmm_loop(layers)}
     works["ten sequential PEFT merges"] = peft_merges(layers)
-    found = interleaved(works, device)
+    found = interleaved(works)
     fp32 = Layers(shapes, device, torch.float32)
-    found |= interleaved({"flora, fp32 factors": library.merge(fp32)}, device)
+    found |= interleaved({"flora, fp32 factors": library.merge(fp32)})
     ms = found["flora"]["ms"]
     share = layers.moved_bytes / (1e-3 * ms) / bandwidth
     ratios = {rival: found[rival]["ms"] / ms for rival in LEAST}
@@ -241,7 +209,7 @@ def run(device: str = "cuda", cases: Mapping[str, Shapes] | None = None) -> dict
     found["green"] = ratio <= 1 and all(report["green"] for report in reports if isinstance(report, dict))
     if not found["green"]:
         return found
-    found["copy bytes/s"] = bandwidth = copy_bytes_per_s(device, 2**31 if device == "cuda" else 2**24)
+    found["copy bytes/s"] = bandwidth = copy_bandwidth()
     for name, shapes in cases.items():
         found[name] = times(library, name, shapes, bandwidth, device)
         gc.collect()

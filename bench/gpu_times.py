@@ -75,13 +75,15 @@ def copy_bandwidth(size_bytes: int = 2**31 if GPU else 2**20) -> float:
     return 2 * size_bytes / (1e-6 * quantile([timed(lambda: target.copy_(source)) for _ in range(12)][2:], 0.5))
 
 
-def in_turns(contenders: Mapping[str, Callable[[], Any]]) -> dict[str, list[float]]:
+def in_turns(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int = ROUNDS, warm: int = WARM
+) -> dict[str, list[float]]:
     """Microseconds of every contender, round by round; the first rounds warm up."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(ROUNDS + WARM):
+    for number in range(rounds + warm):
         for name, work in contenders.items():
             us = timed(work)
-            found[name] += [us] if number >= WARM else []
+            found[name] += [us] if number >= warm else []
     return found
 
 
@@ -369,4 +371,15 @@ def time_adamw(bandwidth: float, numel: int = 84_000_000 if GPU else 5000) -> di
     return found | {"green": True, "error / budget": ratio}
 
 
-__all__ = ["LAYERS", "cases", "copy_bandwidth", "layer", "setting", "time_adamw", "time_group", "verdicts"]
+__all__ = [
+    "LAYERS",
+    "cases",
+    "copy_bandwidth",
+    "in_turns",
+    "layer",
+    "setting",
+    "summary",
+    "time_adamw",
+    "time_group",
+    "verdicts",
+]

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 pytest.importorskip("peft")
+pytest.importorskip("triton")
 
 from bench import gpu_merge
 
