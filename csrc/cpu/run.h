@@ -82,6 +82,7 @@ struct Buffers {
     char *right[2];
     char *left;
     size_t left_bytes; // of one thread
+    bool together;     // all right sides lie one after another, and not in turns
 };
 
 // Counters of the two alternating steps.
@@ -105,23 +106,38 @@ FLORA_INLINE int thread_index() {
 #endif
 }
 
+// A thread's turns at a counter that goes through one piece of work after another.
+struct Turns {
+    int64_t *counter, now, before;
+
+    explicit Turns(int64_t *counter) : counter(counter), now(take(counter)), before(0) {}
+    // do_it(turn) for those of the next `count` turns that are this thread's.
+    template <class F>
+    void each(int64_t count, F do_it) {
+        for (; now < before + count; now = take(counter)) do_it(now - before);
+        before += count;
+    }
+};
+
 template <class T>
-static void pack_block(const Product &job, int64_t column, int64_t end, char *buffer, int64_t *counter) {
+static void pack_block(const Product &job, int64_t column, int64_t end, char *buffer, Turns &turns) {
     constexpr int64_t WIDTH = PRODUCT_COLUMNS<T>;
     // Runs of panels long enough to be worth a turn at the counter.
     int64_t run = larger(1, 32768 / larger(1, job.inner * WIDTH)) * WIDTH;
-    for (int64_t start = column + take(counter) * run; start < end; start = column + take(counter) * run)
+    turns.each(ceil_div(end - column, run), [&](int64_t turn) {
+        int64_t start = column + turn * run;
         pack_right<T>(job, start, smaller(end, start + run),
                       reinterpret_cast<T *>(buffer) + (start - column) * job.inner);
+    });
 }
 
 template <class T>
 static void compute_block(const Product &job, const Blocks &cut, int64_t column, int64_t end, const char *right,
-                          T *left, int64_t *counter) {
+                          T *left, Turns &turns) {
     int64_t across = ceil_div(end - column, cut.task_columns), whole = cut.whole;
     int64_t tasks = whole + (ceil_div(job.rows, cut.task_rows) - whole) * across;
     int64_t packed = -1;
-    for (int64_t task = take(counter); task < tasks; task = take(counter)) {
+    turns.each(tasks, [&](int64_t task) {
         int64_t group = task < whole ? task : whole + (task - whole) / across;
         int64_t row = group * cut.task_rows, last = smaller(job.rows, row + cut.task_rows);
         int64_t start = column + (task < whole ? 0 : (task - whole) % across * cut.task_columns);
@@ -130,8 +146,10 @@ static void compute_block(const Product &job, const Blocks &cut, int64_t column,
         packed = row;
         group_of_tiles<T>(job, left, row, last, static_cast<int>(cut.panel_rows),
                           reinterpret_cast<const T *>(right) + (start - column) * job.inner, start, stop);
-    }
+    });
 }
+
+FLORA_INLINE bool is_empty(const Product &job) { return job.rows == 0 || job.columns == 0 || job.inner == 0; }
 
 // One thread's part. `next` gives the products one after another, to every thread the same.
 template <class T, class Next>
@@ -139,29 +157,61 @@ static void work(Next next, int threads, const Buffers &buffers, Counters *count
     int64_t step = 0;
     T *left = reinterpret_cast<T *>(buffers.left + buffers.left_bytes * static_cast<size_t>(thread_index()));
     for (Product job; next(job);) {
-        if (job.rows == 0 || job.columns == 0 || job.inner == 0) continue;
+        if (is_empty(job)) continue;
         Blocks blocks = cut<T>(job, threads);
         for (int64_t column = 0; column < job.columns; column += blocks.columns, ++step) {
             int64_t end = smaller(job.columns, column + blocks.columns), now = step % 2;
-            pack_block<T>(job, column, end, buffers.right[now], &counters->packed[now]);
+            Turns packing(&counters->packed[now]);
+            pack_block<T>(job, column, end, buffers.right[now], packing);
             wait_for_all();
             // Everybody has left these two counters; they are used again only after the next wait.
             if (thread_index() == 0) counters->packed[now] = counters->done[1 - now] = 0;
-            compute_block<T>(job, blocks, column, end, buffers.right[now], left, &counters->done[now]);
+            Turns computing(&counters->done[now]);
+            compute_block<T>(job, blocks, column, end, buffers.right[now], left, computing);
         }
+    }
+}
+
+// The same where all packed right sides fit side by side: threads wait for each other once and not once for each client.
+template <class T, class Next>
+static void work_together(Next next, int threads, bool plenty, int64_t jobs, const Buffers &buffers,
+                          Counters *counters) {
+    T *left = reinterpret_cast<T *>(buffers.left + buffers.left_bytes * static_cast<size_t>(thread_index()));
+    char *right = buffers.right[0];
+    Turns packing(&counters->packed[0]), computing(&counters->done[0]);
+    Next again = next;
+    for (Product job; next(job);) {
+        if (is_empty(job)) continue;
+        pack_block<T>(job, 0, job.columns, right, packing);
+        right += need<T>(job, threads).right;
+    }
+    wait_for_all();
+    right = buffers.right[0];
+    for (Product job; again(job);) {
+        --jobs;
+        if (is_empty(job)) continue;
+        // Where tasks are plenty, those of the last product are the only small ones.
+        Blocks blocks = cut<T>(job, plenty && jobs ? 1 : threads);
+        compute_block<T>(job, blocks, 0, job.columns, right, left, computing);
+        right += need<T>(job, threads).right;
     }
 }
 
 template <class T, class Next>
 static size_t workspace_of(Next next, int threads, Buffers *buffers, char *base) {
     Need most = {0, 0};
+    size_t all = 0;
     for (Product job; next(job);) {
         Need one = need<T>(job, threads);
         if (one.right > most.right) most.right = one.right;
         if (one.left > most.left) most.left = one.left;
+        all += aligned(static_cast<size_t>(larger(job.inner, 1) * ceil_div(job.columns, PRODUCT_COLUMNS<T>)) *
+                       PRODUCT_COLUMNS<T> * sizeof(T));
     }
-    if (buffers) *buffers = {{base, base + most.right}, base + 2 * most.right, most.left};
-    return 2 * most.right + most.left * static_cast<size_t>(threads);
+    const bool together = all <= static_cast<size_t>(PANEL_BYTES);
+    const size_t right = together ? all : 2 * most.right;
+    if (buffers) *buffers = {{base, base + most.right}, base + right, most.left, together};
+    return right + most.left * static_cast<size_t>(threads);
 }
 
 // Work that is not worth waking other threads for.
@@ -173,15 +223,22 @@ static void run(Next next, const flora_exec &exec) {
     Buffers buffers;
     workspace_of<T>(next, threads, &buffers, static_cast<char *>(exec.workspace));
     double products = 0;
+    int64_t whole = 0, jobs = 0;
     Next all = next;
-    for (Product job; all(job);)
+    for (Product job; all(job);) {
         products += static_cast<double>(job.rows) * static_cast<double>(job.columns) * static_cast<double>(job.inner);
+        whole += cut<T>(job, 1).whole, ++jobs;
+    }
     Counters counters = {};
     (void)products;
+    const bool plenty = whole >= TASKS_PER_THREAD * threads / 2;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (products > SMALL)
 #endif
-    work<T>(next, threads, buffers, &counters);
+    {
+        if (buffers.together) work_together<T>(next, threads, plenty, jobs, buffers, &counters);
+        else work<T>(next, threads, buffers, &counters);
+    }
 }
 
 }  // namespace FLORA_ISA

@@ -207,10 +207,29 @@ static void shrink_task(const flora_shrink_args &args, const ShrinkPlan<T> &plan
     });
 }
 
+// Where A is read where it lies nobody waits for anybody: the tasks of all clients are taken from one counter. A wait for
+// a thread that another program has put aside takes as long as that program's turn.
+template <class T>
+static void shrink_in_place(const flora_shrink_args &args, const ShrinkPlan<T> &plan, T *own, int64_t *counter) {
+    Clients clients = {&args.clients, 0, 0};
+    int64_t task = take(counter), before = 0;
+    for (Client c; clients.next(c);) {
+        const int64_t tasks = ceil_div(c.tokens, plan.rows), last = c.token + c.tokens;
+        for (int64_t rank = 0; rank < c.ranks; rank += plan.ranks, before += tasks) {
+            for (; task < before + tasks; task = take(counter)) {
+                int64_t row = c.token + (task - before) * plan.rows;
+                shrink_task<T>(args, plan, c, row, smaller(last, row + plan.rows), rank,
+                               smaller(plan.ranks, c.ranks - rank), rows_in_place<T>(args.A, c.rank + rank), own);
+            }
+        }
+    }
+}
+
 template <class T>
 static void shrink_work(const flora_shrink_args &args, const ShrinkPlan<T> &plan, char *base, Counters *counters) {
     T *x = reinterpret_cast<T *>(base + 2 * plan.right_bytes() +
                                  plan.left_bytes() * static_cast<size_t>(thread_index()));
+    if (rows_in_place<T>(args.A, 0).data) return shrink_in_place<T>(args, plan, x, &counters->done[0]);
     int32_t via = is_half(args.x.dtype) && args.A.dtype == FLORA_FP32 ? args.x.dtype : 0;
     Clients clients = {&args.clients, 0, 0};
     int64_t step = 0;
@@ -218,19 +237,15 @@ static void shrink_work(const flora_shrink_args &args, const ShrinkPlan<T> &plan
         if (!c.tokens) continue;
         for (int64_t rank = 0; rank < c.ranks; rank += plan.ranks, ++step) {
             int64_t ranks = smaller(plan.ranks, c.ranks - rank), now = step % 2;
-            Rows<T> a = rows_in_place<T>(args.A, c.rank + rank);
-            if (!a.data) {
-                T *wide = reinterpret_cast<T *>(base + static_cast<size_t>(now) * plan.right_bytes());
-                for (int64_t j = take(&counters->packed[now]); j < ranks; j = take(&counters->packed[now]))
-                    widen_rows<T>(args.A, c.rank + rank + j, c.rank + rank + j + 1, via, nullptr, wide + j * plan.width,
-                                  plan.width);
-                a = {wide, plan.width};
-            }
+            T *wide = reinterpret_cast<T *>(base + static_cast<size_t>(now) * plan.right_bytes());
+            for (int64_t j = take(&counters->packed[now]); j < ranks; j = take(&counters->packed[now]))
+                widen_rows<T>(args.A, c.rank + rank + j, c.rank + rank + j + 1, via, nullptr, wide + j * plan.width,
+                              plan.width);
             wait_for_all();
             if (thread_index() == 0) counters->packed[now] = counters->done[1 - now] = 0;
             int64_t *counter = &counters->done[now], last = c.token + c.tokens;
             for (int64_t i = c.token + take(counter) * plan.rows; i < last; i = c.token + take(counter) * plan.rows)
-                shrink_task<T>(args, plan, c, i, smaller(last, i + plan.rows), rank, ranks, a, x);
+                shrink_task<T>(args, plan, c, i, smaller(last, i + plan.rows), rank, ranks, {wide, plan.width}, x);
         }
     }
 }
