@@ -87,8 +87,8 @@ class ShardedBase:
 
     def _embedded(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
         # Every layer then has a backward pass on every rank, whichever layers its clients adapt.
-        if torch.is_grad_enabled() and not output.requires_grad:
-            output.requires_grad_(True).register_hook(self._done)
+        if torch.is_grad_enabled():
+            (output if output.requires_grad else output.requires_grad_(True)).register_hook(self._done)
 
     def _done(self, grad: torch.Tensor) -> None:
         self.ranks.busy = False
