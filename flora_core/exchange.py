@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from .aggregate.inputs import Stack, round_terms, stack_of
-from .federation_config import FederationConfig
 from .update import ClientUpdate
 
 _SUM_BYTES = torch.float64.itemsize
@@ -66,20 +65,6 @@ def choose(expected: Sequence[ClientUpdate], ranks: int, why_gather: str | None)
     return Way(reduced, reason, sum(gathered.values()), moved)
 
 
-def why_gather(strategy: str, config: FederationConfig, sharded: bool = False) -> str | None:
-    """Say what needs every client's factors on every rank; None if the sum is enough."""
-    if sharded:
-        return "each rank writes its own rows of a sharded base"
-    if strategy != "flora":
-        return f"strategy {strategy!r} looks at single clients' factors"
-    for name in ("clip_update", "outlier_factor"):
-        if getattr(config, name) is not None:
-            return f"{name} compares the clients' updates"
-    if config.out is not None and config.save_adapters:
-        return "save_adapters keeps every client's adapter"
-    return None
-
-
 def light(update: ClientUpdate, reduced: Iterable[str]) -> ClientUpdate:
     """An update without the factors that do not move."""
     moving = [module for module in update.adapters if module not in set(reduced)]
@@ -119,4 +104,4 @@ def dense_stack(sum_NK: torch.Tensor) -> Stack:
     return (sum_NK, unit, ones) if N <= K else (unit, sum_NK.T.contiguous(), ones)
 
 
-__all__ = ["Way", "choose", "dense_stack", "light", "partial_sum", "whole", "why_gather"]
+__all__ = ["Way", "choose", "dense_stack", "light", "partial_sum", "whole"]

@@ -133,6 +133,19 @@ class FederationConfig:
             wrong = sorted(set(self.weights) ^ set(names))
             require(not wrong, f"weights must have one entry for each client; missing or unknown: {', '.join(wrong)}")
 
+    def why_gather(self, strategy: str, sharded: bool) -> str | None:
+        """Say what needs every client's factors on every rank; None if their sum is enough (``exchange``)."""
+        if sharded:
+            return "each rank writes its own rows of a sharded base"
+        if strategy != "flora":
+            return f"strategy {strategy!r} looks at single clients' factors"
+        for name in ("clip_update", "outlier_factor"):
+            if getattr(self, name) is not None:
+                return f"{name} compares the clients' updates"
+        if self.out is not None and self.save_adapters:
+            return "save_adapters keeps every client's adapter"
+        return None
+
     def share(self, update: ClientUpdate) -> float:
         """A client's weight in its round, before normalising."""
         if isinstance(self.weights, Mapping):

@@ -19,7 +19,7 @@ from .checkpoint import RunFolder
 from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .distributed import Ranks
-from .exchange import choose, light, partial_sum, whole, why_gather
+from .exchange import choose, light, partial_sum, whole
 from .federation_config import FederationConfig
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
@@ -194,8 +194,8 @@ class TrainingRound:
             return updates, failures
         before, mine = self.ranks.moved_bytes, shares[self.ranks.rank]
         everybody = [self.expected[name] for share in shares for name in share]
-        spread_base = self.server.base is not None
-        way = choose(everybody, self.ranks.size, why_gather(self.server.strategy.name, self.config, spread_base))
+        why = self.config.why_gather(self.server.strategy.name, self.server.base is not None)
+        way = choose(everybody, self.ranks.size, why)
         if way.reduced:
             # The others will not see these factors.
             updates, refused = self._judge(updates, mine)
