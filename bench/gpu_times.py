@@ -341,9 +341,10 @@ def adamw_ratio(sizes: Sequence[int] = (900, 7, 1300)) -> float:
     hyper_CH = torch.tensor([[3e-2, 0.9, 0.999, 1e-8, 0.1, 5, 1.0]] * len(sizes), dtype=torch.float64)
     low = [torch.rand(count, generator=torch.Generator().manual_seed(i)) for i in range(4)]
     exact, mine = [buffer.double() for buffer in low], [buffer.to(DEVICE, copy=True) for buffer in low]
-    for buffers in (low, exact):
-        cohort_adamw_(*buffers, segments, hyper_CH, backend="reference")
-    cohort_adamw_(*mine, segments, hyper_CH.to(DEVICE), backend="triton")
+    for p, g, m, v in (low, exact):
+        cohort_adamw_(p, g, m, v, segments, hyper_CH, backend="reference")
+    p, g, m, v = mine
+    cohort_adamw_(p, g, m, v, segments, hyper_CH.to(DEVICE), backend="triton")
     return max(testing.budget_ratio(a.cpu(), b, c) for a, b, c in zip(mine, exact, low, strict=True))
 
 
