@@ -178,7 +178,7 @@ class LoraLinears(torch.autograd.Function):
         count, needs = len(dys), ctx.needs_input_grad
         wants = [any(needs[2 + 2 * i : 4 + 2 * i]) for i in range(count)]
         # A view that is negated when it is read is not what kernels find at its address.
-        dys = [dy.resolve_neg() for dy in dys]
+        dys = tuple(dy.resolve_neg() for dy in dys)
         with without_autocast(x_MK):
             dx_MK, factor_grads = gradients(ctx.plan, dys, x_MK, saved[:count], saved[count:], needs[1], wants)
         return None, dx_MK, *factor_grads
