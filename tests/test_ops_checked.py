@@ -77,8 +77,8 @@ def changes(x: torch.Tensor, one: LoraWeights) -> dict[str, tuple[Any, LoraWeigh
         "no tensor": (x, replace(one, weight=one.weight.tolist())),
         "ranks of others": (x, replace(one, ranks=Segments([5]))),
         "a scale too few": (x, replace(one, scaling_C=SCALES[1:])),
-        "negated x": (torch._neg_view(x), one),
-        "negated A": (x, replace(one, A=torch._neg_view(one.A))),
+        "negated x": (torch.ops.aten._neg_view(x), one),
+        "negated A": (x, replace(one, A=torch.ops.aten._neg_view(one.A))),
         "sparse B": (x, replace(one, B=one.B.to_sparse())),
     }
 
@@ -98,7 +98,7 @@ def test_a_negated_gradient_is_read_as_what_it_is():
     y = lora_linear(x, one.weight, one.bias, one.A, one.B, TOKENS, RANKS, SCALES, backend="native")
     dy = torch.randn(M, N)
     wanted = torch.autograd.grad(y, leaves, -dy, retain_graph=True)
-    for mine, theirs in zip(torch.autograd.grad(y, leaves, torch._neg_view(dy)), wanted, strict=True):
+    for mine, theirs in zip(torch.autograd.grad(y, leaves, torch.ops.aten._neg_view(dy)), wanted, strict=True):
         assert torch.equal(mine, theirs)
 
 
