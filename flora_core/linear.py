@@ -120,6 +120,11 @@ class MultiLoRALinear(nn.Module):
         return weight_view(self.original)
 
     @property
+    def bias_N(self) -> torch.Tensor | None:
+        """The bias of the layer below: where the base is sharded, it is there that it is gathered."""
+        return self.original.bias  # pyright: ignore[reportReturnType]
+
+    @property
     def out_features(self) -> int:
         return self.weight_NK.shape[0]
 
@@ -178,8 +183,7 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
     for layer in layers:
         entry, _ = layer.entry()
         entry = entry.padded if layout.padding else entry
-        # Of the layer below: where the base is sharded, it is there that its weights are gathered.
-        weight, bias = layer.weight_NK, layer.original.bias
+        weight, bias = layer.weight_NK, layer.bias_N
         if dtype is not None:
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
         seed_C = None if layout.seeds is None else layout.seeds[layer.path]
