@@ -122,7 +122,7 @@ class MultiLoRALinear(nn.Module):
     @property
     def bias_N(self) -> torch.Tensor | None:
         """The bias of the layer below: where the base is sharded, it is there that it is gathered."""
-        return self.original.bias  # pyright: ignore[reportAttributeAccessIssue]
+        return self.original.bias  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
     @property
     def out_features(self) -> int:
