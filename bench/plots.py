@@ -112,7 +112,8 @@ def plot_scaling(points: Sequence[Data], tokens: int, path: Path) -> None:
             ]
             own.sort(key=lambda data: (data["settings"]["clients"], data["settings"]["tokens"]))
             xs = [str(data["settings"][axis]) for data in own]
-            for rival, style in (("PEFT", "o-"), (FROZEN, "x--")):
+            # Ranks are kinds, with nothing between them.
+            for rival, style in (("PEFT", "o" if axis == "mix" else "o-"), (FROZEN, "x" if axis == "mix" else "x--")):
                 there = [
                     (x, data["speedups"][rival]) for x, data in zip(xs, own, strict=True) if rival in data["speedups"]
                 ]
@@ -120,7 +121,8 @@ def plot_scaling(points: Sequence[Data], tokens: int, path: Path) -> None:
                 ys, errors = [speedup["times"] for _, speedup in there], _errors([speedup for _, speedup in there])
                 axes.errorbar([x for x, _ in there], ys, errors, fmt=style, color=colour, capsize=3, label=label_of)
         axes.axhline(1, color="k", linewidth=0.8)
-        axes.set(xlabel=label, ylim=(0, None))
+        axes.set_xlabel(label)
+    figure.axes[0].set_ylim(bottom=0)  # all panels share it: set before the last is drawn, it would cut that one off
     settings = points[0]["settings"]
     figure.suptitle(f"{settings['model']}, {settings['linear']}, around {tokens} tokens of ten clients", fontsize=10)
     figure.axes[0].set_ylabel("times as fast")
