@@ -62,6 +62,7 @@ class Library:
     """
 
     Dropout, MergeItem = Dropout, MergeItem
+    __name__ = "tests.cuda_library"
 
     def __init__(self, path: Path, device: str = "cpu", moves: bool = False):
         self.device, self.order, self.fault = torch.device("cpu" if moves else device), 0, ("", "")
