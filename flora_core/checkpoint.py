@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ from .headers import parse_json
 from .history import Event, show_bytes
 from .identity import differences
 from .peft_io import save_peft_adapter
-from .snapshot import DAMAGE, ROUND, STATE, Snapshot, finite, read_snapshot, taken_apart, write_snapshot
+from .snapshot import DAMAGE, ROUND, STATE, Snapshot, finite, read_events, read_snapshot, taken_apart, write_snapshot
 from .update import ClientUpdate
 
 RUN, METRICS, ROUNDS, LOCK, PAUSED = "run.json", "metrics.jsonl", "rounds", ".lock", "paused"
@@ -181,7 +182,7 @@ class RunFolder:
             number: The round, from 1.
             updates: Whose adapters to save.
             state: Nested dicts and lists of tensors and JSON values: all that the next round needs.
-            events: The round's own.
+            events: The round's own; of the first, those before it too.
             adapter_options: For ``save_peft_adapter``.
         Returns:
             The round's folder.
@@ -265,16 +266,28 @@ class RunFolder:
     def restore_metrics(self, snapshot: Snapshot | None) -> list[Event]:
         """Cut metrics.jsonl back to the end of a round, so that nothing stands in it twice; a torn line is dropped.
 
+        Of a round that is not whole there any more, what its snapshot kept is put back.
+
         Returns:
             The events that are in it now.
         """
         if snapshot is None:
             (self.path / METRICS).unlink(missing_ok=True)
             return []
-        before = [event for event in self.events() if _round_of(event) < snapshot.round]
-        events = before + snapshot.events
+        told = _by_round(self.events())
+        kept = _by_round([event for number in range(1, snapshot.round) for event in self._kept(number)])
+        for number, event in ((_round_of(event), event) for event in snapshot.events):
+            kept[number].append(event)
+        events = [event for number in range(snapshot.round) for event in _whole(told[number], kept[number])]
+        events += kept[snapshot.round]
         atomic_write_bytes(self.path / METRICS, b"".join(map(_line, events)))
         return events
+
+    def _kept(self, number: int) -> list[Event]:
+        try:
+            return read_events(self.folder(number))
+        except DAMAGE:
+            return []
 
     def events(self) -> list[Event]:
         """The events in metrics.jsonl, but for lines that are not whole."""
@@ -333,6 +346,18 @@ def _round_of(event: Event) -> int:
     if event["event"] == "run_end":
         return 1 << 62
     return event.get("round", event.get("resumed_from") or 0)
+
+
+def _by_round(events: Sequence[Event]) -> defaultdict[int, list[Event]]:
+    found = defaultdict(list)
+    for event in events:
+        found[_round_of(event)].append(event)
+    return found
+
+
+def _whole(told: list[Event], kept: list[Event]) -> list[Event]:
+    """A round's events as they were told, starts of resumed runs among them; what was kept, if one of those is lost."""
+    return told if {_line(event) for event in kept} <= {_line(event) for event in told} else kept
 
 
 def _line(event: Event) -> bytes:

@@ -288,7 +288,8 @@ class Federation(Resuming):
         self, folder: RunFolder, number: int, updates: Sequence[ClientUpdate], state: dict[str, Any], end: Event
     ) -> None:
         folder.keep_choices()
-        events = [event for event in self.events if event.get("round") == number]
+        # Those before the first round have no snapshot of their own.
+        events = [event for event in self.events if event.get("round") == number or number == 1]
         # What single clients sent is nobody's but the server's under privacy.
         updates = updates if self.private is None and self.config.save_adapters else []
         folder.save_round(number, updates, state, [*events, end], **self.server.peft_options())

@@ -63,8 +63,7 @@ def read_snapshot(folder: Path, device: torch.device | str) -> Snapshot:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
-    require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
+    body = _body(folder)
     for name, digest in body["files"].items():
         require((folder / name).is_file(), f"{name} is not there")
         require(_sha256(folder / name) == digest, f"{name} is not what was saved")
@@ -75,6 +74,21 @@ def read_snapshot(folder: Path, device: torch.device | str) -> Snapshot:
     except SafetensorError as error:
         raise ValueError(f"{STATE} cannot be read: {error}") from error
     return Snapshot(body["round"], put_in(body["state"], tensors), body["events"])
+
+
+def read_events(folder: Path) -> list[Event]:
+    """Read the events alone; the snapshot's other files may be gone.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: If they are not what was saved (``DAMAGE``).
+    """
+    return _body(folder)["events"]
+
+
+def _body(folder: Path) -> dict[str, Any]:
+    body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
+    require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
+    return body
 
 
 def take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> Any:
@@ -138,6 +152,7 @@ __all__ = [
     "finite",
     "on_device",
     "put_in",
+    "read_events",
     "read_snapshot",
     "take_out",
     "taken_apart",

@@ -222,6 +222,21 @@ def test_events_of_a_whole_round_that_did_not_reach_metrics_are_put_back(lines, 
     assert [event for event in after if event[1] == 1] == own
 
 
+@pytest.mark.parametrize("lines", [0, 1, 4], ids="{} lines left".format)
+@pytest.mark.parametrize("good", [1, 2], ids="after round {}".format)
+def test_events_of_earlier_rounds_are_put_back(good, lines, tmp_path):
+    out = tmp_path / "out"
+    stop_after(2, out)
+    before = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(before[:lines]))
+    if good == 1:
+        flip(out / "rounds" / "0002" / "state.safetensors")
+    make_federation(out, rounds=3).run()
+    after = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in before if json.loads(line).get("round", 0) <= good]
+    assert after[: len(kept)] == kept
+
+
 def test_metrics_are_json_that_every_reader_takes(tmp_path):
     folder = new_folder(tmp_path)
     folder.append({"event": "train", "round": 1, "loss": math.nan, "groups": [{"x": math.inf}], "name": "ä"})
