@@ -17,6 +17,7 @@ from tests.aggregate_cases import (
     Q,
     a_round,
     applied,
+    dense_svd,
     effective,
     equal_ranks,
     freeze,
@@ -157,6 +158,21 @@ def test_fedex_averages_as_fedit_and_leaves_the_rest_to_the_base():
         torch.testing.assert_close(B.T @ A, fedit.dense()[module], rtol=0, atol=1e-10)
         got = applied(new_base(), result)[module]
         torch.testing.assert_close(got, want[module] - fedit.dense()[module], rtol=0, atol=1e-10)
+
+
+def test_fedex_can_leave_only_the_leading_triplets_of_the_rest_to_the_base():
+    updates = equal_ranks()
+    want, fedit = oracle(updates)[0], aggregate(updates, "fedit").dense()
+    for rank in (0, 1, 5, 12):
+        result = aggregate(updates, "fedex", residual_rank=rank)
+        for module, matrix in want.items():
+            best = dense_svd(matrix - fedit[module], min(rank, *matrix.shape))
+            torch.testing.assert_close(applied(new_base(), result)[module], best, rtol=0, atol=1e-9)
+            lost = float((matrix - fedit[module] - best).norm() / matrix.norm())
+            assert result.certificate.aggregation[module].relative == pytest.approx(lost, abs=1e-9)
+    # Three clients of rank 4: what fedit misses has rank 12 at most, and this loses nothing.
+    assert result.certificate.aggregation_error < 1e-12
+    assert aggregate(updates, "fedex", residual_rank=1).bytes_down < aggregate(updates, "fedex").bytes_down
 
 
 def test_ffa_keeps_a_and_averages_b():

@@ -27,6 +27,7 @@ BAD_OPTIONS = {
     "penalty-alone": ("hetlora", {"penalty": 0.1}, "penalty=0.1 is on the tail that prune cuts off: give prune="),
     "svd": ("raflora", {"svd": "quick"}, "svd must be one of exact, fast, got 'quick'"),
     "rank": ("flexlora", {"rank": 0}, "rank must be at least 1, got 0"),
+    "residual": ("fedex", {"residual_rank": -1}, "residual_rank must be at least 0, got -1"),
     "name": ("flora_svd", {"taau": 0.9}, "strategy 'flora_svd' has no option 'taau'; did you mean 'tau'"),
 }
 

@@ -18,6 +18,8 @@ from ..penalty import TailPenalty
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, averaged, on_the_wire, without
 from .certificate import norm
+from .compress import stack_svd
+from .downlink import sent
 from .inputs import Term, exact_stacks, round_terms
 from .strategy import register
 
@@ -153,8 +155,10 @@ def _product_norm(term: Term) -> float:
 class FedEx(AdapterStrategy):
     """Average as fedit and add what that misses to the base: the sum is exact; equal ranks only (arXiv 2410.09432).
 
-    The base gets ``sum_k p_k s_k B_k A_k - B A``, as the clients' stack with the averaged pair taken out. The pair is
-    rounded first to what the clients receive, so that the base makes up for that too.
+    The base gets the residual ``sum_k p_k s_k B_k A_k - B A`` (the paper's equations 12 to 16), as the clients' stack
+    with the averaged pair taken out. The pair is rounded first to what the clients receive, so that the base makes up
+    for that too. ``residual_rank`` keeps that many leading singular triplets of it (equations 17 and 18): less to send,
+    no longer exact, and no other change of this rank is nearer to the sum.
     """
 
     name = "fedex"
@@ -163,15 +167,24 @@ class FedEx(AdapterStrategy):
     mixed_modules = False
     shared_start = True
 
+    def check_options(self, *, residual_rank: int | None = None) -> None:
+        """Check the rank."""
+        if residual_rank is not None:
+            check_number("residual_rank", residual_rank, 0, whole=True)
+
     def combine(self, terms: Sequence[Term], old: Pair | None, **options: Any) -> Pair:
         """Average by the clients' shares."""
         return on_the_wire(averaged(terms, [term.share for term in terms]), terms)
 
-    def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any]) -> RoundResult:
-        """Average, and leave the residual to the base."""
+    def aggregate(
+        self, updates: Sequence[ClientUpdate], state: Mapping[str, Any], *, residual_rank: int | None = None
+    ) -> RoundResult:
+        """Average, and leave the residual to the base, or its leading triplets."""
         result = super().aggregate(updates, state)
         for module, stack in exact_stacks(round_terms(updates)).items():
-            result.base_delta[module] = without(stack, result.adapter[module])
+            rest = without(stack, result.adapter[module])
+            whole = residual_rank is None
+            result.base_delta[module] = rest if whole else sent(stack_svd(rest).cut(residual_rank), rest)
         return result
 
 

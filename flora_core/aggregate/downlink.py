@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compress import balanced, full_rank, is_smaller_than_dense, stack_svd
+from .compress import Svd, balanced, full_rank, is_smaller_than_dense, stack_svd
 from .inputs import Stack
 
 
@@ -39,6 +39,12 @@ def wire_dtype(*tensors: torch.Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def sent(svd: Svd, stack: Stack) -> Stack:
+    """Triplets of a stack, rounded to the dtype in which they travel: the change that is applied."""
+    A, B = (factor.to(wire_dtype(*stack[:2])) for factor in balanced(svd))
+    return A, B, torch.ones(A.shape[0], dtype=torch.float64, device=A.device)
 
 
 def smallest_form(stack: Stack) -> tuple[Stack, Form]:
@@ -141,4 +147,4 @@ class DeltaLog:
         self.have, self.forgotten = dict(saved["have"]), saved["forgotten"]
 
 
-__all__ = ["DeltaLog", "Form", "smallest_form", "wire_dtype"]
+__all__ = ["DeltaLog", "Form", "sent", "smallest_form", "wire_dtype"]

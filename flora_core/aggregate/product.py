@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from ..checks import check_number, require
 from ..update import ClientUpdate, RoundResult
-from .compress import balanced, energy_rank, stack_svd
-from .downlink import wire_dtype
+from .compress import energy_rank, stack_svd
+from .downlink import sent
 from .inputs import Stack, exact_stacks, round_terms
 from .strategy import Strategy, register
 
@@ -58,8 +56,7 @@ class FloraSVD(Strategy):
 
 def _cut(stack: Stack, tau: float) -> Stack:
     svd = stack_svd(stack)
-    A, B = (factor.to(wire_dtype(*stack[:2])) for factor in balanced(svd.cut(energy_rank(svd.S_R, tau))))
-    return A, B, torch.ones(A.shape[0], dtype=torch.float64, device=A.device)
+    return sent(svd.cut(energy_rank(svd.S_R, tau)), stack)
 
 
 __all__ = ["Flora", "FloraSVD"]
