@@ -18,7 +18,7 @@ from flora_core.aggregate import aggregate, get_strategy
 from flora_core.aggregate.compress import OVERSAMPLING, is_smaller_than_dense, is_whole_cheaper
 from flora_core.device import peak_memory_bytes
 from flora_core.seeds import generator
-from flora_core.update import ClientUpdate
+from flora_core.update import ClientUpdate, RoundResult
 
 CLIENTS, FRACTION, RANKS, EQUAL_RANK = 1000, 0.1, (4, 8, 16, 32, 64), 16
 # Llama-7B: q and v of 32 layers, N = K = 4096.
@@ -99,6 +99,29 @@ def counted_gflop(name: str, **options: Any) -> float:
     return PUBLISHED_MODULES * sum(work(name, ranks, WIDTH, WIDTH, options)) / 1e9
 
 
+def checked(updates: Sequence[ClientUpdate], result: RoundResult, module: str = "layer0") -> float:
+    """Compare one module with the clients' products, summed one by one in float64, and the certificate with that.
+
+    Returns:
+        The norm of the difference, relative to the exact sum.
+    Raises:
+        AssertionError: If the certificate tells another error.
+    """
+    total = sum(update.weight for update in updates)
+    A, B = updates[0].adapters[module]
+    exact = torch.zeros(B.shape[1], A.shape[1], dtype=torch.float64)
+    for update in updates:
+        A, B = (factor.double() for factor in update.adapters[module])
+        exact.addmm_(B.T, A, alpha=update.weight / total * update.scaling[module])
+    got = torch.zeros_like(exact)
+    for stack in result.change()[module]:
+        A, B, coef = (part.double() for part in stack)
+        got.addmm_(B.T * coef, A)
+    told, found = result.certificate.aggregation[module].relative, float((got - exact).norm() / exact.norm())
+    assert abs(found - told) <= 1e-9 * max(1.0, told), f"{module} is {found} off, its certificate says {told}"
+    return found
+
+
 def storage(tensors: list[torch.Tensor]) -> dict[int, int]:
     """Address -> bytes of every buffer below these tensors, once."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -130,6 +153,7 @@ def main(name: str, modules: int, options: dict[str, Any], width: int = WIDTH) -
         "bytes_up": result.bytes_up,
         "bytes_down": result.bytes_down,
         "aggregation_error": result.certificate.aggregation_error,
+        "checked_error": checked(updates, result),
         "forms": sorted({kind for kind, _ in result.forms.values()}),
     }
 

@@ -40,9 +40,11 @@ def test_bench_demo(benchmark: Any, scale: Any, seed: int, tmp_path: Path):
         for event in events
         if event["event"] == "evaluated"
     ]
+    errors = [event["aggregation_error"] for event in events if event["event"] == "aggregated"]
+    assert max(errors) < 1e-6, f"seed {seed}: the rounds' sums are {errors} off"
+    assert rows[-1]["loss"] < rows[0]["loss"], f"seed {seed} learnt nothing: {rows}"
     result.save(rows=rows, seconds=seconds, target_seconds=300, finished=True)
     for row in rows:
         print(
             f"\nseed {seed}, after round {row['round']}: loss {row['loss']:.2f}, exact {row['exact_match']:.0%}", end=""
         )
-    assert rows[-1]["loss"] < rows[0]["loss"]
