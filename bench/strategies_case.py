@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flora_core.aggregate import aggregate, get_strategy
-from flora_core.aggregate.compress import OVERSAMPLING, is_smaller_than_dense, is_whole_cheaper
+from flora_core.aggregate.compress import OVERSAMPLING, is_core_cheaper, is_whole_cheaper
 from flora_core.device import peak_memory_bytes
 from flora_core.seeds import generator
 from flora_core.update import ClientUpdate, RoundResult
@@ -81,7 +81,7 @@ def work(name: str, ranks: Sequence[int], N: int, K: int, options: Mapping[str, 
         thin = 5 * qr(N, width) + 4 * qr(K, width) + 6 * K * width**2 + 20 * width**3
         return Work(20 * P * S * width + 2 * N * width**2, thin)
     if name in ("flora_warm", "flora_svd", "flexlora", "raflora"):
-        if is_smaller_than_dense(stack):
+        if is_core_cheaper(stack):
             return Work(2 * P**3 + 2 * P**2 * S, qr(N, P) + qr(K, P) + 22 * P**3)
         return Work(2 * N * K * P, 14 * max(N, K) * min(N, K) ** 2 + 8 * min(N, K) ** 3)
     return Work()  # flora: stacking

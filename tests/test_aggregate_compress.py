@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flora_core.aggregate.compress import energy_rank, leading_svd, stack_svd
+from flora_core.aggregate.compress import energy_rank, is_core_cheaper, leading_svd, stack_svd
 
 
 def test_energy_rank_at_the_edges():
@@ -17,9 +17,11 @@ def test_energy_rank_at_the_edges():
     assert energy_rank(S[:0], 0.5) == 0
 
 
-@pytest.mark.parametrize(("p", "n", "k"), [(3, 24, 16), (9, 24, 16), (10, 24, 16), (40, 24, 16), (5, 3, 30), (0, 4, 5)])
+@pytest.mark.parametrize(
+    ("p", "n", "k"), [(3, 24, 16), (13, 24, 16), (14, 24, 16), (40, 24, 16), (5, 3, 30), (0, 4, 5)]
+)
 def test_stack_svd_equals_the_dense_one(p, n, k):
-    """P below and above NK / (N + K), above min(N, K), and no rows at all."""
+    """Few rows and just fewer and just more than what makes the core cheaper, above min(N, K), and none."""
     A, B, coef = (torch.randn(*shape, dtype=torch.float64) for shape in ((p, k), (p, n), (p,)))
     matrix = (B.T * coef) @ A
     svd = stack_svd((A, B, coef))
@@ -32,6 +34,17 @@ def test_stack_svd_equals_the_dense_one(p, n, k):
     if p:
         torch.testing.assert_close(svd.S_R, torch.linalg.svdvals(matrix)[: len(svd.S_R)], rtol=0, atol=1e-11)
         assert bool((svd.V_RK.gather(1, svd.V_RK.abs().argmax(1, keepdim=True)) > 0).all())
+
+
+def test_the_core_is_decomposed_where_that_costs_less():
+    def chosen(p, n, k):
+        return is_core_cheaper((torch.empty(p, k), torch.empty(p, n), torch.empty(p)))
+
+    assert [chosen(p, 1000, 1000) for p in (0, 1, 500, 780, 810, 1000, 1001)] == [True] * 4 + [False] * 3
+    assert [chosen(p, 3000, 1000) for p in (900, 960, 1000)] == [True, True, False]
+    assert [chosen(p, 1000, 3000) for p in (900, 960, 1000)] == [True, True, False]
+    assert chosen(13, 24, 16)
+    assert not chosen(14, 24, 16), "the sizes of test_stack_svd_equals_the_dense_one lie on both sides"
 
 
 def test_leading_svd_finds_what_the_whole_one_does_where_the_spectrum_falls():

@@ -67,7 +67,7 @@ def smallest_form(stack: Stack) -> tuple[Stack, Form]:
         found = _recompressed(stack)
         size = found[0].shape[0] * (N + K) * found[0].element_size()
         if size < form.size_bytes:
-            best, form = found, Form("recompressed", size)
+            best, form = found, Form("recompressed" if size else "none", size)
     if N * K * item <= form.size_bytes:
         return stack, Form("dense", N * K * item)
     return best, form
