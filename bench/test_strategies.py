@@ -23,16 +23,16 @@ from flora_core.history import show_bytes, show_seconds
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "flora": ("flora", 64, {}),
     "flora_warm": ("flora_warm", 64, {"floor": 4}),
-    "flora_svd": ("flora_svd", 1, {"tau": 0.9}),
+    "flora_svd": ("flora_svd", 16, {"tau": 0.9}),
     "fedit": ("fedit", 16, {}),
     "zero_pad": ("zero_pad", 16, {}),
     "hetlora": ("hetlora", 8, {}),
     "ffa": ("ffa", 16, {}),
     "rolora": ("rolora", 16, {}),
     "fedex": ("fedex", 64, {}),
-    "flexlora": ("flexlora", 1, {}),
+    "flexlora": ("flexlora", 8, {}),
     "flexlora_fast": ("flexlora", 16, {"svd": "fast"}),
-    "raflora": ("raflora", 1, {}),
+    "raflora": ("raflora", 8, {}),
     "raflora_fast": ("raflora", 16, {"svd": "fast"}),
 }
 
