@@ -2,7 +2,8 @@
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
-#   THREADS=N          CPU threads for tests and benchmarks
+#   THREADS=N          CPU threads for benchmarks
+#   WORKERS=N          processes for tests, each with one thread; 1 runs them in one process
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,6 +11,7 @@ SHELL := bash
 
 VENV ?= .venv
 THREADS ?= 2
+WORKERS ?= 2
 SCALE ?= 1
 BENCH ?=
 RECIPE ?= recipes/quickstart.yaml
@@ -24,7 +26,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 # What an environment that was handed over must have to count as complete.
 HAS_ALL := import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in \
     "torch transformers safetensors tokenizers jinja2 gguf rich yaml matplotlib psutil peft pytest pytest_benchmark \
-    pytest_timeout hypothesis ruff pyright".split()))
+    pytest_timeout xdist hypothesis ruff pyright".split()))
 
 # An environment of somebody else's may not have this checkout installed, or another one: ours comes first.
 ifdef PYTHON
@@ -41,6 +43,9 @@ endif
 
 # OpenMP teams larger than the machine's free cores are many times slower, not faster.
 LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
+# A process that runs out of tests takes half of another's rest: whole files stay together until the last minutes.
+PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
+PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 
 .PHONY: demo test test-all soak bench bench-gpu lint clean environment install
 
@@ -48,16 +53,16 @@ demo: environment
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
 
 test: environment
-	$(LIMITED) $(PY) -m pytest -q --scale=$(SCALE)
+	$(PYTEST) -q --scale=$(SCALE)
 
 test-all: environment
 	mkdir -p docs/logs
-	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=25 2>&1 | tee docs/logs/test-all.txt
+	$(PYTEST) --scale=full -ra --durations=25 2>&1 | tee docs/logs/test-all.txt
 
 # What takes longest of the full size: kills, mixed faults and mutated files, each seeded.
 soak: environment
 	mkdir -p docs/logs
-	$(LIMITED) $(PY) -m pytest --scale=full -ra --durations=10 tests/test_faults.py tests/test_hostile.py tests/test_kill_resume.py \
+	$(PYTEST) --scale=full -ra --durations=10 tests/test_faults.py tests/test_hostile.py tests/test_kill_resume.py \
 	    tests/test_memory.py tests/test_privacy.py tests/test_remote.py tests/test_robust.py 2>&1 | tee docs/logs/soak.txt
 
 # A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
@@ -95,5 +100,5 @@ install:
 	touch $(VENV)/.flora-installed
 
 clean:
-	rm -rf .venv build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv .cache build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

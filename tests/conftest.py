@@ -50,6 +50,17 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["reduced"] = Scale.reduced
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Take over what a worker of pytest-xdist scaled down; a worker that crashed left nothing."""
+    Scale.reduced.update(getattr(node, "workeroutput", {}).get("reduced", {}))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if Scale.reduced:
         terminalreporter.section("scaled down (make test-all runs the full size)")

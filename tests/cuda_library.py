@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from flora_core import backends
 from flora_kernels.reference import Dropout, MergeItem, Ranges
@@ -42,6 +44,7 @@ from tests.abi import (
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / ".cache" / "tests"
 HOST_FLAGS = ("-x", "c++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-DFLORA_HOST_SHIM")
 
 
@@ -352,14 +355,31 @@ def build_emulated(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     return out
 
 
+def _digest() -> str:
+    """The sources, the flags and the compiler that a kept build was made from."""
+    version = subprocess.run([str(host_compiler()), "--version"], capture_output=True).stdout
+    digest = hashlib.sha256(repr(HOST_FLAGS).encode() + version)
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @functools.cache
 def _emulated() -> Library:
-    with tempfile.TemporaryDirectory() as folder:
-        return Library(build_emulated(Path(folder)))
+    out = KEPT / f"emulated-{_digest()}.so"
+    KEPT.mkdir(parents=True, exist_ok=True)
+    # Test processes that run side by side wait for one build instead of making one each.
+    with FileLock(KEPT / "emulated.lock"):
+        if not out.exists():
+            for outdated in KEPT.glob("emulated-*.so"):
+                outdated.unlink()
+            with tempfile.TemporaryDirectory(dir=KEPT) as folder:
+                build_emulated(Path(folder)).replace(out)
+    return Library(out)
 
 
 def fresh_emulated() -> Library:
-    """The emulated library, built once per process, with no fault planted and threads in their order."""
+    """The emulated library, built once per state of the sources, with no fault planted and threads in their order."""
     library = _emulated()
     library.order, library.fault = 0, ("", "")
     return library
