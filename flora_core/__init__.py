@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops
+    from .adapter_config import AdapterConfig
     from .aggregate import aggregate
     from .attach import attach, detach
-    from .bank import AdapterBank, AdapterConfig
+    from .bank import AdapterBank
     from .cohort import ClientSpec, Cohort
     from .config import TrainConfig
     from .evaluate import evaluate
@@ -38,9 +39,10 @@ if TYPE_CHECKING:
     from .update import ClientUpdate, RoundResult
 
 _HOMES = {
+    "adapter_config": "AdapterConfig",
     "aggregate": "aggregate",
     "attach": "attach detach",
-    "bank": "AdapterBank AdapterConfig",
+    "bank": "AdapterBank",
     "cohort": "ClientSpec Cohort",
     "evaluate": "evaluate",
     "explaining": "explain",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .history import Table, show_bytes, show_number, show_seconds
+from .strategy_names import check_strategy_name
 
 if TYPE_CHECKING:
     from .streaming import ExportReport, MergeReport
@@ -60,14 +61,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--mixed-dtypes", action="store_true", help="allow weights of several dtypes among those that are merged into"
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, extras=("train",))
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the arguments say."""
-    from .progress import print_tables
-    from .streaming import export_adapter, merge_into_checkpoint
-
     if options.verify and options.as_adapter:
         raise ValueError("--verify certifies a merged base, and --as-adapter writes none; leave one out")
     common: dict[str, Any] = {
@@ -76,6 +74,10 @@ def run(options: argparse.Namespace) -> int:
         "mixed_dtypes": options.mixed_dtypes,
     }
     adapters = parse_adapters(options.adapter)
+    check_strategy_name(options.strategy)
+    from .progress import print_tables
+    from .streaming import export_adapter, merge_into_checkpoint
+
     try:
         with Bar() as bar:
             if options.as_adapter:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from .checks import check_choice, check_tensor, require
+from .checks import check_choice, require
 from .segments import DeviceSegments, Segments
+from .tensor_checks import check_tensor
 
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
 Numbers = Sequence[float] | torch.Tensor

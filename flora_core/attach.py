@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapter_config import check_targets, matches_target
 from .backends import resolve
-from .bank import AdapterBank, BankModule, check_targets, matches_target
+from .bank import AdapterBank, BankModule
 from .calls import check_fuse
 from .checks import require
 from .cohort import ClientSpec, Cohort

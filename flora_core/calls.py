@@ -25,10 +25,11 @@ from .arguments import (
     is_sound,
 )
 from .backends import resolve, without_checks
-from .checks import check_choice, check_tensor, require
+from .checks import check_choice, require
 from .fused import Plan, without_autocast
 from .merge_ways import merge_kernels, merge_with
 from .segments import Segments
+from .tensor_checks import check_tensor
 from .ways import WAYS, possible
 
 

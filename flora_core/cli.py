@@ -1,7 +1,8 @@
 """The `flora` command: run, aggregate, report, bench, doctor.
 
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one paragraph, no traceback), 130 stopped by
-Ctrl-C. Heavy modules are imported by the command that needs them, so that --help and bad arguments answer at once.
+Ctrl-C. This module and the parsers of its commands import nothing heavy: torch takes seconds, so each command imports
+it once its arguments, and its recipe, are known to be right (tests/test_cli_light.py).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import aggregate_command, deploy_command
+from . import __version__, aggregate_command, deploy_command, extras
+from .checks import nearest
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -38,34 +41,52 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     # Before torch loads OpenMP: threads that spin while they wait make a step many times slower beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = _parse(argv)
+    options = _parse(list(sys.argv[1:] if argv is None else argv))
     try:
         return options.command(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("FLORA_TRACEBACK"):
             raise
-        print(f"flora: {_paragraph(error)}", file=sys.stderr)
+        print(f"flora: {_paragraph(error, options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("flora: stopped", file=sys.stderr)
         return 130
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    words = list(sys.argv[1:] if argv is None else argv)
+def _parse(words: list[str]) -> argparse.Namespace:
+    """Read the command line; exit with usage and code 2 where it is wrong."""
     if words[:1] == ["bench"]:  # the benchmarks bring their own arguments
-        return argparse.Namespace(command=_bench, words=words[1:])
-    parser = _parser()
+        return argparse.Namespace(command=_bench, words=words[1:], name="bench", extras=())
+    parser, commands = _parsers()
+    if not words:
+        parser.print_help(sys.stderr)
+        parser.exit(2, "\nflora: a command is required\n")
+    if not words[0].startswith("-") and words[0] not in commands:
+        parser.error(f"unknown command {words[0]!r}; {nearest(words[0], commands)}")
     options, rest = parser.parse_known_args(words)
+    if words[0] not in commands:
+        parser.error(f"unknown arguments: {' '.join(words)}")
+    options.name = words[0]
     # argparse takes positional arguments in one piece only; overrides may also stand after an option.
-    if rest and (options.command is not _run or not all("=" in word and not word.startswith("-") for word in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
+    overrides = [word for word in rest if options.command is _run and "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest):
+        _refuse(commands[options.name], [word for word in rest if word not in overrides])
     if options.command is _run:
-        options.overrides += rest + ([f"out={options.out}"] if options.out else [])
+        options.overrides = [*options.overrides, *overrides, *([f"out={options.out}"] if options.out else [])]
     return options
 
 
-def _parser() -> argparse.ArgumentParser:
+def _refuse(parser: argparse.ArgumentParser, words: list[str]) -> None:
+    """Exit with the usage of a command that does not know these words, and the option that may be meant."""
+    option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+    known = re.findall(r"(?<![\w-])--[a-z][a-z-]*", parser.format_help())
+    meant = f"; {nearest(option, set(known))}" if option else ""
+    parser.error(f"unknown arguments: {' '.join(words)}{meant}")
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return the parser of the whole command line, and those of its commands by name."""
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="flora",
@@ -73,49 +94,54 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES + "\nFLORA_CACHE: folder of the demo model. FLORA_TRACEBACK=1: show where an error came from.",
         formatter_class=shape,
     )
-    commands = parser.add_subparsers(required=True, metavar="run | aggregate | deploy | report | bench | doctor")
+    parser.add_argument("--version", action="version", version=f"flora-core {__version__}")
+    commands = parser.add_subparsers(metavar="run | aggregate | deploy | report | bench | doctor")
     run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)
     run.add_argument("recipe", help="a YAML file, or the bare name of a packaged recipe (quickstart, dolly)")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the recipe, such as train.lr=1e-3")
+    run.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="changes to the recipe, such as train.lr=1e-3"
+    )
     run.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate; train nothing")
     run.add_argument("--out", metavar="DIR", help="folder of the results (short for out=DIR)")
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, extras=("train", "cli"))
     aggregate_command.add_parser(commands)
     deploy_command.add_parser(commands)
     report = commands.add_parser("report", help="write plots and report.html of a run")
     report.add_argument("run_dir", help="the out= folder of a run, finished or not")
-    report.set_defaults(command=_report)
+    report.set_defaults(command=_report, extras=("cli",))
     commands.add_parser("bench", help="measure against PEFT on this machine (from a checkout)", add_help=False)
-    doctor = commands.add_parser("doctor", help="tell what this machine has, and what is missing")
+    doctor = commands.add_parser("doctor", help="show what this machine has, and what is missing")
     doctor.add_argument("--json", action="store_true", help="as JSON")
-    doctor.set_defaults(command=_doctor)
-    return parser
+    doctor.set_defaults(command=_doctor, extras=())
+    return parser, commands.choices
 
 
-def _paragraph(error: BaseException) -> str:
-    """Write an error as one paragraph; the system's own errors get their file."""
+def _paragraph(error: BaseException, options: argparse.Namespace) -> str:
+    """Write an error as one paragraph; the system's own errors get their file, a missing package its installation."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ImportError):
+        return extras.remedy(error, f"flora {options.name}", *options.extras)
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .distributed import session
-
-    with session() as ranks:
-        return _run_here(options, ranks.first)
-
-
-def _run_here(options: argparse.Namespace, first: bool) -> int:
-    """Train by a recipe in this process, which of those that torchrun started is the one that talks, or not."""
     from .recipes import load
 
     recipe = load(options.recipe, options.overrides)
+    from .distributed import session
+
+    with session() as ranks:
+        return _run_recipe(recipe, options.dry_run, ranks.first)
+
+
+def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
+    """Train by a recipe in this process; of those that torchrun started, only the first one prints."""
     if recipe.threads is not None:
         import torch
 
         torch.set_num_threads(recipe.threads)
-    if options.dry_run:
+    if plan_only:
         from .dry_run import dry_run
         from .progress import print_tables
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from . import attention, seeds
-from .bank import AdapterBank, AdapterConfig, BankModule
+from .adapter_config import AdapterConfig
+from .bank import AdapterBank, BankModule
 from .checks import require
 from .linear import Layout, MultiLoRALinear, Route
 from .loss import Head

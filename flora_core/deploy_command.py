@@ -89,7 +89,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--days", type=int, default=365, help="how long the certificates are valid (365 unless given)")
     parser.add_argument("--check", nargs="+", metavar="PATH", help="check certificates, keys, and --port; make nothing")
     parser.add_argument("--superlink", metavar="HOST:PORT", help="with --check: the server that a node is to reach")
-    parser.set_defaults(command=deploy)
+    parser.set_defaults(command=deploy, extras=("train", "cli", "flower"))
 
 
 def deploy(options: argparse.Namespace) -> int:
@@ -192,7 +192,8 @@ def _steps(out: Path, options: argparse.Namespace, names: list[str]) -> list[str
     where = "Here, each node in a terminal of its own" if here else "On each node, in a folder of its own"
     has = "" if here else f", with its recipe, {keys / 'ca.crt'} and its own key (never another's)"
     return [
-        "Everywhere: pip install 'flora-core[train,cli,flower]', and the same base model.",
+        "On every machine: this release of flora-core with the extras train, cli and flower, and the same base model",
+        "(in a checkout: pip install '.[train,cli,flower]').",
         "",
         f"1. On {options.host}, the server:",
         f"   {shlex.join(check)} && {home} {shlex.join(server)}",

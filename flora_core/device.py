@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,14 +12,11 @@ from typing import Any
 
 import torch
 
+from . import __version__, extras
 from .checks import require
 
-# Extra -> distributions that it brings; `pip install 'flora-core[extra]'` is the remedy for each.
-EXTRAS = {
-    "train": ("transformers", "safetensors", "tokenizers", "jinja2", "gguf"),
-    "cli": ("rich", "pyyaml", "matplotlib", "psutil"),
-    "dev": ("peft", "pytest", "hypothesis", "ruff", "pyright"),
-}
+# Extras that `flora run` works without, and what needs them.
+_OPTIONAL = {"privacy": "differential privacy", "flower": "a run between machines"}
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -79,7 +75,7 @@ def doctor() -> dict[str, Any]:
     """Return what this machine has, as plain JSON values.
 
     Returns:
-        python, platform, cores, memory_bytes, torch, devices, backends {name: reason why not, or None},
+        flora_core, python, platform, cores, memory_bytes, torch, devices, backends {name: reason why not, or None},
         packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
     """
     from .backends import availability
@@ -87,6 +83,7 @@ def doctor() -> dict[str, Any]:
 
     cache = cache_dir()
     facts: dict[str, Any] = {
+        "flora_core": f"{__version__} ({Path(__file__).parent})",
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "cores": usable_cores(),
@@ -94,7 +91,7 @@ def doctor() -> dict[str, Any]:
         "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.version.cuda},
         "devices": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "backends": availability(),
-        "packages": {extra: {name: _version(name) for name in names} for extra, names in EXTRAS.items()},
+        "packages": {extra: extras.versions(extra) for extra in extras.EXTRAS},
         "product_gflops": {name: _product_gflops(getattr(torch, name)) for name in ("float32", "bfloat16")},
         "cache": {"folder": str(cache), "free_bytes": _free_bytes(cache), "demo_model": is_ready(cache)},
     }
@@ -108,6 +105,7 @@ def doctor_text(facts: dict[str, Any]) -> str:
 
     torch_facts, cache = facts["torch"], facts["cache"]
     rows = [
+        ("flora-core", facts["flora_core"]),
         ("python", facts["python"]),
         ("platform", facts["platform"]),
         ("cpu", f"{facts['cores']} usable cores, {show_bytes(facts['memory_bytes'])} of memory"),
@@ -115,7 +113,7 @@ def doctor_text(facts: dict[str, Any]) -> str:
         *((d["name"], f"{show_bytes(d['memory_bytes'])}, sm_{d['capability']}") for d in facts["devices"]),
         ("products", ", ".join(f"{name} {speed:.1f} GFLOP/s" for name, speed in facts["product_gflops"].items())),
         *((f"backend {name}", reason or "runs") for name, reason in facts["backends"].items()),
-        *((f"extra {extra}", _package_text(found)) for extra, found in facts["packages"].items()),
+        *((f"extra {extra}", _package_text(facts, extra)) for extra in facts["packages"]),
         ("cache", f"{cache['folder']}, {show_bytes(cache['free_bytes'])} free"),
         ("demo model", "ready" if cache["demo_model"] else "made on first use"),
     ]
@@ -125,10 +123,9 @@ def doctor_text(facts: dict[str, Any]) -> str:
 
 def _advice(facts: dict[str, Any]) -> list[str]:
     advice = []
-    for extra, found in facts["packages"].items():
-        missing = [name for name, version in found.items() if version is None]
-        if missing:
-            advice.append(f"{', '.join(missing)} missing; install with: pip install 'flora-core[{extra}]'")
+    lacking = [one for extra in extras.EXTRAS if extra not in _OPTIONAL for one in _lacking(facts, extra)]
+    if lacking:
+        advice.append(f"flora run needs more packages: {extras.install_command(lacking)}")
     speed = facts["product_gflops"]
     if speed["bfloat16"] < speed["float32"] / 4:
         advice.append("bfloat16 products are slow on this CPU: train with dtype=float32 (dtype=auto does)")
@@ -137,15 +134,17 @@ def _advice(facts: dict[str, Any]) -> list[str]:
     return advice
 
 
-def _package_text(found: dict[str, str | None]) -> str:
+def _lacking(facts: dict[str, Any], extra: str) -> list[str]:
+    """Return the requirements of an extra that the facts have no version of."""
+    found = facts["packages"][extra]
+    return [requirement for requirement in extras.EXTRAS[extra] if found[extras.name_of(requirement)] is None]
+
+
+def _package_text(facts: dict[str, Any], extra: str) -> str:
+    lacking, found = _lacking(facts, extra), facts["packages"][extra]
+    if lacking and extra in _OPTIONAL:
+        return f"not installed; {_OPTIONAL[extra]} needs it: {extras.install_command(lacking)}"
     return ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _memory_bytes() -> int | None:

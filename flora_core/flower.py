@@ -1,4 +1,4 @@
-"""The federation between machines, on Flower (``pip install 'flora-core[flower]'``, https://flower.ai).
+"""The federation between machines, on Flower (the extra ``flower``, https://flower.ai).
 
 Flower carries the messages, with its TLS and its authentication of nodes; ``flora_core.remote`` has the server's
 rounds, ``flora_core.site`` a party's, ``flora_core.flower_node`` answers for one, and ``flora_core.flower_messages``

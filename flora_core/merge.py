@@ -13,12 +13,12 @@ import torch
 
 from .aggregate.certificate import Deviation, sample_rows, total, write_deviation
 from .aggregate.inputs import Stack, check_adapters
-from .checks import FLOAT_DTYPES, check_choice, listed, nearest, require
+from .checks import check_choice, listed, nearest, require
+from .federation_config import ROUNDINGS
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .ops import MergeItem, stacked_merge_many_
+from .tensor_checks import FLOAT_DTYPES
 from .update import ClientUpdate
-
-ROUNDINGS = ("low_bits", "nearest", "stochastic")
 
 
 def merge_adapter_(

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .bank import match_pattern, matches_target
+from .adapter_config import match_pattern, matches_target
 from .checks import require
 from .headers import open_plain, parse_json
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from .bank import match_pattern
-from .checks import FLOAT_DTYPES, require
+from .adapter_config import match_pattern
+from .checks import require
 from .files import atomic_dir, atomic_write_json, write_safetensors
 from .headers import open_plain, read_header
 from .peft_config import CONFIG, is_target, make_config, read_config, scaling_of
+from .tensor_checks import FLOAT_DTYPES
 from .update import Adapters, ClientUpdate, RoundResult
 
 WEIGHTS = "adapter_model.safetensors"

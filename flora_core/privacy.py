@@ -21,15 +21,16 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import extras
 from .aggregate.inputs import Stack, Term, stack_of
 from .aggregate.robust import clip_factor
-from .checks import check_number, require
+from .checks import require
+from .federation_config import Privacy
 from .files import atomic_write_json
 from .headers import parse_json
 from .update import ClientUpdate, RoundResult
@@ -45,35 +46,6 @@ _ROWS = 1024
 _SUMMED = 4
 
 
-@dataclass(frozen=True)
-class Privacy:
-    """How private a run is; give ``epsilon`` or ``noise_multiplier``.
-
-    Args:
-        clip: C, the norm down to which each client's update of all modules together is scaled.
-        epsilon: What the whole run may cost at ``delta``; the noise is calibrated to it.
-        noise_multiplier: sigma: the noise on the sum has the standard deviation sigma C.
-        delta: At most so likely is epsilon exceeded; well below one over the number of clients.
-    Raises:
-        ValueError or TypeError: If a value is out of range.
-    """
-
-    clip: float
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
-    delta: float = 1e-5
-
-    def __post_init__(self) -> None:
-        one = (self.epsilon is None) != (self.noise_multiplier is None)
-        require(one, "privacy needs epsilon or noise_multiplier, and not both: the one gives the other")
-        for name in ("clip", "epsilon", "noise_multiplier", "delta"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(f"privacy.{name}", value, 0)
-                require(value > 0, f"privacy.{name} must be above 0, got 0")
-        require(self.delta < 1, f"privacy.delta must be below 1, got {self.delta}")
-
-
 def _event(fraction: float, noise_multiplier: float, releases: int) -> Any:
     dp = accounting()
     gaussian = dp.GaussianDpEvent(noise_multiplier)
@@ -87,10 +59,9 @@ def accounting() -> Any:
     Raises:
         ImportError: With what to install.
     """
-    try:
-        import dp_accounting
-    except ImportError:
-        raise ImportError("privacy needs the accountant of dp-accounting: pip install 'flora-core[privacy]'") from None
+    extras.require_extras("differential privacy", "privacy")
+    import dp_accounting
+
     return dp_accounting
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import strict
-from .aggregate import get_strategy, load_strategy
-from .bank import AdapterConfig
+from .adapter_config import AdapterConfig
 from .checks import check_number, nearest, require
 from .config import TrainConfig
-from .federation import FederationConfig
+from .federation_config import FederationConfig
+from .strategy_names import check_strategy_name
 
 DEMO_DATA = "demo"
 
@@ -162,12 +162,16 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_number("seed", self.seed, 0, whole=True)
-        self.strategy = load_strategy(self.strategy)
-        get_strategy(self.strategy).check(self.federation.strategy_options)
-        self.federation.check_strategy(self.strategy)
         if self.threads is not None:
             check_number("threads", self.threads, 1, whole=True)
         require(len(self.target_modules) > 0, "target_modules must name at least one layer")
+        check_strategy_name(self.strategy)
+        # Strategies need torch, whose import takes seconds: whatever else can be wrong is found before.
+        from .aggregate import get_strategy, load_strategy
+
+        self.strategy = load_strategy(self.strategy)
+        get_strategy(self.strategy).check(self.federation.strategy_options)
+        self.federation.check_strategy(self.strategy)
 
 
 def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -207,10 +211,18 @@ def find(recipe: str | Path) -> Path:
     packaged = packaged_recipes()
     if str(recipe) in packaged:
         return packaged[str(recipe)]
+    require("=" not in str(recipe), f"the recipe comes before key=value, got {str(recipe)!r}; {_names(packaged)}")
+    if path.is_dir():
+        raise IsADirectoryError(f"recipe {recipe} is a folder; give a YAML file in it, or a name: {_names(packaged)}")
+    close = nearest(path.stem, packaged)
     raise FileNotFoundError(
         f"recipe {recipe} does not exist (relative paths start at {Path.cwd()}); "
-        f"packaged recipes, by name: {', '.join(packaged) or 'none'}"
+        f"{close + ' ' if close.startswith('did') else ''}{_names(packaged)}"
     )
+
+
+def _names(packaged: dict[str, Path]) -> str:
+    return f"packaged recipes, by name: {', '.join(packaged) or 'none'}"
 
 
 def packaged_recipes() -> dict[str, Path]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .bank import AdapterConfig
+from .adapter_config import AdapterConfig
 from .checks import listed, require
 from .cohort import ClientSpec
 from .config import TrainConfig

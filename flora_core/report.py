@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .extras import install_command, missing
 from .history import History, Table, hit_rate, summary_tables
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _canvas(title: str, unit: str) -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise OSError("the report needs matplotlib: pip install 'flora-core[cli]'") from None
+        raise OSError(f"the report needs matplotlib: {install_command(missing('cli'))}") from None
     # A Figure of its own draws with Agg and touches neither pyplot's state nor a display.
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()

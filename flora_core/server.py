@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from .adapter_config import AdapterConfig
 from .aggregate import Certificate, Deviation, aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
 from .aggregate.inputs import Stack
 from .aggregate.strategy import BOTH
 from .attach import attach, detach
-from .bank import AdapterConfig
 from .checks import require
 from .cohort import ClientSpec, Cohort
 from .exchange import dense_stack, light

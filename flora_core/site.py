@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from .adapter_config import AdapterConfig
 from .attach import attach, detach
-from .bank import AdapterConfig
 from .checks import require
 from .cohort import ClientSpec, Cohort
 from .config import TrainConfig

@@ -13,8 +13,9 @@ from numbers import Real
 import torch
 
 from .aggregate.robust import outliers, product_norm
-from .checks import FLOAT_DTYPES, listed
+from .checks import listed
 from .cohort import Cohort
+from .tensor_checks import FLOAT_DTYPES
 from .update import ClientUpdate
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+import flora_core
 from flora_core.cli import main
 from flora_core.progress import PlainProgress
 from flora_core.recipes import load
@@ -188,13 +189,15 @@ def test_doctor_tells_what_runs_and_why_others_do_not(flora):
 
 
 def test_doctor_says_how_to_get_what_is_missing(flora, monkeypatch):
-    from flora_core import device
+    from flora_core import device, extras
 
-    monkeypatch.setattr(device, "_version", lambda name: None if name == "gguf" else "1")
+    monkeypatch.setattr(extras, "_version", lambda name: None if name in ("gguf", "flwr") else "1")
     monkeypatch.setattr(device, "_product_gflops", lambda dtype: {"torch.float32": 60.0}.get(str(dtype), 0.5))
     out = flora("doctor")[1]
     assert "gguf MISSING" in out
-    assert "pip install 'flora-core[train]'" in out
+    assert "advice: flora run needs more packages: pip install 'gguf>=0.13'" in out
+    assert "not installed; a run between machines needs it: pip install 'flwr>=1.41,<1.42'" in out
+    assert out.startswith(f"flora-core         {flora_core.__version__} (")
     assert "bfloat16 products are slow on this CPU" in out
 
 
@@ -204,7 +207,7 @@ def test_help_has_examples(words, capsys):
         main(words)
     assert stop.value.code == (0 if words else 2)
     text = capsys.readouterr()
-    assert ("flora run quickstart --dry-run" in text.out) if words else ("required" in text.err)
+    assert ("flora run quickstart --dry-run" in text.out) if words else ("a command is required" in text.err)
 
 
 @pytest.mark.parametrize("words", [["run", "tiny", "--fast"], ["run", "tiny", "lr"], ["report", "a", "b"]])

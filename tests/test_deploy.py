@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("cryptography", reason="cryptography is not installed: pip install 'flora-core[flower]'")
+pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[flower]'")
 
 from flora_core.cli import main
 from flora_core.keys import make_keys

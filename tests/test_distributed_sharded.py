@@ -15,8 +15,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flora_core import sharding
+from flora_core.adapter_config import AdapterConfig
 from flora_core.attach import attach
-from flora_core.bank import AdapterConfig
 from flora_core.cohort import ClientSpec
 from flora_core.config import TrainConfig
 from flora_core.distributed import Ranks

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-core[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from flwr.common.constant import ErrorCode

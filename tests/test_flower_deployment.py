@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-pytest.importorskip("flwr", reason="flwr is not installed: pip install 'flora-core[flower]'")
+pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
 from flora_core import recipes
 from flora_core.build import build

@@ -31,7 +31,7 @@ from tests.test_robust import cancelling, dense_norm
 
 HAVE = importlib.util.find_spec("dp_accounting") is not None
 needs_accountant = pytest.mark.skipif(
-    not HAVE, reason="NOT TESTED: privacy needs dp-accounting (pip install 'flora-core[privacy]')"
+    not HAVE, reason="NOT TESTED: privacy needs dp-accounting (pip install '.[privacy]')"
 )
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
