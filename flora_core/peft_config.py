@@ -122,7 +122,9 @@ def _check_features(path: Path, config: Mapping[str, Any]) -> None:
         f"{path}: init_lora_weights={init!r} is not supported; use one of {', '.join(map(str, _PLAIN_INITS))}",
     )
     for field, value in config.items():
-        if field in _HARMLESS or field in _READ or field in _REFUSED:
+        # This engine's own notes: which base a run's adapter was trained on.
+        ours = field == "flora" or field.startswith("flora_")
+        if ours or field in _HARMLESS or field in _READ or field in _REFUSED:
             continue
         # None, False and empty are the defaults of every optional feature that PEFT has grown so far.
         require(

@@ -9,23 +9,22 @@ Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .adapter_config import match_pattern
-from .checks import require
+from .checks import listed, require
 from .files import atomic_dir, atomic_write_json, write_safetensors
 from .headers import open_plain, read_header
 from .peft_config import CONFIG, is_target, make_config, read_config, scaling_of
+from .peft_keys import Keys, sort_keys
 from .tensor_checks import FLOAT_DTYPES
 from .update import Adapters, ClientUpdate, RoundResult
 
 WEIGHTS = "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
 def load_peft_adapter(
@@ -33,18 +32,21 @@ def load_peft_adapter(
     *,
     client: str | None = None,
     weight: float = 1.0,
+    partial: bool = False,
     trusted: bool = True,
     max_bytes: int | None = None,
 ) -> ClientUpdate:
     """Load a PEFT LoRA adapter as a client's update.
 
     ``s = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``; r and alpha by module from ``rank_pattern`` and
-    ``alpha_pattern``, of which the first match of ``(.*\\.)?key$`` wins.
+    ``alpha_pattern``, of which the first match of ``(.*\\.)?key$`` wins. Names in the spellings of torch.compile, FSDP,
+    DistributedDataParallel, activation checkpointing and raw state dicts are read as well (``peft_keys``).
 
     Args:
         path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         client: The client's name; that of the folder unless given.
         weight: Its weight in an aggregation.
+        partial: Leave out a module of which only one of both factors is there, instead of refusing the adapter.
         trusted: False for what somebody else put there: links are not followed, the file is read rather than mapped
             (whoever truncates a mapped file ends the process), and patterns may name modules but hold no regular
             expressions, of which some take for ever.
@@ -58,7 +60,10 @@ def load_peft_adapter(
     """
     folder = Path(path)
     config = read_config(folder, trusted)
-    pairs = pair_factors(folder, config, _read_safetensors(weights_path(folder), trusted, max_bytes))
+    tensors = _read_safetensors(weights_path(folder), trusted, max_bytes)
+    keys = sort_keys(folder / WEIGHTS, tensors)
+    refuse_other_tensors(folder, keys.rest)
+    pairs = pair_factors(folder, config, keys, tensors, partial=partial)
     adapters: Adapters = {}
     scaling: dict[str, float] = {}
     for module, (A_RK, B_NR) in pairs.items():
@@ -86,27 +91,40 @@ def weights_path(folder: Path) -> Path:
     return path
 
 
-def pair_factors(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Sort an adapter's tensors into module -> (lora_A [R, K], lora_B [N, R]), checked against its config.
+def refuse_other_tensors(folder: Path, keys: Collection[str]) -> None:
+    """Refuse tensors that are not LoRA factors, with what they are and what to do.
 
-    Every tensor must be one of these. Only shapes and dtypes are looked at, so meta tensors will do.
+    Raises:
+        ValueError: If there is one.
+    """
+    require(not keys, f"{folder / WEIGHTS} holds tensors that are not plain LoRA factors: {_explain(list(keys))}")
+
+
+def pair_factors(
+    folder: Path, config: Mapping[str, Any], keys: Keys, tensors: Mapping[str, torch.Tensor], *, partial: bool = False
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Pair an adapter's factors: module -> (lora_A [R, K], lora_B [N, R]), checked against its config.
+
+    Only shapes and dtypes are read, so meta tensors will do.
+
+    Args:
+        folder: The adapter's folder, for messages.
+        config: Its config.
+        keys: Its tensors' names, sorted.
+        tensors: Its tensors by their names in the file.
+        partial: Leave out a module of which one factor is missing.
+    Raises:
+        ValueError: If a factor is missing, or a shape, dtype or rank is wrong.
     """
     path = folder / WEIGHTS
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    strange = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            strange.append(key)
-            continue
-        factors.setdefault(match["module"], {})[match["factor"]] = tensor
-    require(not strange, f"{path} holds tensors that are not plain LoRA factors: {_explain(strange)}")
-    single = [module for module, pair in factors.items() if len(pair) != 2]
-    require(not single, f"{path}: lora_A and lora_B must come together, got one alone for {', '.join(single[:3])}")
-    require(bool(factors), f"{path} holds no LoRA factors; the adapter is empty")
-    pairs = {module: (pair["A"], pair["B"]) for module, pair in factors.items()}
+    single = [module for module, pair in keys.factors.items() if len(pair) != 2]
+    require(
+        partial or not single,
+        f"{path}: lora_A and lora_B must come together, got one alone for {listed(single, 3)}; save the adapter again,"
+        " or leave these modules out with partial=True (--partial)",
+    )
+    pairs = {m: (tensors[pair["A"]], tensors[pair["B"]]) for m, pair in keys.factors.items() if len(pair) == 2}
+    require(bool(pairs), f"{path} holds no LoRA factors; the adapter is empty")
     for module, (A_RK, B_NR) in pairs.items():
         _check_module(folder, config, module, A_RK, B_NR)
     return pairs
@@ -131,12 +149,15 @@ def _explain(keys: list[str]) -> str:
     known = {
         "lora_magnitude_vector": "DoRA: train with use_dora=False",
         "lora_embedding_": "an adapted embedding: train without it",
-        "base_layer": "weights of the base: save with save_embedding_layers=False",
+        "base_layer": "weights of the base, which flora aggregate compares with the base's: or save with"
+        " save_embedding_layers=False",
         "embed_tokens": "trained embeddings: save with save_embedding_layers=False",
         "lm_head": "trained embeddings: save with save_embedding_layers=False",
         "bias": "biases: train with bias='none' and lora_bias=False",
     }
-    reasons = [reason for part, reason in known.items() if any(part in key for key in keys)]
+    # One reason for each tensor: a copy of the head's weight is no trained embedding.
+    found = {next((reason for part, reason in known.items() if part in key), "") for key in keys}
+    reasons = [reason for reason in dict.fromkeys(known.values()) if reason in found]
     return ", ".join(keys[:3]) + (f" ({'; '.join(reasons)})" if reasons else "; train without them")
 
 
@@ -237,6 +258,7 @@ __all__ = [
     "load_peft_adapter",
     "pair_factors",
     "read_config",
+    "refuse_other_tensors",
     "save_peft_adapter",
     "save_stacked_adapter",
     "scaling_of",

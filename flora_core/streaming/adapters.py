@@ -18,11 +18,10 @@ import torch
 from ..aggregate import Deviation, Strategy, certify, get_strategy, norm, total
 from ..aggregate.inputs import Stack, check_updates, round_terms, stack_of
 from ..checks import require
-from ..peft_io import CONFIG, WEIGHTS, pair_factors, read_config, scaling_of, weights_path
+from ..peft_io import CONFIG, WEIGHTS, pair_factors, read_config, refuse_other_tensors, scaling_of, weights_path
+from ..peft_keys import sort_keys
 from ..update import ClientUpdate
 from .shards import DTYPES, Entry, read_shard, read_tensor
-
-_KEY = "base_model.model.{}.lora_{}.weight"
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Adapter:
     weight: float
     scaling: Mapping[str, float]
     shapes: Mapping[str, tuple[int, int, int]]
-    entries: Mapping[str, Entry]
+    factors: Mapping[str, tuple[Entry, ...]]
     fan_in_fan_out: bool
     base: str | None
 
@@ -44,7 +43,7 @@ class Adapter:
         pairs = {}
         with open(self.folder / WEIGHTS, "rb", buffering=0) as file:
             for module in mine:
-                A_RK, B_NR = (read_tensor(file, self.entries[_KEY.format(module, factor)]) for factor in "AB")
+                A_RK, B_NR = (read_tensor(file, entry) for entry in self.factors[module])
                 # Stacking copies it into rows.
                 pairs[module] = (A_RK, B_NR.T)
         return ClientUpdate(self.name, pairs, {module: self.scaling[module] for module in mine}, self.weight)
@@ -87,11 +86,14 @@ def _open(path: str, weight: float) -> Adapter:
             f"{shard.path}: {entry.name!r} is {entry.dtype}; factors must be one of {', '.join(DTYPES)}",
         )
     meta = {e.name: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for e in shard.entries}
-    pairs = pair_factors(folder, config, meta)
+    keys = sort_keys(shard.path, meta)
+    refuse_other_tensors(folder, keys.rest)
+    pairs = pair_factors(folder, config, keys, meta)
     shapes = {module: (A.shape[0], A.shape[1], B.shape[0]) for module, (A, B) in pairs.items()}
     scaling = {module: scaling_of(config, module, shape[0]) for module, shape in shapes.items()}
     base = config.get("base_model_name_or_path")
-    return Adapter(path, folder, float(weight), scaling, shapes, entries, config.get("fan_in_fan_out") is True, base)
+    factors = {module: tuple(entries[keys.factors[module][factor]] for factor in "AB") for module in pairs}
+    return Adapter(path, folder, float(weight), scaling, shapes, factors, config.get("fan_in_fan_out") is True, base)
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
