@@ -95,7 +95,7 @@ TENSORS = {
     "base": ("base_model.model.e.base_layer.weight", "weights of the base, .*save with save_embedding_layers=False"),
     "head": ("base_model.model.lm_head.weight", "trained embeddings: save with save_embedding_layers=False"),
     "bias": ("base_model.model.a.q.lora_B.bias", "biases: train with bias='none'"),
-    "strange": ("a.q.lora_A.weight", r"not plain LoRA factors: a.q.lora_A.weight; train without them"),
+    "strange": ("a.q.lora_C.weight", r"not plain LoRA factors: a.q.lora_C.weight; train without them"),
     "alone": ("base_model.model.z.lora_A.weight", "lora_A and lora_B must come together, got one alone for z"),
 }
 
