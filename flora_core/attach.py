@@ -21,9 +21,11 @@ from .checks import require
 from .cohort import ClientSpec, Cohort
 from .forward import Batch, find_way
 from .linear import MultiLoRALinear, is_conv1d, weight_view
+from .models import check_model, is_linear
 from .sharding import check_plain, is_sharded, sharded
 
-_COHORTS: weakref.WeakKeyDictionary[nn.Module, Cohort] = weakref.WeakKeyDictionary()
+# A cohort holds its model, and the layers that it wrapped hold it: a strong reference here would keep both for ever.
+_COHORTS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Cohort]] = weakref.WeakKeyDictionary()
 # What a newcomer means who names no targets: the attention projections of the common families.
 _DEFAULT_TARGETS = (("q_proj", "v_proj"), ("query_key_value",), ("qkv_proj",), ("c_attn",))
 
@@ -50,16 +52,13 @@ def attach(
     Returns:
         The cohort. ``detach(model)`` undoes it.
     Raises:
-        TypeError: If the model is no transformers causal LM, or a client no ``ClientSpec``.
+        TypeError: If the model is no transformers causal LM or is wrapped (PEFT, ``torch.compile``, ``DataParallel``),
+            or a client no ``ClientSpec``.
         ValueError: If a target is unknown (candidates are listed), tied, quantised, the output head, or behind an
             input that is not the packed tokens; if a rank is out of range; if our loss is not the model's own.
     """
-    if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
-        raise TypeError(
-            f"model must be a transformers causal LM, got {type(model).__name__}; load one with "
-            "AutoModelForCausalLM.from_pretrained, or bring your own model to flora_core.ops"
-        )
-    require(model not in _COHORTS, "the model already has a cohort attached; call flora_core.detach(model) first")
+    check_model(model)
+    require(_attached(model) is None, "the model already has a cohort attached; call flora_core.detach(model) first")
     require(len(clients) > 0, "clients must hold at least one ClientSpec, got none")
     for client in clients:
         if not isinstance(client, ClientSpec):
@@ -90,9 +89,10 @@ def detach(model: nn.Module) -> None:
     Raises:
         ValueError: If the model has no cohort attached.
     """
-    cohort = _COHORTS.pop(model, None)
+    cohort = _attached(model)
     if cohort is None:
         raise ValueError("the model has no cohort attached: there is nothing to detach; attach one first")
+    del _COHORTS[model]
     for path, layer in cohort.layers.items():
         _replace(model, path, layer.original)  # pyright: ignore[reportArgumentType]
     for parameter, wanted in cohort.frozen:
@@ -105,8 +105,15 @@ def cohort_of(model: nn.Module) -> Cohort:
     Raises:
         ValueError: If none is.
     """
-    require(model in _COHORTS, "the model has no cohort attached; call flora_core.attach first")
-    return _COHORTS[model]
+    cohort = _attached(model)
+    if cohort is None:
+        raise ValueError("the model has no cohort attached; call flora_core.attach first")
+    return cohort
+
+
+def _attached(model: nn.Module) -> Cohort | None:
+    held = _COHORTS.get(model)
+    return None if held is None else held()
 
 
 def candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -178,9 +185,10 @@ def _unknown_target(model: nn.Module, name: str, known: Mapping[str, nn.Module])
 def _check_target(model: nn.Module, path: str, module: nn.Module) -> None:
     weight: Any = module.weight
     require(
-        (type(module) is nn.Linear or is_conv1d(module)) and weight.is_floating_point() and weight.dim() == 2,
-        f"{path} is a {type(module).__module__}.{type(module).__name__} with {weight.dtype} weights: a quantised or "
-        "special layer cannot be merged exactly; load the model without quantisation or leave it out",
+        (is_linear(module) or is_conv1d(module)) and weight.is_floating_point() and weight.dim() == 2,
+        f"{path} is a {type(module).__module__}.{type(module).__name__} with {weight.dtype} weights, which does not "
+        "compute x W^T + b: a quantised or special layer cannot be merged exactly; load the model without "
+        "quantisation, or leave the layer out of target_modules",
     )
     tied = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
     require(
@@ -228,7 +236,7 @@ def _wrap(cohort: Cohort, targets: Mapping[str, Any]) -> None:
         layer = MultiLoRALinear(model.get_submodule(path), path, cohort.route, entry, cohort.backend, cohort.fuse)
         cohort.layers[path] = layer
         _replace(model, path, layer)
-    _COHORTS[model] = cohort
+    _COHORTS[model] = weakref.ref(cohort)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -246,6 +254,18 @@ def _probe(cohort: Cohort) -> None:
     with cohort.route.finding_groups():
         way = find_way(cohort.model, context)
     cohort.head, cohort.packs, cohort.packing_reason = way.head, way.packs, way.reason
+    _check_reached(cohort)
+
+
+def _check_reached(cohort: Cohort) -> None:
+    """Refuse clients none of whose targets saw a token: they lie in another tower, such as that of images."""
+    for client in cohort.names:
+        targets = list(cohort.bank.adapters(client))
+        require(
+            not targets or any(path in cohort.route.groups for path in targets),
+            f"client {client!r}: text tokens reach none of its {len(targets)} targets ({', '.join(targets[:2])}, ...); "
+            "choose target_modules in the part that computes the logits, for instance by a regex over whole paths",
+        )
 
 
 __all__ = ["attach", "candidates", "cohort_of", "detach"]

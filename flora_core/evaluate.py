@@ -9,7 +9,6 @@ import math
 import os
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +17,14 @@ from .checks import require
 from .data.records import load_records, read_jsonl
 from .data.template import EncodeReport, Example, encode, require_examples
 from .forward import Way, alone, evaluation_mode, find_way, labelled_hidden, lay_out
+from .loss import Head
+from .models import as_tokenizer, to_evaluate
 from .planner import passes
 
 _LETTERS = "ABCDEFGHIJ"
 _CHUNK_LOGITS = 1 << 24
-_WAYS: weakref.WeakKeyDictionary[Any, Way] = weakref.WeakKeyDictionary()
+# Without the head, which holds the model: what is kept here must not keep a model alive.
+_WAYS: weakref.WeakKeyDictionary[Any, tuple[str, bool, str]] = weakref.WeakKeyDictionary()
 
 
 def evaluate(
@@ -39,8 +41,9 @@ def evaluate(
     """Evaluate a model, or one client's adapter inside ``cohort.use``.
 
     Args:
-        model: A causal LM.
-        tokenizer: Its tokenizer.
+        model: A causal LM; one that is wrapped by PEFT or ``torch.compile`` is run without the wrapper, which changes
+            no logits.
+        tokenizer: Its tokenizer, or the folder or hub name of it.
         data: A JSONL path or records. Records with ``question``, ``choices`` and ``answer`` (an index) are
             multiple choice: the letter with the highest probability counts.
         max_length: Longer sequences are cut from the right, in tokens.
@@ -54,7 +57,7 @@ def evaluate(
     Raises:
         ValueError: If there is nothing to evaluate, or a record has no known form.
     """
-    records = _read(data)
+    model, tokenizer, records = to_evaluate(model), as_tokenizer(tokenizer), _read(data)
     choices = [bool(record.get("choices")) for record in records]
     require(
         all(choices) or not any(choices),
@@ -98,9 +101,11 @@ def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def way_of(model: Any) -> Way:
     """The way to run a model, found once per model."""
     if model not in _WAYS:
-        _WAYS[model] = find_way(model)
+        way = find_way(model)
+        _WAYS[model] = way.head.kind, way.packs, way.reason
+    kind, packs, reason = _WAYS[model]
     # The head is made anew: a stand-in must not outlive a change of the model's modules.
-    return replace(_WAYS[model], head=type(_WAYS[model].head)(model, _WAYS[model].head.kind))
+    return Way(Head(model, kind), packs, reason)
 
 
 def _score(model: Any, examples: Sequence[Example], token_budget: int, tokenizer: Any) -> list[dict[str, Any]]:

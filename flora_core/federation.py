@@ -28,6 +28,7 @@ from .evaluate import evaluate
 from .federation_config import FederationConfig, FederationResult, history
 from .history import Event
 from .incoming import Remote
+from .models import as_tokenizer, check_model
 from .pausing import Paused, Stopped, stopping
 from .privacy import Privacy, PrivateSum
 from .resuming import Resuming
@@ -46,8 +47,8 @@ class Federation(Resuming):
     """Fine-tune one model on many clients' data.
 
     Args:
-        model: Any transformers causal LM; its weights are changed in place.
-        tokenizer: Its tokenizer; None if all data are encoded.
+        model: Any transformers causal LM, not wrapped; its weights are changed in place.
+        tokenizer: Its tokenizer, or the folder or hub name of it; None if all data are encoded.
         clients: One ``ClientSpec`` each.
         strategy: A name from the table of ``flora_core.aggregate``.
         config: Rounds, sampling, weights, folder, ...
@@ -84,7 +85,9 @@ class Federation(Resuming):
     ):
         if not isinstance(config, FederationConfig):
             raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
-        self.model, self.tokenizer, self.config, self.train = model, tokenizer, config, train or TrainConfig()
+        check_model(model)
+        self.model, self.tokenizer = model, as_tokenizer(tokenizer)
+        self.config, self.train = config, train or TrainConfig()
         self.strategy, self.target_modules, self.backend, self.fuse = (
             get_strategy(strategy),
             target_modules,

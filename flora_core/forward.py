@@ -21,6 +21,7 @@ from .checks import require
 from .data.pack import pack, pad
 from .data.template import IGNORE, Example
 from .loss import Head
+from .models import decoder_of
 
 _PROBE_LENGTHS = (5, 3, 4)
 
@@ -89,7 +90,7 @@ def lay_out(
 
 def labelled_hidden(model: Any, batch: Batch) -> torch.Tensor:
     """Last hidden states (M, H) at the positions that have a target."""
-    hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    hidden = decoder_of(model)[1](**batch.inputs, use_cache=False).last_hidden_state
     return hidden.reshape(batch.positions, -1).index_select(0, batch.label_index)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .models import decoder_of
 from .segments import DeviceSegments, Segments
 
 # Logits held at a time: 2**24 numbers, 64 MiB in float32.
@@ -87,7 +88,7 @@ def _shadow(model: nn.Module) -> tuple[nn.Module, _Decoded]:
     """A shallow copy of the model that shares its head and whose decoder is a stand-in."""
     shadow, stub = copy.copy(model), _Decoded()
     shadow._modules = dict(model._modules)
-    shadow._modules[str(model.base_model_prefix)] = stub
+    shadow._modules[decoder_of(model)[0]] = stub
     return shadow, stub
 
 

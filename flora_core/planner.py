@@ -11,6 +11,7 @@ import torch
 from .checks import require
 from .cohort import Cohort
 from .config import TrainConfig
+from .models import decoder_of, sequence_limit
 
 T = TypeVar("T")
 # Tokens in flight where nothing limits them. On two CPU cores a step is fastest at one to two thousand tokens (measured
@@ -186,7 +187,7 @@ def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    limit = getattr(model.config, "max_position_embeddings", None) or tokens
+    limit = sequence_limit(model) or tokens
     tokens = min(tokens, limit)
     device = cohort.bank.param.device
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
@@ -194,7 +195,7 @@ def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
     factors = cohort.parameters()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), cohort.batch(counts):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = decoder_of(model)[1](input_ids=ids, use_cache=False).last_hidden_state
         require(hidden.shape[1] == tokens, f"the decoder must keep {tokens} positions, got {hidden.shape[1]}")
         return sum(kept.values()) / tokens
     finally:

@@ -56,7 +56,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_gated(module: nn.Module) -> bool:
-    return all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    weights = [getattr(part, "weight", None) for part in parts if isinstance(part, nn.Module)]
+    # Some families hold their experts' stacked weights, or layers of another kind, under these names.
+    fine = len(weights) == 3 and all(isinstance(weight, torch.Tensor) and weight.dim() == 2 for weight in weights)
+    return fine and callable(getattr(module, "act_fn", None))
 
 
 def _norm_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .forward import deterministic_libraries, evaluation_mode
 from .local import LocalClient, examples_of
+from .models import as_tokenizer, sequence_limit
 from .optimizer import CohortAdamW
 from .pausing import CrowdedError, Paused, State, client_state, crowded_text, is_out_of_memory, restore_client
 from .penalty import TailPenalty
@@ -67,7 +68,7 @@ class CohortTrainer:
         self.trainable, self.penalties = tuple(trainable), dict(penalties or {})
         self.stop, self.begun = stop, dict(resume or {})
         self.tokens_in_flight: int | None = None
-        self.cohort, self.tokenizer = cohort, tokenizer
+        self.cohort, self.tokenizer = cohort, as_tokenizer(tokenizer)
         self.config = config or TrainConfig()
         self.round, self.rounds, self.callbacks = round, rounds, tuple(callbacks)
         self.optimizer_state = dict(optimizer_state or {})
@@ -77,7 +78,7 @@ class CohortTrainer:
         self.cuda_graphs = "off: nothing was trained yet"
         for client in self.clients.values():
             check_training(cohort.model, client.config, client.name)
-            client.check_lengths(getattr(cohort.model.config, "max_position_embeddings", None))
+            client.check_lengths(sequence_limit(cohort.model))
 
     def _client(self, spec: ClientSpec) -> LocalClient:
         def warn(text: str) -> None:

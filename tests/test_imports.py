@@ -18,7 +18,7 @@ FLOORS = [
     "checks extras strategy_names",
     "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty",
     "ops",
-    "linear attention optimizer loss data forward cohort attach planner",
+    "models linear attention optimizer loss data forward cohort attach planner",
     "steps trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
     "federation distributed report",
     "recipes build dry_run flower",
