@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -95,8 +95,17 @@ def detach(model: nn.Module) -> None:
     del _COHORTS[model]
     for path, layer in cohort.layers.items():
         _replace(model, path, layer.original)  # pyright: ignore[reportArgumentType]
+        # A layer and its cohort hold each other: apart they are freed at once, with the model, and not by a later pass of
+        # the garbage collector, which counts objects and not their bytes.
+        layer.entry = _detached
+    cohort.route.groups.clear()
+    cohort.route.waiting.clear()
     for parameter, wanted in cohort.frozen:
         parameter.requires_grad_(wanted)
+
+
+def _detached() -> NoReturn:
+    raise ValueError("this layer's cohort was detached from its model; attach it again")
 
 
 def cohort_of(model: nn.Module) -> Cohort:

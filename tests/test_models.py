@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import warnings
 import weakref
@@ -203,28 +202,50 @@ def test_recomputes_no_module_that_only_shares_the_names_of_a_gated_one():
         assert counts == {"activations": 2}, "the two layers' own"
 
 
-def use_by_attach(model: Any) -> None:
-    """Attach without detaching, train and evaluate."""
-    cohort = flora.attach(model, make_clients(), ["q_proj"])
+def train(model: Any) -> None:
+    """Train with a cohort that stays attached."""
+    cohort = flora.attach(model, make_clients(), ["q_proj", "v_proj"])
     flora.CohortTrainer(cohort, flora.TrainConfig(**TRAIN), make_tokenizer()).run()
 
 
-def use_by_evaluate(model: Any) -> None:
-    """Evaluate, with the way to run the model remembered."""
+def train_and_detach(model: Any) -> None:
+    """Train with a cohort that is taken off again."""
+    train(model)
+    flora.detach(model)
+
+
+def evaluate_twice(model: Any) -> None:
+    """Evaluate, with the path through the model remembered."""
     first = flora.evaluate(model, make_tokenizer(), make_records("a", 3))
     assert flora.evaluate(model, make_tokenizer(), make_records("a", 3)) == first
 
 
-def use_by_federation(model: Any) -> None:
+def run_federation(model: Any) -> None:
     """A whole run."""
     make_federation(model=model, rounds=1).run()
 
 
-@pytest.mark.parametrize("use", [use_by_attach, use_by_evaluate, use_by_federation], ids=lambda use: use.__name__)
-def test_nothing_keeps_a_model_alive_that_its_user_let_go(use: Any):
-    model = copy.deepcopy(make_model())
+def is_freed(use: Any, collect: bool) -> bool:
+    """Whether a model is freed once its user has used it and let it go."""
+    model = make_model()
     gone = weakref.ref(model)
     use(model)
     del model
+    if collect:
+        gc.collect()
+    return gone() is None
+
+
+def test_frees_a_model_that_its_user_let_go_with_a_cohort_attached():
+    assert is_freed(train, collect=True)
+
+
+@pytest.mark.parametrize("use", [train_and_detach, evaluate_twice, run_federation], ids=lambda use: use.__name__)
+def test_frees_a_model_at_once_that_its_user_let_go(use: Any):
+    """Without the garbage collector, which may come ten models later."""
     gc.collect()
-    assert gone() is None
+    gc.disable()
+    try:
+        assert is_freed(use, collect=False)
+    finally:
+        gc.enable()
