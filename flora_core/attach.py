@@ -95,8 +95,8 @@ def detach(model: nn.Module) -> None:
     del _COHORTS[model]
     for path, layer in cohort.layers.items():
         _replace(model, path, layer.original)  # pyright: ignore[reportArgumentType]
-        # A layer and its cohort hold each other: apart they are freed at once, with the model, and not by a later pass of
-        # the garbage collector, which counts objects and not their bytes.
+        # A layer and its cohort hold each other. Separated they are freed at once, with the model, and not by a later
+        # pass of the garbage collector, which counts objects and not their bytes.
         layer.entry = _detached
     cohort.route.groups.clear()
     cohort.route.waiting.clear()
