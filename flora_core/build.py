@@ -16,7 +16,7 @@ import torch
 from .checks import nearest, require
 from .cohort import ClientSpec
 from .data.partition import partition, partition_file
-from .data.records import Record, load_records, read_jsonl
+from .data.records import Record, load_records
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
 from .device import pick_device, pick_dtype
@@ -110,7 +110,7 @@ def build_client(recipe: Recipe, name: str) -> ClientSpec:
     if not isinstance(data.path, dict):
         return build_clients(recipe)[0][index]
     part, path = list(data.path.items())[index]
-    records, _ = _hold_out(load_records(path), data, recipe.seed, part)
+    records, _ = _hold_out(_load(path, data), data, recipe.seed, part)
     records = _draw(records, data.per_client, recipe.seed, "train", name)
     require(len(records) > 0, f"client {name!r} has no examples in {path}; give it data")
     return _client(recipe, name, index, records)
@@ -120,7 +120,7 @@ def build_held_out(recipe: Recipe) -> list[Record]:
     """Read the held-out records for a server; of clients whose files lie elsewhere nothing is needed."""
     data = recipe.data
     if isinstance(data.path, dict) and not all(Path(path).is_file() for path in data.path.values()):
-        return _draw(_read_test(data.test), data.test_items, recipe.seed, "test") if data.test is not None else []
+        return _draw(_load(data.test, data), data.test_items, recipe.seed, "test") if data.test is not None else []
     return build_clients(recipe)[1]
 
 
@@ -132,9 +132,9 @@ def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
     elif isinstance(data.path, dict):
         parts, test_records = _one_file_each(data, data.path, recipe.seed)
     else:
-        parts, test_records = _split_file(recipe, load_records(data.path))
+        parts, test_records = _split_file(recipe, _load(data.path, data))
     if data.test is not None:
-        test_records = _read_test(data.test)
+        test_records = _load(data.test, data)
     wanted = clients.count or (len(clients.names) if clients.names else len(parts))
     require(
         wanted <= len(parts),
@@ -149,10 +149,9 @@ def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
     return parts, _draw(test_records, data.test_items, recipe.seed, "test")
 
 
-def _read_test(path: str) -> list[Record]:
-    """Read held-out records, which may also be multiple choice (question, choices, answer)."""
-    records = read_jsonl(path)
-    return records if records and "choices" in records[0] else load_records(path)
+def _load(path: str, data: DataRecipe) -> list[Record]:
+    """Read records; the columns that the recipe splits and groups by have a use."""
+    return load_records(path, data.unknown, known=(data.label, data.client_column, data.id_column))
 
 
 def _demo(recipe: Recipe) -> tuple[Parts, list[Record]]:
@@ -174,7 +173,7 @@ def _one_file_each(data: DataRecipe, paths: dict[str, str], seed: int) -> tuple[
     """Read every client's own file; each client holds out the same fraction unless there is a test file."""
     parts, held_out = {}, []
     for name, path in paths.items():
-        parts[name], held = _hold_out(load_records(path), data, seed, name)
+        parts[name], held = _hold_out(_load(path, data), data, seed, name)
         held_out += held
     return parts, held_out
 
@@ -226,7 +225,9 @@ def save_inputs(event: Event, recipe: Recipe, clients: Sequence[ClientSpec], tes
     atomic_write_json(out / "recipe.json", json.loads(json.dumps(asdict(recipe), default=str)))
     if recipe.data.path == "demo":
         for name, records in (*((spec.name, spec.data) for spec in clients), ("held-out", test_records)):
-            atomic_write_bytes(out / "data" / f"{name}.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+            atomic_write_bytes(
+                out / "data" / f"{name}.jsonl", "".join(json.dumps(dict(r)) + "\n" for r in records).encode()
+            )
 
 
 def model_folder(model: str) -> str:

@@ -6,7 +6,6 @@ Letters: M labelled positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from .checks import require
-from .data.records import load_records, read_jsonl
+from .data.records import Record, check_records, normalise
 from .data.template import EncodeReport, Example, encode, require_examples
 from .forward import Way, alone, evaluation_mode, find_way, labelled_hidden, lay_out
 from .loss import Head
@@ -30,7 +29,7 @@ _WAYS: weakref.WeakKeyDictionary[Any, tuple[str, bool, str]] = weakref.WeakKeyDi
 def evaluate(
     model: Any,
     tokenizer: Any,
-    data: str | os.PathLike[str] | Sequence[dict[str, Any]],
+    data: Any,
     *,
     max_length: int = 512,
     template: str = "auto",
@@ -44,7 +43,7 @@ def evaluate(
         model: A causal LM; one that is wrapped by PEFT or ``torch.compile`` is run without the wrapper, which changes
             no logits.
         tokenizer: Its tokenizer, or the folder or hub name of it.
-        data: A JSONL path or records. Records with ``question``, ``choices`` and ``answer`` (an index) are
+        data: As ``load_records`` takes it. Records with ``question``, ``choices`` and ``answer`` (an index) are
             multiple choice: the letter with the highest probability counts.
         max_length: Longer sequences are cut from the right, in tokens.
         template, loss_on: As in training.
@@ -57,8 +56,9 @@ def evaluate(
     Raises:
         ValueError: If there is nothing to evaluate, or a record has no known form.
     """
-    model, tokenizer, records = to_evaluate(model), as_tokenizer(tokenizer), _read(data)
-    choices = [bool(record.get("choices")) for record in records]
+    model, tokenizer = to_evaluate(model), as_tokenizer(tokenizer)
+    records = check_records(data, "data", known=(label,))
+    choices = [record.choices is not None for record in records]
     require(
         all(choices) or not any(choices),
         f"data must be all multiple choice or none, got {sum(choices)} of {len(records)} records with 'choices'",
@@ -78,14 +78,6 @@ def evaluate(
     if set(groups) != {"all"}:
         result["groups"] = {name: _summary(group) for name, group in sorted(groups.items())}
     return result
-
-
-def _read(data: Any) -> list[dict[str, Any]]:
-    if isinstance(data, (str, os.PathLike)):
-        records = read_jsonl(data)
-        return records if records and records[0].get("choices") else load_records(data)
-    require(len(data) > 0, "data must hold at least one record, got none")
-    return list(data)
 
 
 def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -147,29 +139,25 @@ def _rows(way: Way, hidden_MH: torch.Tensor, target_M: torch.Tensor) -> tuple[to
 def _multiple_choice(
     model: Any,
     tokenizer: Any,
-    records: Sequence[dict[str, Any]],
+    records: Sequence[Record],
     token_budget: int,
     label: str,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    asked: list[dict[str, Any]] = []
-    for number, record in enumerate(records):
-        count = len(record["choices"])
-        fits = isinstance(record.get("answer"), int) and 0 <= record["answer"] < count <= len(_LETTERS)
-        require(
-            fits and "question" in record,
-            f"record {number}: multiple choice needs question, choices (2 to {len(_LETTERS)}) and answer (an index)",
-        )
-        lines = [record["question"], *(f"{_LETTERS[i]}. {text}" for i, text in enumerate(record["choices"]))]
-        asked += [{"instruction": "\n".join(lines), "output": _LETTERS[i]} for i in range(count)]
+    asked: list[Record] = []
+    for record in records:
+        choices = record.choices or []
+        lines = [record.text or "", *(f"{letter}. {text}" for letter, text in zip(_LETTERS, choices, strict=False))]
+        fields = [{"instruction": "\n".join(lines), "output": letter} for letter in _LETTERS[: len(choices)]]
+        asked += [normalise(one, record.place) for one in fields]
     scores = _score(model, encode(asked, tokenizer, **settings), token_budget, tokenizer)
     require(len(scores) == len(asked), f"{len(asked) - len(scores)} choices do not fit max_length; raise it")
     groups: dict[str, list[bool]] = {}
     right, start = [], 0
     for record in records:
-        count = len(record["choices"])
+        count = len(record.choices or [])
         losses = [score["loss_sum"] for score in scores[start : start + count]]
-        right.append(losses.index(min(losses)) == record["answer"])
+        right.append(losses.index(min(losses)) == record.correct)
         groups.setdefault(str(record.get(label, record.get("subject", "all"))), []).append(right[-1])
         start += count
     return {

@@ -21,7 +21,7 @@ from .checkpoint import RunFolder
 from .checks import require
 from .cohort import ClientSpec
 from .config import TrainConfig
-from .data.records import load_records, read_jsonl
+from .data.records import check_records
 from .device import peak_memory_bytes
 from .distributed import ranks
 from .evaluate import evaluate
@@ -94,7 +94,8 @@ class Federation(Resuming):
             backend,
             fuse,
         )
-        self.eval_data = _read(eval_data) if isinstance(eval_data, (str, Path)) else eval_data
+        labels = (config.eval_label,)
+        self.eval_data = None if eval_data is None else check_records(eval_data, "eval_data", known=labels)
         self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
         self.paused, self.found, self.heard, self.sums, self.stop = {}, {}, [], {}, lambda: False
         self.ranks = ranks()
@@ -379,12 +380,6 @@ class Federation(Resuming):
             out=None if self.config.out is None else Path(self.config.out),
             events=self.events,
         )
-
-
-def _read(path: str | Path) -> list[dict[str, Any]]:
-    """Held-out records of a file; multiple choice has no form that one could train on."""
-    records = read_jsonl(path)
-    return records if records[0].get("choices") else load_records(path)
 
 
 __all__ = ["Federation", "FederationConfig", "FederationResult"]

@@ -11,7 +11,7 @@ from .checks import require
 from .cohort import ClientSpec
 from .config import TrainConfig
 from .data.pack import epoch_order
-from .data.records import check_records, load_records
+from .data.records import check_records
 from .data.template import EncodeReport, Example, encode, require_examples
 from .planner import Demand
 
@@ -90,11 +90,9 @@ def examples_of(spec: ClientSpec, config: TrainConfig, tokenizer: Any, warn: Cal
     """
     data: Any = spec.data
     require(data is not None, f"client {spec.name!r} has no data: pass a JSONL path, records or encoded examples")
-    if not isinstance(data, (list, tuple)):
-        data = load_records(data)
     report = None
-    if not data or not isinstance(data[0], Example):
-        check_records(data, f"client {spec.name!r}")
+    if not (isinstance(data, (list, tuple)) and data and isinstance(data[0], Example)):
+        data = check_records(data, f"client {spec.name!r}", warn=warn)
         require(tokenizer is not None, f"tokenizer must be given: client {spec.name!r} has plain records")
         report = EncodeReport()
         length, loss_on, template = config.max_length, config.loss_on, config.template

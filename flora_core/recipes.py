@@ -38,6 +38,7 @@ class DataRecipe:
         shards_per_client: For shard.
         client_column: Column that names the client, for natural.
         id_column: Column that `partitions` names records by.
+        unknown: Fields of records that nothing reads: warn (once a file, with names and counts) or refuse.
     """
 
     path: str | dict[str, str] = DEMO_DATA
@@ -53,6 +54,7 @@ class DataRecipe:
     shards_per_client: int = 2
     client_column: str = "client"
     id_column: str = "id"
+    unknown: Literal["warn", "refuse"] = "warn"
 
     def __post_init__(self) -> None:
         for name in ("per_client", "test_items"):

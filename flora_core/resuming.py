@@ -130,7 +130,7 @@ class Resuming(TrainingRound):
             "target_modules": self.target_modules,
             "backend": self.backend,
             "fuse": self.fuse,
-            "eval_data": None if self.eval_data is None else json_digest(self.eval_data),
+            "eval_data": None if self.eval_data is None else json_digest([dict(record) for record in self.eval_data]),
             "model.class": type(self.model).__name__,
             "model.dtype": str(self.model.dtype),
             "model.weights": tensor_digest(rest),

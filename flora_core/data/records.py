@@ -1,172 +1,163 @@
-"""Records: JSONL files read into checked dicts, in four forms that are told apart record by record.
+"""Records: rows of data, each normalised once into a conversation, a text or a multiple-choice question.
 
-    alpaca  {"instruction": ..., "input": ..., "output": ...}         input may be missing, empty or null
-    dolly   {"instruction": ..., "context": ..., "response": ...}     context likewise
-    chat    {"messages": [{"role": ..., "content": ...}, ...]}        the last message is the assistant's
-    text    {"text": ...}
-
-Other keys (id, category, client, ...) are kept; alpaca and dolly records may have a ``system`` message.
+``forms`` and ``messages`` say which columns are read; `docs/data.md` has the table. A column is read, or describes the
+record (`METADATA`, and the columns that a run splits and groups by), or is unknown: reported once a file, or refused.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-Record = dict[str, Any]
+from ..checks import check_choice, listed
+from .forms import ACCEPTED, read_form
+from .messages import METADATA
+from .sources import read_rows
 
-# The fields that tell a form; the first form whose fields are all there wins.
-FORMS = {
-    "chat": ("messages",),
-    "alpaca": ("instruction", "output"),
-    "dolly": ("instruction", "response"),
-    "text": ("text",),
-}
-ROLES = ("system", "user", "assistant")
-ACCEPTED = "messages | instruction, output (and input) | instruction, response (and context) | text"
-_OPTIONAL = ("system", "input", "context")
+UNKNOWN = ("warn", "refuse")
+_PLACE_IN_FILE = re.compile(r", (?:line|row|record) \d")
 
 
-def load_records(path: str | os.PathLike[str]) -> list[Record]:
-    """Read a JSONL file and check that every record can be trained on.
+@dataclass(frozen=True, slots=True, eq=False)
+class Record(Mapping[str, Any]):
+    """A checked record. As a mapping it is its own columns, as they were read: ``record["category"]``.
+
+    Attributes:
+        fields: The columns.
+        place: File and line, or the position in a list; errors begin with it.
+        messages: The conversation, as ``apply_chat_template`` takes it; None for a text and a question of choices.
+        loss: For each message, whether its tokens are learned.
+        text: A plain text, or the question of ``choices``.
+        tools, documents, template_kwargs: Further arguments of the chat template.
+        choices, correct: Of a multiple-choice question, which is for evaluation only.
+        unknown: Columns that nothing reads.
+    """
+
+    fields: Mapping[str, Any]
+    place: str
+    messages: list[dict[str, Any]] | None = None
+    loss: list[bool] = field(default_factory=list)
+    text: str | None = None
+    choices: list[str] | None = None
+    correct: int = 0
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
+
+    def __getitem__(self, column: str) -> Any:
+        return self.fields[column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+def normalise(fields: Mapping[str, Any], place: str) -> Record:
+    """Check a record's columns and read them by their form; a ``Record`` is returned as it is.
 
     Args:
-        path: UTF-8 file with one JSON object a line; blank lines are skipped.
+        fields: Column -> value; null values count as absent.
+        place: File and line, or what else names the record in errors.
     Returns:
-        The records in the order of the file, with all their keys.
+        The record; ``unknown`` still lists columns that describe it.
+    Raises:
+        ValueError: With the place, if it has no known form, or a column cannot be read.
+
+    Example:
+        >>> normalise({"question": "1+1?", "answer": "2", "id": 7}, "a.jsonl, line 3").messages[1]["content"]
+        '2'
+    """
+    if isinstance(fields, Record):
+        return fields
+    if not isinstance(fields, Mapping):
+        raise ValueError(f"{place}: a record must be a JSON object, got {type(fields).__name__}")
+    try:
+        parts = read_form(fields)
+        if parts.messages is not None:
+            _check_answers(parts.messages, parts.loss)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    unknown = tuple(name for name in parts.unknown if name not in METADATA)
+    return Record(fields, place, **{**vars(parts), "unknown": unknown})
+
+
+def load_records(
+    source: Any,
+    unknown: str = "warn",
+    *,
+    name: str = "data",
+    known: Iterable[str] = (),
+    warn: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Read records and normalise them.
+
+    Args:
+        source: Whatever ``sources.read_rows`` reads: a file, a folder, a glob, a list of these, an iterable of dicts or
+            records, a ``datasets.Dataset``.
+        unknown: What to do about columns that nothing reads: "warn" once a file, with names and counts, or "refuse".
+        name: Names a source that is no file in errors.
+        known: Columns that are used for something else: labels, client names, ids.
+        warn: Gets the warning; None: ``warnings.warn``.
+    Returns:
+        The records in their order.
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is empty, a line is not a JSON object, or a record lacks the fields of every form
-            (with file, line and fields).
+        ValueError: If there are no records or they cannot be parsed, or one cannot be trained on (with file and line).
+
+    Example:
+        ``[record["category"] for record in load_records("a.jsonl")]``
     """
-    records = []
-    for line, record in _lines(path):
-        check_record(record, f"{path}, line {line}")
+    check_choice("unknown", unknown, UNKNOWN)
+    used, records = frozenset(known), []
+    totals: Counter[str] = Counter()
+    counts: dict[str, Counter[str]] = {}
+    for place, fields in read_rows(source, name):
+        record = normalise(fields, place)
         records.append(record)
+        # A record that came as one was reported when it was read.
+        left = [] if record is fields else [column for column in record.unknown if column not in used]
+        if left and unknown == "refuse":
+            raise ValueError(f"{place}: unknown fields: {listed(left)}; remove them, or set data.unknown to 'warn'")
+        file = _PLACE_IN_FILE.split(place)[0]
+        totals[file] += 1
+        if left:
+            counts.setdefault(file, Counter()).update(left)
+    if not records:
+        raise ValueError(f"{name} has no records; accepted fields: {ACCEPTED}")
+    for file, columns in counts.items():
+        text = listed((f"{column} (in {count} of {totals[file]})" for column, count in columns.items()), 12)
+        _warn(f"{file}: fields that nothing reads, so they are neither trained on nor seen: {text}", warn)
     return records
 
 
-def read_jsonl(path: str | os.PathLike[str]) -> list[Record]:
-    """Read the objects of a JSONL file, whatever their fields (benchmarks have forms of their own)."""
-    return [record for _, record in _lines(path)]
+def check_records(records: Any, name: str, unknown: str = "warn", **options: Any) -> list[Record]:
+    """Normalise records that are given by path or as they are; the arguments are those of ``load_records``."""
+    return load_records(records, unknown, name=name, **options)
 
 
-def check_records(records: Sequence[Record], source: str) -> None:
-    """Check records that were not read from a file; ``source`` names them in errors.
-
-    Raises:
-        ValueError: If there are none, or one has no known form.
-    """
-    if not records:
-        raise ValueError(f"{source} has no records; accepted fields: {ACCEPTED}")
-    for index, record in enumerate(records):
-        check_record(record, f"{source}, record {index}")
+def _warn(message: str, warn: Callable[[str], None] | None) -> None:
+    if warn is None:
+        warnings.warn(message, stacklevel=3)
+    else:
+        warn(message)
 
 
-def check_record(record: Record, place: str) -> str:
-    """Check one record and return its form; ``place`` says in errors where it stands.
-
-    Raises:
-        ValueError: If it has no known form, or a field is no text.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: a record must be a JSON object, got {type(record).__name__}")
-    form = record_form(record)
-    if form is None:
-        found = ", ".join(map(str, record)) or "none"
-        raise ValueError(f"{place}: the record lacks the needed fields; found: {found}; accepted: {ACCEPTED}")
-    if form == "chat":
-        _check_messages(record["messages"], place)
-        return form
-    for key in FORMS[form]:
-        _check_text(record[key], key, place)
-    for key in _OPTIONAL:
-        if record.get(key) is not None:
-            _check_text(record[key], key, place)
-    return form
+def _check_answers(messages: Sequence[Mapping[str, Any]], loss: Sequence[bool]) -> None:
+    """Check that a conversation has an answer to learn."""
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(
+            f"the conversation has no answer: its roles are {', '.join(m['role'] for m in messages)[:80]}; "
+            "add the assistant's turn or remove the record"
+        )
+    if not any(loss):
+        raise ValueError("every answer of the conversation is masked, so nothing is learned; unmask one or remove it")
 
 
-def record_form(record: Record) -> str | None:
-    """Tell a record's form by its fields: chat, alpaca, dolly, text, or None."""
-    return next((form for form, keys in FORMS.items() if all(key in record for key in keys)), None)
-
-
-def to_messages(record: Record) -> list[dict[str, str]]:
-    """Give an alpaca, dolly or chat record as chat messages; input or context follows the instruction."""
-    if record_form(record) == "chat":
-        return record["messages"]
-    extra = record.get("input") if "output" in record else record.get("context")
-    answer = record["output"] if "output" in record else record["response"]
-    question = f"{record['instruction']}\n\n{extra}" if extra else record["instruction"]
-    system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
-    return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-def _lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Record]]:
-    """Yield (line number, object) of a JSONL file."""
-    if not Path(path).is_file():
-        what = "is a folder, not a file" if Path(path).is_dir() else "does not exist"
-        raise FileNotFoundError(f"data file {path} {what}; give a JSONL file (relative paths start at {Path.cwd()})")
-    empty = True
-    # Bytes, not text, are split into lines: U+2028 ends a line of text, and JSON strings may hold it.
-    for line, raw in enumerate(Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        if raw.strip():
-            empty = False
-            yield line, _parse(raw, f"{path}, line {line}")
-    if empty:
-        raise ValueError(f"data file {path} is empty; it needs one JSON object a line")
-
-
-def _parse(raw: bytes, place: str) -> Record:
-    """Parse one line into an object."""
-    try:
-        record = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        hint = "; a JSONL file has one object a line" if raw.strip() in (b"[", b"{") else ""
-        raise ValueError(f"{place}: malformed JSON: {error.msg} at column {error.colno}{hint}") from None
-    if not isinstance(record, dict):
-        hint = "; write the list's items one a line" if isinstance(record, list) else ""
-        raise ValueError(f"{place}: each line must be a JSON object, got {type(record).__name__}{hint}")
-    return record
-
-
-def _check_text(value: Any, name: str, place: str) -> None:
-    """Check that a field is text that a tokenizer can take."""
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {name} must be a string, got {type(value).__name__}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{place}: {name} holds half of a surrogate pair, which is no text; remove it") from None
-
-
-def _check_messages(messages: Any, place: str) -> None:
-    """Check a conversation: known roles, text contents, the last message from the assistant."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{place}: messages must be a list of at least one message, got {messages!r:.80}")
-    for number, message in enumerate(messages):
-        name = f"messages[{number}]"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{place}: {name} must have role and content, got {message!r:.80}")
-        if message["role"] not in ROLES:
-            raise ValueError(f"{place}: the role of {name} must be one of {', '.join(ROLES)}, got {message['role']!r}")
-        _check_text(message["content"], f"{name}.content", place)
-    if messages[-1]["role"] != "assistant":
-        raise ValueError(f"{place}: the last message must be the assistant's, got {messages[-1]['role']!r}")
-
-
-__all__ = [
-    "FORMS",
-    "Record",
-    "check_record",
-    "check_records",
-    "load_records",
-    "read_jsonl",
-    "record_form",
-    "to_messages",
-]
+__all__ = ["Record", "check_records", "load_records", "normalise"]

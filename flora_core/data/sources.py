@@ -37,7 +37,7 @@ class Row(NamedTuple):
     """One row of a source: its place in error messages, and its fields."""
 
     place: str
-    fields: dict[str, Any]
+    fields: Mapping[str, Any]
 
 
 def read_rows(source: Any, name: str = "data") -> Iterator[Row]:
@@ -326,7 +326,7 @@ def _read_objects(source: Any, name: str) -> Iterator[Row]:
         place = f"{name}, record {index}"
         if not isinstance(fields, Mapping):
             raise ValueError(f"{place}: a record must be a dict, got {type(fields).__name__}")
-        yield Row(place, fields if isinstance(fields, dict) else dict(fields))
+        yield Row(place, fields)
 
 
 def _columns(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:

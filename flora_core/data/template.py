@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..checks import check_choice, check_number
-from .records import Record, check_record, record_form, to_messages
+from .records import Record, normalise
 
 IGNORE = -100
 TEMPLATES = ("auto", "prompt", "chat")
@@ -143,9 +143,10 @@ def _tokenize(records: Sequence[Record], tokenizer: Any, template: str) -> list[
     chat = _Chat(tokenizer) if uses_chat(tokenizer, template) else None
     plain = []
     pieces: list[list[Piece]] = []
-    for index, record in enumerate(records):
-        plain.append(check_record(record, f"record {index}") == "text" or chat is None)
-        pieces.append(_plain_pieces(record) if plain[-1] or chat is None else chat.pieces(record, f"record {index}"))
+    for index, raw in enumerate(records):
+        record = normalise(raw, f"record {index}")
+        plain.append(record.messages is None or chat is None)
+        pieces.append(_plain_pieces(record) if plain[-1] or chat is None else chat.pieces(record, record.place))
     texts = [piece.text for row in pieces for piece in row]
     tokens = iter(_ids(tokenizer, texts))
     start, end = (_start_ids(tokenizer), [_eos_id(tokenizer)]) if any(plain) else ([], [])
@@ -161,10 +162,10 @@ def _tokenize(records: Sequence[Record], tokenizer: Any, template: str) -> list[
 
 def _plain_pieces(record: Record) -> list[Piece]:
     """Lay out a record in the plain prompt template; a text record is one answer without a prompt."""
-    if record_form(record) == "text":
-        return [Piece(record["text"], loss=True, end=True)]
+    if record.messages is None:
+        return [Piece(record.text or "", loss=True, end=True)]
     pieces, before = [], ""
-    for message in to_messages(record):
+    for message in record.messages:
         before += f"{_HEADINGS[message['role']]}\n"
         if message["role"] == "assistant":
             pieces += [Piece(before, loss=False), Piece(message["content"], loss=True, end=True)]
@@ -193,7 +194,7 @@ class _Chat:
 
     def pieces(self, record: Record, place: str) -> list[Piece]:
         """Cut the rendered conversation at every answer's start and end."""
-        messages = to_messages(record)
+        messages = record.messages or []
         whole, pieces, done = self._render(messages, place), [], 0
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
