@@ -8,15 +8,15 @@ round by round, ours against the rival next to it. A change counts where the two
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.protocol import ROOT, quantile
-from bench.tables import Data, load, table
+from bench.tables import Data, load, load_machines, table
 
 # p20 to p80 of a handful of rounds is narrower than the truth: below so many rounds all of them count.
 FEW_ROUNDS = 8
@@ -34,12 +34,24 @@ def of_commit(commit: str) -> dict[str, Data]:
     Raises:
         ValueError: If git does not know the commit, or it has no results.
     """
-    listed = _git("ls-tree", "--name-only", commit, "bench/results/")
+    listed = _git("ls-tree", "-r", "--name-only", commit, "bench/results/")
     names = [name for name in listed.splitlines() if name.endswith(".json")]
     if not names:
         raise ValueError(f"{commit!r} must be a folder, or a commit with bench/results/*.json; it has none")
-    found = {Path(name).stem: json.loads(_git("show", f"{commit}:{name}")) for name in names}
-    return {name: data for name, data in found.items() if isinstance(data, dict) and "question" in data}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_git("show", f"{commit}:{name}"))
+        return of_folder(Path(folder) / "bench/results")
+
+
+def of_folder(folder: Path) -> dict[str, Data]:
+    """The results of a folder, by machine and name; those that stand in the folder itself by their name."""
+    by_machine = {
+        f"{slug}/{name}": data for slug, found in load_machines(folder).items() for name, data in found.items()
+    }
+    return load(folder) | by_machine
 
 
 def _git(*arguments: str) -> str:
@@ -51,7 +63,7 @@ def _git(*arguments: str) -> str:
 
 def results(where: str) -> dict[str, Data]:
     """The results of a folder or a commit."""
-    return load(Path(where)) if Path(where).is_dir() else of_commit(where)
+    return of_folder(Path(where)) if Path(where).is_dir() else of_commit(where)
 
 
 def changes(old: dict[str, Data], new: dict[str, Data]) -> list[dict[str, Any]]:
@@ -90,7 +102,7 @@ def report(old: dict[str, Data], new: dict[str, Data]) -> tuple[str, bool]:
         [r["name"], r["rival"], r.get("before", ""), r.get("after", ""), f"{r['change']:+.1%}", r["verdict"]]
         for r in found
     ]
-    text = table(["result", "times as fast as", "before", "after", "change", "verdict"], rows)
+    text = table(["result", "speed-up over", "before", "after", "change", "verdict"], rows)
     alone = sorted(old.keys() ^ new.keys())
     other = [name for name in old.keys() & new.keys() if old[name]["settings"] != new[name]["settings"]]
     notes = [f"Not compared, for only one of them has it: {', '.join(alone)}."] * bool(alone)

@@ -16,7 +16,7 @@ from bench.deadline import within
 from bench.grid import SELECTIONS, cases
 from bench.machine import forget
 from bench.outcomes import Outcomes
-from bench.protocol import RESULTS, SMOKE
+from bench.protocol import RESULTS, SMOKE, machine_folder
 
 torch.set_num_threads(int(os.environ.get("FLORA_BENCH_THREADS", "2")))
 LAYERS = 30
@@ -53,8 +53,7 @@ class Scale:
 
     @property
     def folder(self) -> Path:
-        top = RESULTS if self.full else SMOKE
-        return top / "gpu" if torch.cuda.is_available() else top
+        return machine_folder(RESULTS if self.full else SMOKE)
 
     @property
     def settings(self) -> dict[str, int]:

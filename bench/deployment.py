@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.protocol import RESULTS, ROOT, Result
+from bench.protocol import ROOT, Result, latest, machine_folder
 from flora_core import recipes
 from flora_core.build import build
 from flora_core.federation import Federation
@@ -92,7 +92,7 @@ def measure() -> None:
     """Run both, one after the other."""
     settings = {"ranks": RANKS, "rounds": ROUNDS, "width": WIDTH, "layers": 2, "idle_s": IDLE_S}
     question = "What Flower adds to a run of two clients on loopback, with TLS and node authentication"
-    result = Result("deployment", question, settings, RESULTS, "python -m bench.deployment")
+    result = Result("deployment", question, settings, machine_folder(), "python -m bench.deployment")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe = write_recipe(folder, RANKS, ROUNDS, hidden=WIDTH)
@@ -103,7 +103,8 @@ def measure() -> None:
 
 def publish() -> None:
     """Write the table of docs/flower.md."""
-    data = json.loads((RESULTS / "deployment.json").read_text())
+    path = latest("deployment")
+    data = json.loads(path.read_text())
     flower, alone, env = data["flower"], data["in_process"], data["environment"]
     mean = {key: sum(part["rounds_s"]) / len(part["rounds_s"]) for key, part in (("flower", flower), ("alone", alone))}
     rows = [
@@ -122,7 +123,7 @@ def publish() -> None:
         *("| " + " | ".join(row) + " |" for row in rows),
     ]
     source = (
-        f"`bench/results/deployment.json`, `{data['command']}`; commit {env['commit'][:10]}, {env['processor']}, "
+        f"`{path.relative_to(ROOT)}`, `{data['command']}`; commit {env['commit'][:10]}, {env['processor']}, "
         f"{env['cores']} cores."
     )
     path, start, end = ROOT / "docs" / "flower.md", "<!-- deployment:start -->", "<!-- deployment:end -->"

@@ -19,7 +19,7 @@ import torch
 from torch.autograd.profiler import record_function
 
 from bench.grid import TARGETS, Case
-from bench.protocol import RESULTS, SMOKE, Result, Timing
+from bench.protocol import RESULTS, SMOKE, Result, Timing, machine_folder
 from bench.rates import rates
 from bench.rivals import FROZEN
 from bench.steps import RIVALS, Step
@@ -231,7 +231,7 @@ def explain(layers: int | None = None, tokens: int | None = None, words: Sequenc
     name = f"explain_{case.id}" if not whole else "explain"
     question = f"Where the time and memory of a step go: {case.model}, {depth} layers, {len(case.ranks)} clients"
     command = " ".join(["flora bench --explain", *words])
-    folder = (RESULTS if whole else SMOKE) / ("gpu" if torch.cuda.is_available() else "")
+    folder = machine_folder(RESULTS if whole else SMOKE)
     result = Result(name, question, {**case.settings, "layers": depth}, folder, command)
     # On both sides of the step: a machine that slows down meanwhile would make limits of its bad moments.
     before, found, after = rates(step.device), measure(step), rates(step.device, turn=1)

@@ -262,7 +262,7 @@ def compare(benchmark: Any, scale: Any, case: Case, part: str) -> None:
         calls = {name: lambda name=name: work(name) for name in contenders}
         ours = "flora", calls.pop("flora")
         check = lambda _: setting.check(contenders["flora"])  # noqa: E731
-        limits: Any = dict(seconds=3 * scale.seconds, least=5, most=25)
+        limits: Any = dict(seconds=3 * scale.seconds, most=25)
         interleave(benchmark, result, ours, calls, check=check, before=before, **limits)
         print("\n" + result.conclude("flora", dict.fromkeys(calls)))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

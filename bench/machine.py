@@ -7,6 +7,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -60,19 +61,69 @@ def _busy_s() -> float | None:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
+# Microarchitectures behind names that several share: (vendor, family, model) as Linux numbers them, from the vendor's
+# revision guides.
+_GENERATIONS = {
+    ("AuthenticAMD", 23, 49): "Zen 2",
+    ("AuthenticAMD", 25, 1): "Zen 3",
+    ("AuthenticAMD", 25, 17): "Zen 4",
+    ("AuthenticAMD", 25, 160): "Zen 4c",
+    ("AuthenticAMD", 26, 2): "Zen 5",
+}
+_INSTRUCTIONS = {"AVX512": "AVX-512", "AVX2": "AVX2", "DEFAULT": "no AVX2"}
+# What holds torch, its two product libraries and our own kernels to fewer instructions than the processor has.
+HOLDS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "FLORA_ISA")
+
+
+def machine_label(env: dict[str, Any]) -> str:
+    """A result's processor as a table names it: model, generation, instructions, and whether it was held to them."""
+    name = re.sub(r"\((R|TM)\)|\b(Processor|CPU)\b|@", " ", env["processor"])
+    name = " ".join([*name.split(), *([env["generation"]] if env.get("generation") else [])])
+    instructions = _INSTRUCTIONS.get(env["capability"], env["capability"])
+    held = "held to " if env.get("held") else ""
+    return f"{name}, {held}{instructions}"
+
+
+def machine_slug(env: dict[str, Any] | None = None) -> str:
+    """The label as a folder's name; of this machine unless an environment is given."""
+    return re.sub(r"[^a-z0-9.]+", "-", machine_label(env or _processor_facts()).lower()).strip("-")
+
+
+def _processor_facts() -> dict[str, Any]:
+    """Model, generation, instructions in use and what holds them back."""
+    fields = _cpuinfo()
+    numbers = [fields.get(key, "") for key in ("cpu family", "model")]
+    family, model = (int(number) if number.isdigit() else -1 for number in numbers)
+    return {
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "generation": _GENERATIONS.get((fields.get("vendor_id", ""), family, model)),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "held": {name: os.environ[name] for name in HOLDS if name in os.environ},
+    }
+
+
+@functools.cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's fields, as Linux lists them; none on other systems."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+
+
 def environment() -> dict[str, Any]:
     """Commit, processor, threads and versions."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": [line[3:] for line in _git("status", "--porcelain", "-uno", "--", *CODE).splitlines()],
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "processor": _processor(),
+        **_processor_facts(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
         **_gpu(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
@@ -126,14 +177,6 @@ def _git(*arguments: str) -> str:
     return done.stdout.rstrip() if done.returncode == 0 else ""
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-
-
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
@@ -141,4 +184,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-__all__ = ["ROOT", "Load", "environment", "forget", "gpu_now"]
+__all__ = ["HOLDS", "ROOT", "Load", "environment", "forget", "gpu_now", "machine_label", "machine_slug"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.rivals import FROZEN
-from bench.tables import Data, our_name
+from bench.tables import Data, is_published, our_name
 
 
 def _figure(width: float, height: float) -> Any:
@@ -35,9 +35,10 @@ def plot_memory(data: Data, path: Path) -> None:
 
 
 def peft_of(data: Data) -> Data | None:
-    """The speed-up over PEFT as it comes."""
-    found = data.get("speedups", {})
-    return found.get("PEFT") or found.get("peft")
+    """The speed-up over PEFT as it comes, if it has the rounds of a published one."""
+    speedups = data.get("speedups", {})
+    found = speedups.get("PEFT") or speedups.get("peft")
+    return found if found is not None and is_published(found) else None
 
 
 def plot_speedups(found: Sequence[Data], path: Path) -> None:

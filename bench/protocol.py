@@ -21,14 +21,37 @@ from typing import Any
 import torch
 
 from bench.deadline import OutOfTime
-from bench.machine import ROOT, Load, environment, gpu_now
+from bench.machine import ROOT, Load, environment, gpu_now, machine_slug
 from flora_core.files import atomic_write_bytes
 
 # A folder of one's own, so that a trial does not write over results that are committed.
 _ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")
 RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else Path(__file__).resolve().parent / "results"
 PARTIAL = "partial"
+# A ratio from fewer paired rounds is not published: three rounds on a shared machine were seen to differ by a fifth.
+LEAST_ROUNDS = 9
 SMOKE = RESULTS / "smoke" if _ELSEWHERE else RESULTS.parent / "smoke"
+
+
+def machine_folder(top: Path = RESULTS) -> Path:
+    """The folder of this machine's results: one per GPU or processor, so that none overwrites another's."""
+    return top / ("gpu" if torch.cuda.is_available() else machine_slug())
+
+
+def latest(name: str, top: Path = RESULTS) -> Path:
+    """The newest result of this name, on whichever machine it was taken.
+
+    Raises:
+        FileNotFoundError: If no machine has one.
+    """
+    found = sorted(top.glob(f"*/{name}.json"), key=_started)
+    if not found:
+        raise FileNotFoundError(f"no machine's folder in {top} has {name}.json; run its benchmark first")
+    return found[-1]
+
+
+def _started(path: Path) -> str:
+    return json.loads(path.read_text())["environment"]["started"]
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -167,6 +190,11 @@ class Result:
         self.save()
 
     @property
+    def shrunk(self) -> bool:
+        """Whether this is a smoke test's result, which is not published."""
+        return SMOKE in self._whole.parents
+
+    @property
     def path(self) -> Path:
         """Where the file lies now."""
         red = "check" in self.data and not self.data["check"]["green"]
@@ -264,14 +292,22 @@ def finite(value: Any) -> Any:
 
 
 def speedup(ours: Mapping[str, Any], rival: Mapping[str, Any], target: float | None = None) -> dict[str, Any]:
-    """How many times as fast ours is: of the medians, of every round, and what part of the rounds says so."""
+    """The rival's time over ours, paired round by round: the median of the ratios, their p20 and p80, all of them."""
     rounds = [b / a for a, b in zip(ours["wall_s"], rival["wall_s"], strict=True)]
+    return {**paired(rounds), "target": target}
+
+
+def paired(rounds: list[float]) -> dict[str, Any]:
+    """Median, p20 and p80 of a ratio's rounds, and the rounds themselves.
+
+    Each ratio is of two neighbours in time, so a drift of the machine's speed cancels; in a ratio of two medians, which
+    may come from different rounds, it does not.
+    """
     return {
-        "times": rival["median_s"] / ours["median_s"],
+        "times": statistics.median(rounds),
         "rounds": rounds,
         "p20": quantile(rounds, 0.2),
         "p80": quantile(rounds, 0.8),
-        "target": target,
     }
 
 
@@ -283,8 +319,8 @@ def interleave(
     *,
     check: Callable[[dict[str, list[Any]]], Check],
     seconds: float,
-    least: int,
     most: int,
+    least: int = LEAST_ROUNDS,
     before: Callable[[str], None] = lambda name: None,
     warm_ups: int = 1,
 ) -> dict[str, list[Any]]:
@@ -295,7 +331,8 @@ def interleave(
         result: Where timings go, after each.
         ours, rivals: Name and work of each contender.
         check: From what every call gave so far to a verdict on ours; if it is red, nothing is timed.
-        seconds: Rounds go on for about so long, at least ``least`` and at most ``most`` of them.
+        seconds: Rounds go on for about so long.
+        most, least: Bounds on the number of rounds; a shrunk run, which publishes nothing, takes two at least.
         before: Called with the contender's name before each run, untimed.
         warm_ups: Turns that are not timed, for a check that needs more than one.
     Returns:
@@ -335,13 +372,14 @@ def interleave(
         timing.wall_s.clear()
         timing.cpu_s.clear()
     result.checked(check(values))
-    rounds = max(least, min(most, int(seconds / once)))
+    rounds = max(min(least, 2) if result.shrunk else least, min(most, int(seconds / once)))
     benchmark.pedantic(lambda: turn(name, work), setup=others, rounds=rounds, iterations=1, warmup_rounds=0)
     result.timings(times)
     return values
 
 
 __all__ = [
+    "LEAST_ROUNDS",
     "PARTIAL",
     "RESULTS",
     "ROOT",
@@ -354,6 +392,9 @@ __all__ = [
     "environment",
     "finite",
     "interleave",
+    "latest",
+    "machine_folder",
+    "paired",
     "quantile",
     "reason",
     "speedup",

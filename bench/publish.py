@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench import plots
+from bench.machine import machine_label
 from bench.protocol import RESULTS, ROOT
 from bench.rivals import FROZEN, Rival
 from bench.tables import (
@@ -18,7 +18,9 @@ from bench.tables import (
     TARGET_HEADER,
     Data,
     cases_rows,
+    is_published,
     load,
+    load_machines,
     missing_rows,
     outcome_rows,
     ratio,
@@ -50,11 +52,27 @@ PLOTS = {
     "scaling": "scaling with tokens, clients and ranks",
     "parts": "time and memory of a step by part",
 }
-# What the pictures of each machine are called, and the case that its scaling is around: model, tokens of each client.
-CPU, GPU = ("bench", "SmolLM2-135M", 128), ("bench_gpu", "Llama-7B", 819)
+# The case that a machine's scaling is around: model, tokens of each client.
+CPU_CASE, GPU_CASE = ("SmolLM2-135M", 128), ("Llama-7B", 819)
+# The README's rows: result, rival, what is compared.
+HEADLINES = (
+    ("cohort_step_batch1", "peft", "training step of ten clients, one sequence of 128 tokens each, against PEFT"),
+    ("cohort_step_batch4", "peft", "the same with four sequences each"),
+    ("cohort_step_dolly", "peft", "the same with four Dolly records each, which PEFT pads"),
+)
+MERGES = (
+    ("merge_float32", "peft", "adding ten clients' updates to all linears, against PEFT's cat and merge"),
+    ("merge_float32", "addmm per layer", "the same against `addmm_` by hand"),
+)
+Machines = dict[str, dict[str, Data]]
 
 
-def source(data: Data, folder: str = "bench/results") -> str:
+def label_of(results: dict[str, Data]) -> str:
+    """The processor of a machine's results."""
+    return machine_label(next(iter(results.values()))["environment"])
+
+
+def source(data: Data, folder: str) -> str:
     """Which file the numbers come from, and where it was measured."""
     env, load = data["environment"], data["environment"]["load"]
     others = load.get("other_cores")
@@ -63,7 +81,7 @@ def source(data: Data, folder: str = "bench/results") -> str:
     gpu = ", ".join(str(env[key]) for key in ("gpu", "driver_version", "clocks.sm") if key in env)
     return (
         f"`{folder}/{data['name']}.json`, `{data['command']}`; commit {env['commit'][:10]}{dirty}, "
-        f"{gpu or env['processor']}, {env['threads']} threads, torch {env['versions']['torch']}, "
+        f"{gpu or machine_label(env)}, {env['threads']} threads, torch {env['versions']['torch']}, "
         f"peft {env['versions']['peft']}, other load {busy}"
     )
 
@@ -83,11 +101,10 @@ def memory_table(data: Data) -> str:
             f"{row['beyond_base_bytes'] / row['tokens_in_flight'] / 1e3:.0f} kB" if "tokens_in_flight" in row else "-",
             f"{row['beyond_base_bytes'] / peft['beyond_base_bytes']:.2f}" if peft else "-",
             f"{row['tokens_per_s']:.0f}",
-            f"{row['tokens_per_s'] / peft['tokens_per_s']:.2f}" if peft else "-",
         ]
         for row in data["rows"]
     ]
-    heads = ["peak beyond the base", "a token in flight", "of PEFT's peak", "tokens/s", "of PEFT's"]
+    heads = ["peak beyond the base", "a token in flight", "of PEFT's peak", "tokens/s"]
     text = table(["case (token budget)", *heads], rows)
     if "one_client_over_peft" in data:
         met = verdict(data["one_client_over_peft"], data["target"], at_least=False)
@@ -177,12 +194,12 @@ def grids(found: dict[str, Data]) -> list[str]:
     return parts
 
 
-def sections(found: dict[str, Data], machine: tuple[str, str, int], images: Path) -> list[str]:
+def sections(found: dict[str, Data], slug: str, images: Path) -> list[str]:
     """Targets, tables and pictures of what was measured on one machine."""
 
     def picture(kind: str, title: str) -> list[str]:
-        name = f"{machine[0]}_{kind}.png"
-        return [f"![{title}](img/{name})"] * ((images / name).is_file() and bool(found))
+        name = f"bench_{slug}_{kind}.png"
+        return [f"![{title}](img/{name})"] if (images / name).is_file() and found else []
 
     def named(*prefixes: str) -> list[Data]:
         return [data for name, data in found.items() if name.startswith(prefixes)]
@@ -208,18 +225,44 @@ def sections(found: dict[str, Data], machine: tuple[str, str, int], images: Path
     )
 
 
-def body(
-    found: dict[str, Data], gpu: dict[str, Data] | None = None, folder: Path = RESULTS, images: Path = IMAGES
-) -> str:
+def body(machines: Machines, gpu: dict[str, Data] | None = None, folder: Path = RESULTS, images: Path = IMAGES) -> str:
     """Everything between the marks."""
-    parts = sections(found, CPU, images)
+    parts = side_by_side(machines)
+    for slug, found in machines.items():
+        parts += [f"## {label_of(found)}", *sections(found, slug, images), *absent(found, folder / slug)]
     parts += gpu_parts(gpu or {}, folder, images)
-    parts += absent({**found, **(gpu or {})}, folder)
-    if found or gpu:
-        parts += ["### How the rivals are set up", fairness()]
-        parts += ["### Sources", "\n".join(f"- {source(data)}" for data in found.values())]
-        parts += ["\n".join(f"- {source(data, 'bench/results/gpu')}" for data in (gpu or {}).values())] * bool(gpu)
+    if machines or gpu:
+        parts += ["## How the rivals are set up", fairness(), "## Sources"]
+    for slug, found in {**machines, "gpu": gpu or {}}.items():
+        parts += ["\n".join(f"- {source(data, f'bench/results/{slug}')}" for data in found.values())] if found else []
     return "\n\n".join(parts)
+
+
+def side_by_side(machines: Machines) -> list[str]:
+    """The same comparisons on every processor that measured them with enough rounds."""
+    names = dict.fromkeys((name, rival) for found in machines.values() for name, rival in published(found))
+    rows = []
+    for name, rival in names:
+        cells = [_published_cell(found, name, rival) for found in machines.values()]
+        rows.append([f"`{name}`", rival, *cells])
+    shared = [row for row in rows if row.count("-") < len(machines) - 1]
+    if len(machines) < 2 or not shared:
+        return []
+    heads = ["result", "speed-up over", *(label_of(found) for found in machines.values())]
+    return ["## By processor", table(heads, shared)]
+
+
+def published(found: dict[str, Data]) -> list[tuple[str, str]]:
+    """Every (result, rival) that has the rounds of a published ratio."""
+    pairs = [
+        (name, rival, speedup) for name, data in found.items() for rival, speedup in data.get("speedups", {}).items()
+    ]
+    return [(name, rival) for name, rival, speedup in pairs if is_published(speedup)]
+
+
+def _published_cell(found: dict[str, Data], name: str, rival: str) -> str:
+    speedup = found.get(name, {}).get("speedups", {}).get(rival)
+    return ratio(speedup, rival) if speedup is not None and is_published(speedup) else "-"
 
 
 def gpu_parts(gpu: dict[str, Data], folder: Path, images: Path) -> list[str]:
@@ -227,14 +270,14 @@ def gpu_parts(gpu: dict[str, Data], folder: Path, images: Path) -> list[str]:
     linears, verdicts = gpu_linears(folder / "gpu"), verdict_rows(folder / "gpu")
     if not gpu and linears is None and not verdicts:
         return ["## On a GPU", "Nothing measured yet: `make bench-gpu` on a machine that has one."]
-    parts = ["## On a GPU", *sections(gpu, GPU, images)]
+    parts = ["## On a GPU", *sections(gpu, "gpu", images), *absent(gpu, folder / "gpu")]
     parts += ["### Linears on every way to fuse, from CUDA graphs", linears] if linears else []
     return parts + [table(TARGET_HEADER, verdicts)] * bool(verdicts)
 
 
-def absent(found: dict[str, Data], folder: Path = RESULTS) -> list[str]:
-    """Who did not take part and why, and what did not run to its end."""
-    missing, outcomes = missing_rows(found), [*outcome_rows(folder), *outcome_rows(folder / "gpu")]
+def absent(found: dict[str, Data], folder: Path) -> list[str]:
+    """Rivals of one machine that did not take part and why, and what did not run to its end."""
+    missing, outcomes = missing_rows(found), outcome_rows(folder)
     parts = []
     if missing:
         parts += ["### Rivals that did not take part", table(["rival", "reason", "where"], missing)]
@@ -243,53 +286,75 @@ def absent(found: dict[str, Data], folder: Path = RESULTS) -> list[str]:
     return parts
 
 
-def headlines(found: dict[str, Data], gpu: dict[str, Data] | None = None) -> str:
+def headlines(machines: Machines, gpu: dict[str, Data] | None = None) -> str:
     """The README's tables: wins and losses, each with its file; what must be shown on a GPU, where one was at hand."""
-    text = cpu_headlines(found)
+    text = cpu_headlines(machines)
     targets = [[*row[:3], f"`bench/results/gpu/{row[3]}.json`"] for row in target_rows(gpu or {})]
     return "\n\n".join([text, table(["on a GPU", *TARGET_HEADER[1:3], "source"], targets)]) if targets else text
 
 
-def cpu_headlines(found: dict[str, Data]) -> str:
-    """Each of the CPU's wins and losses."""
-    rows = []
-
-    def add(name: str, rival: str, what: str) -> None:
-        data = found.get(name, {})
-        if rival in data.get("speedups", {}):
-            rows.append([what, ratio(data["speedups"][rival]["times"], rival), f"`bench/results/{name}.json`"])
-
-    add("cohort_step_batch1", "peft", "training step of ten clients, one sequence of 128 tokens each, against PEFT")
-    add("cohort_step_batch4", "peft", "the same with four sequences each")
-    add("cohort_step_dolly", "peft", "the same with four Dolly records each, which PEFT pads")
-    for name, data in found.items():
-        if name.startswith(("cohort_rivals", "federated_round")):
-            for rival in data.get("speedups", {}):
-                words = "the frozen base" if rival == FROZEN else rival
-                add(name, rival, f"{data['question'][0].lower()}{data['question'][1:]}, against {words}")
-    add("merge_float32", "peft", "adding ten clients' updates to all linears, against PEFT's cat and merge")
-    add("merge_float32", "addmm per layer", "the same against `addmm_` by hand")
-    memory = found.get("memory", {})
-    if "one_client_over_peft" in memory:
-        share = f"{memory['one_client_over_peft']:.2f} of PEFT's"
-        rows.append(["peak memory beyond the base, at one client's tokens", share, "`bench/results/memory.json`"])
-    saved = {row["case"]: row["bytes_per_token"] for row in found.get("saved_activations", {}).get("rows", [])}
-    ours, peft = (saved.get(f"{who}, dropout 0.1") for who in ("flora, ten clients", "PEFT, mean of ten clients"))
-    if ours and peft:
-        text, file = f"{ours / peft:.2f} of PEFT's", "`bench/results/saved_activations.json`"
-        rows.append(["kept for backward per token, with dropout 0.1", text, file])
-    for name, data in found.items():
-        if name.startswith("demo") and data.get("finished"):
-            first, last = data["rows"][0], data["rows"][-1]
-            exact, losses = ([row[key] for row in (first, last)] for key in ("exact_match", "loss"))
-            text = f"{exact[0]:.0%} to {exact[1]:.0%}, loss {losses[0]:.1f} to {losses[1]:.1f}"
-            what = (
-                f"the demo's exact answers with seed {data['settings']['seed']}, in {data['seconds'] / 60:.1f} minutes"
-            )
-            rows.append([what, text, f"`bench/results/{name}.json`"])
+def cpu_headlines(machines: Machines) -> str:
+    """Each of the CPU's wins and losses: one column a processor, first what more than one of them has measured."""
+    rows = [*speed_headlines(machines), *memory_headlines(machines), *demo_headlines(machines)]
+    rows = [row for row in rows if row[1:-1].count("-") < len(machines)]
     if not rows:
         return "Nothing measured yet: `make bench`."
-    return table(["SmolLM2-135M on two CPU cores", "we are", "source (the command stands in it)"], rows)
+    # A stable sort: rows that as many processors have stay in the order of what matters.
+    rows.sort(key=lambda row: row[1:-1].count("-"))
+    return table(["SmolLM2-135M, two threads", *(label_of(found) for found in machines.values()), "file"], rows)
+
+
+def speed_headlines(machines: Machines) -> list[list[str]]:
+    """Speed-ups as medians of paired rounds with p20 and p80; none from fewer than ``LEAST_ROUNDS``."""
+    grid = []
+    for found in machines.values():
+        for name, data in found.items():
+            if name.startswith(("cohort_rivals", "federated_round")):
+                question = f"{data['question'][0].lower()}{data['question'][1:]}"
+                grid += [(name, rival, f"{question}, against {_named(rival)}") for rival in data.get("speedups", {})]
+    rows = []
+    for name, rival, what in dict.fromkeys([*HEADLINES, *grid, *MERGES]):
+        cells = [_published_cell(found, name, rival) for found in machines.values()]
+        rows.append([what, *cells, f"`{name}.json`"])
+    return rows
+
+
+def _named(rival: str) -> str:
+    return "the frozen base alone" if rival == FROZEN else rival
+
+
+def memory_headlines(machines: Machines) -> list[list[str]]:
+    """Peak memory and what is kept for backward, as shares of PEFT's."""
+    peaks, kept = [], []
+    for found in machines.values():
+        share = found.get("memory", {}).get("one_client_over_peft")
+        peaks.append("-" if share is None else f"{share:.2f} of PEFT's")
+        rows = {row["case"]: row["bytes_per_token"] for row in found.get("saved_activations", {}).get("rows", [])}
+        ours, peft = (rows.get(f"{who}, dropout 0.1") for who in ("flora, ten clients", "PEFT, mean of ten clients"))
+        kept.append(f"{ours / peft:.2f} of PEFT's" if ours and peft else "-")
+    return [
+        ["peak memory beyond the base, at one client's tokens", *peaks, "`memory.json`"],
+        ["kept for backward per token, with dropout 0.1", *kept, "`saved_activations.json`"],
+    ]
+
+
+def demo_headlines(machines: Machines) -> list[list[str]]:
+    """Exact answers and losses of the demo, by seed."""
+    names = sorted({name for found in machines.values() for name in found if name.startswith("demo")})
+    return [
+        [f"the demo's exact answers, seed {name.removeprefix('demo_seed')}", *cells, f"`{name}.json`"]
+        for name in names
+        for cells in [[_demo_cell(found.get(name, {})) for found in machines.values()]]
+    ]
+
+
+def _demo_cell(data: Data) -> str:
+    if not data.get("finished"):
+        return "-"
+    first, last = data["rows"][0], data["rows"][-1]
+    exact, losses = ([row[key] for row in (first, last)] for key in ("exact_match", "loss"))
+    minutes = data["seconds"] / 60
+    return f"{exact[0]:.0%} to {exact[1]:.0%}, loss {losses[0]:.1f} to {losses[1]:.1f}, {minutes:.1f} min"
 
 
 def write_between(page: Path, text: str) -> None:
@@ -306,9 +371,9 @@ def write_between(page: Path, text: str) -> None:
     page.write_text(f"{before}{START}\n{text}\n{END}{after}")
 
 
-def draw(found: dict[str, Data], machine: tuple[str, str, int] = CPU, images: Path = IMAGES) -> None:
-    """Every plot that there are results for; one that has none any more is taken away."""
-    prefix, model, tokens = machine
+def draw(found: dict[str, Data], slug: str, case: tuple[str, int], images: Path = IMAGES) -> None:
+    """Every plot that one machine has results for; one that has none any more is taken away."""
+    model, tokens = case
     everything = list(found.values())
     linears = [data for name, data in found.items() if name.startswith("linear_") and "speedups" in data]
     explained = [data for name, data in found.items() if name.startswith("explain") and "text" in data]
@@ -330,23 +395,24 @@ def draw(found: dict[str, Data], machine: tuple[str, str, int] = CPU, images: Pa
         drawn[name] = len(data.get("rows", [])) > 1, lambda path, data=data: plots.plot_memory(data, path)
     images.mkdir(parents=True, exist_ok=True)
     for kind, (there, plot) in drawn.items():
-        path = images / f"{prefix}_{kind}.png"
+        path = images / f"bench_{slug}_{kind}.png"
         plot(path) if there else path.unlink(missing_ok=True)
 
 
-def publish(page: Path, readme: Path, images: Path, folder: Path = RESULTS) -> dict[str, Any]:
-    """Write both pages and the plots; the results that they come from."""
-    found, gpu = load(folder), load(folder / "gpu")
-    draw(found, CPU, images)
-    draw(gpu, GPU, images)
-    write_between(page, body(found, gpu, folder, images))
-    write_between(readme, headlines(found, gpu))
-    return {**found, **gpu}
+def publish(page: Path, readme: Path, images: Path, folder: Path = RESULTS) -> int:
+    """Write both pages and the plots; return the number of results that they come from."""
+    machines, gpu = load_machines(folder), load(folder / "gpu")
+    for slug, found in machines.items():
+        draw(found, slug, CPU_CASE, images)
+    draw(gpu, "gpu", GPU_CASE, images)
+    write_between(page, body(machines, gpu, folder, images))
+    write_between(readme, headlines(machines, gpu))
+    return len(gpu) + sum(map(len, machines.values()))
 
 
 def main() -> None:
-    found = publish(PAGE, README, IMAGES)
-    print(f"wrote {PAGE.relative_to(ROOT)}, {README.name} and plots from {len(found)} results")
+    count = publish(PAGE, README, IMAGES)
+    print(f"wrote {PAGE.relative_to(ROOT)}, {README.name} and plots from {count} results")
 
 
 if __name__ == "__main__":

@@ -175,7 +175,7 @@ def _measure(options: argparse.Namespace, print_tables: Any) -> int:
     import pytest
     import torch
 
-    from bench.protocol import PARTIAL, RESULTS, SMOKE
+    from bench.protocol import PARTIAL, RESULTS, SMOKE, machine_folder
     from bench.tables import load, summary
 
     selection = options.select or ("gpu" if torch.cuda.is_available() else "cpu")
@@ -190,7 +190,7 @@ def _measure(options: argparse.Namespace, print_tables: Any) -> int:
     os.environ["FLORA_BENCH_WORDS"] = " ".join(own)
     code = int(pytest.main(command))
     fresh = {}
-    for folder in (RESULTS, RESULTS / "gpu", SMOKE, SMOKE / "gpu"):
+    for folder in (machine_folder(RESULTS), machine_folder(SMOKE)):
         for path in (*folder.glob("*.json"), *(folder / PARTIAL).glob("*.json")):
             if path.stat().st_mtime >= began:
                 fresh |= load(path)

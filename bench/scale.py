@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench.protocol import RESULTS, ROOT, Result, Timing
+from bench.protocol import ROOT, Result, Timing, latest, machine_folder
 from flora_core.aggregate import aggregate
 from flora_core.history import show_bytes, show_seconds
 from flora_core.merge import apply_base_delta_, new_low_bits
@@ -188,9 +188,9 @@ def measure() -> None:
     torch.set_num_threads(1)
     settings = {"ranks": RANKS, "modules": ("q_proj", "v_proj"), "clients": MEASURED_CLIENTS, "dtype": "float32"}
     question = "A server's unit costs for modules of Llama-3-70B, and what they give for 10,000 clients"
-    result = Result("scale", question, settings, RESULTS, "python -m bench.scale")
+    result = Result("scale", question, settings, machine_folder(), "python -m bench.scale")
     cases = [measure_module(name, clients) for name in ("q_proj", "v_proj") for clients in MEASURED_CLIENTS]
-    known = json.loads((RESULTS / "strategies_flora.json").read_text())["measured"]
+    known = json.loads(latest("strategies_flora").read_text())["measured"]
     units = fit(cases, known)
     spent = known["seconds"]
     predicted = aggregate_seconds(units, [(4096, 4096)] * known["modules"], known["sum_of_ranks"])
@@ -209,7 +209,8 @@ def _table(header: str, rows: list[list[str]]) -> str:
 
 def publish() -> None:
     """Write the tables of docs/scale.md."""
-    data = json.loads((RESULTS / "scale.json").read_text())
+    path = latest("scale")
+    data = json.loads(path.read_text())
     units, rounds = data["units"], data["extrapolated"]
     rank_rows = [
         [str(rank), *(show_bytes(update_bytes(targets, rank)) for targets in TARGETS)] for rank in (64, 32, 16, 8, 4)
@@ -248,7 +249,7 @@ def publish() -> None:
         ["memory of updates and aggregation", f"{units['held']:.2f} bytes a byte of updates"],
     ]
     source = (
-        f"`bench/results/scale.json`, `{data['command']}`; commit {env['commit'][:10]}, {env['processor']}, "
+        f"`{path.relative_to(ROOT)}`, `{data['command']}`; commit {env['commit'][:10]}, {env['processor']}, "
         f"processor seconds of one thread; other load {env['load'].get('other_cores') or 0:.2f} cores. "
         f"The same costs give {check['predicted_s']:.1f} s for the `flora` round of docs/strategies.md, where "
         f"{check['measured_s']:.1f} s were measured, with two threads."

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.protocol import PARTIAL, RESULTS, ROOT
+from bench.protocol import LEAST_ROUNDS, PARTIAL, RESULTS, ROOT, paired
 from bench.rivals import FROZEN
 
 Data = dict[str, Any]
@@ -17,11 +17,33 @@ Table = tuple[str, list[str], list[list[str]]]
 def load(folder: Path = RESULTS) -> dict[str, Data]:
     """Every result of a folder, or of a file, by name; a file that is no result of this protocol is left out.
 
-    A result that was stopped stands where there is no whole one.
+    A result that was stopped stands where there is no whole one. Speed-ups are paired anew from the rounds that the
+    file keeps: files of former editions hold the ratio of two medians.
     """
     paths = [folder] if folder.is_file() else [*(folder / PARTIAL).glob("*.json"), *folder.glob("*.json")]
     found = {path.stem: json.loads(path.read_text()) for path in sorted(paths, key=lambda path: path.stem)}
-    return {name: data for name, data in found.items() if isinstance(data, dict) and "question" in data}
+    results = {name: data for name, data in found.items() if isinstance(data, dict) and "question" in data}
+    for data in results.values():
+        for rival, speedup in data.get("speedups", {}).items():
+            data["speedups"][rival] = {**speedup, **paired(speedup["rounds"])}
+    return results
+
+
+def load_machines(folder: Path = RESULTS) -> dict[str, dict[str, Data]]:
+    """The results of every processor that has a folder of its own, the latest measured first; no GPU's."""
+    folders = [path for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    found = {path.name: load(path) for path in folders if path.name not in ("gpu", "smoke", PARTIAL)}
+    measured = {slug: results for slug, results in found.items() if results}
+    return dict(sorted(measured.items(), key=lambda item: _newest(item[1]), reverse=True))
+
+
+def _newest(results: dict[str, Data]) -> str:
+    return max(data["environment"].get("started", "") for data in results.values())
+
+
+def is_published(speedup: Data) -> bool:
+    """Whether a ratio has the rounds that a published one needs."""
+    return len(speedup["rounds"]) >= LEAST_ROUNDS
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -53,12 +75,26 @@ def verdict(value: float, target: float | None, at_least: bool = True) -> str:
     return f"{'met' if met else '**missed**'} (target {'>=' if at_least else '<='} {target:g})"
 
 
-def ratio(times: float, rival: str) -> str:
-    """How ours compares: a loss is printed in bold; against the frozen base it is a share of the limit."""
+def ratio(speedup: Data, rival: str) -> str:
+    """The speed-up with its spread, a loss in bold; against the frozen base our time in units of the base's."""
+    rounds = len(speedup["rounds"])
+    if not is_published(speedup):
+        return f"not published: {rounds} of {LEAST_ROUNDS} rounds"
+    values = [speedup[key] for key in ("times", "p20", "p80")]
     if rival == FROZEN:
-        text = f"{1 / times:.2f} times the limit"
-        return text if times >= 0.5 else f"**{text}**"
-    return f"{times:.2f} times faster" if times >= 1 else f"**{1 / times:.2f} times slower**"
+        middle, high, low = (1 / value for value in values)
+        text = f"{middle:.2f}x its time ({low:.2f}-{high:.2f})"
+        return text if middle <= 2 else f"**{text}**"
+    middle, low, high = values
+    text = f"{middle:.2f}x ({low:.2f}-{high:.2f})"
+    return text if middle >= 1 else f"**{text}**"
+
+
+def verdict_of(speedup: Data) -> str:
+    """Whether a speed-up meets its target; too few rounds decide nothing."""
+    if speedup["target"] is not None and not is_published(speedup):
+        return f"**not known** (target >= {speedup['target']:g})"
+    return verdict(speedup["times"], speedup["target"])
 
 
 def why_no_speedup(data: Data) -> str:
@@ -84,7 +120,7 @@ def speed_rows(data: Data) -> list[list[str]]:
     rows = []
     for rival, found in data["speedups"].items():
         timings = [f"{name}: {seconds(data['times'][name])}" for name in (ours, rival)]
-        cells = ratio(found["times"], rival), verdict(found["times"], found["target"]), check
+        cells = ratio(found, rival), verdict_of(found), check
         rows.append([data["question"], *timings, *cells])
     for rival, why in data.get("missing", {}).items():
         rows.append([data["question"], "", rival, f"not measured: {why}", "", ""])
@@ -105,8 +141,8 @@ def target_rows(found: dict[str, Data]) -> list[list[str]]:
     for name, data in found.items():
         for rival, speedup in data.get("speedups", {}).items():
             if speedup["target"] is not None:
-                what = f"{data['question']}: times as fast as {rival}"
-                rows.append([what, f"{speedup['times']:.2f}", verdict(speedup["times"], speedup["target"]), name])
+                what = f"{data['question']}: speed-up over {rival}"
+                rows.append([what, ratio(speedup, rival), verdict_of(speedup), name])
         if "speedups" not in data and is_compared(data):
             rows.append([data["question"], "-", f"**not known**: {why_no_speedup(data)}", name])
         for row in data.get("targets", []):
@@ -132,7 +168,7 @@ def verdict_rows(folder: Path) -> list[list[str]]:
     return [[f"check: {name}", "", "**red**", path.stem] for name, green in checks.items() if not green] + rows
 
 
-SPEED_HEADER = ["question", "ours", "rival", "ours is", "target", "error"]
+SPEED_HEADER = ["question", "ours", "rival", "speed-up (p20-p80)", "target", "error"]
 
 
 def cases_rows(found: Iterable[Data]) -> tuple[list[str], list[list[str]]]:
@@ -147,7 +183,7 @@ def cases_rows(found: Iterable[Data]) -> tuple[list[str], list[list[str]]]:
             continue
         cells = [_cell(data["speedups"].get(rival), rival) for rival in rivals]
         rows.append([name, seconds(data["times"][our_name(data)]), *cells])
-    heads = [f"{rival} (the limit)" if rival == FROZEN else f"times as fast as {rival}" for rival in rivals]
+    heads = ["time over the frozen base's" if rival == FROZEN else f"speed-up over {rival}" for rival in rivals]
     return ["case", "ours", *heads], rows
 
 
@@ -159,13 +195,7 @@ def _place(data: Data) -> tuple[Any, ...]:
 
 
 def _cell(found: Data | None, rival: str) -> str:
-    if found is None:
-        return "-"
-    low, high = found.get("p20", found["times"]), found.get("p80", found["times"])
-    if rival == FROZEN:
-        return f"{1 / found['times']:.2f} times it ({1 / high:.2f}-{1 / low:.2f})"
-    text = f"{found['times']:.2f}"
-    return f"{f'**{text}**' if float(text) < 1 else text} ({low:.2f}-{high:.2f})"
+    return "-" if found is None else ratio(found, rival).replace(" its time", "")
 
 
 def case_name(data: Data) -> str:
@@ -210,7 +240,7 @@ def summary(found: dict[str, Data]) -> list[Table]:
     rows = [row for data in compared.values() for row in _short_rows(data)]
     tables: list[Table] = []
     if rows:
-        tables.append(("Benchmarks", ["result", "ours", "rival", "takes", "ours is", "error"], rows))
+        tables.append(("Benchmarks", ["result", "ours", "rival", "takes", "speed-up", "error"], rows))
     absent = missing_rows(compared)
     if absent:
         tables.append(("Rivals that did not take part", ["rival", "reason", "where"], absent))
@@ -227,7 +257,7 @@ def _short_rows(data: Data) -> list[list[str]]:
     first, check = [data["name"], _median(data["times"][our_name(data)])], f"{data['check']['ratio']:.2f} of the budget"
     rows = []
     for rival, speedup in data["speedups"].items():
-        cells = [rival, _median(data["times"][rival]), ratio(speedup["times"], rival).replace("**", ""), check]
+        cells = [rival, _median(data["times"][rival]), ratio(speedup, rival).replace("**", ""), check]
         rows.append([*first, *cells])
         first, check = ["", ""], ""
     return rows
@@ -246,7 +276,9 @@ __all__ = [
     "cases_rows",
     "duration",
     "is_compared",
+    "is_published",
     "load",
+    "load_machines",
     "missing_rows",
     "our_name",
     "outcome_rows",
@@ -257,6 +289,7 @@ __all__ = [
     "table",
     "target_rows",
     "verdict",
+    "verdict_of",
     "verdict_rows",
     "why_no_speedup",
 ]

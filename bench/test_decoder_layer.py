@@ -168,7 +168,7 @@ def test_bench_decoder_layer(benchmark: Any, scale: Any, case: Case):
         works = {name: lambda c=contender: len(c.run()) for name, contender in contenders.items()}
         ours = setting.ours(dropout=case.dropout > 0)
         mine = "flora", lambda: len(ours.run())
-        limits: Any = dict(seconds=6 * scale.seconds, least=5, most=25)
+        limits: Any = dict(seconds=6 * scale.seconds, most=25)
         interleave(benchmark, result, mine, works, check=lambda _: setting.check(), **limits)
         print("\n" + result.conclude("flora", dict.fromkeys(contenders)))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

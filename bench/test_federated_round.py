@@ -35,8 +35,7 @@ def test_bench_federated_round(benchmark: Any, scale: Any, case: Case):
             rivals,
             check=setting.check,
             seconds=40 * scale.seconds,
-            least=2,
-            most=5,
+            most=9,
             before=lambda _: setting.reset(),
         )
         parts = {

@@ -163,7 +163,6 @@ def measure(benchmark: Any, result: Result, scale: Any, ours: str) -> None:
         rivals,
         check=lambda _: check_merge(round, weights, ours),
         seconds=15 * scale.seconds,
-        least=3,
         most=15,
         before=before,
     )

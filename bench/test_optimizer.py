@@ -113,7 +113,7 @@ def test_bench_optimizer(benchmark: Any, scale: Any, case: Case):
         numel = setting.bank.param.numel()
         result.save(rates=rates(setting.device), parameters=numel, bytes=7 * 4 * numel)
         rivals = ready(RIVALS, setting, result)
-        limits: Any = dict(seconds=3 * scale.seconds, least=5, most=25)
+        limits: Any = dict(seconds=3 * scale.seconds, most=25)
         interleave(benchmark, result, ("flora", setting.ours.step), rivals, check=lambda _: setting.check(), **limits)
         print("\n" + result.conclude("flora", dict.fromkeys(rivals)))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

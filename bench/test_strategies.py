@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.protocol import RESULTS, ROOT, SMOKE, Result
+from bench.protocol import ROOT, Result, latest
 from bench.strategies_case import CLIENTS, EQUAL_RANK, FRACTION, MODULES, RANKS, WIDTH
 from flora_core.history import show_bytes, show_seconds
 
@@ -62,7 +62,6 @@ def whole_round(found: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("case", CASES)
 def test_bench_strategy(case: str, benchmark: Any, scale: Any):
     name, modules, options = CASES[case]
-    smoke = scale.folder == SMOKE
     result = Result(
         f"strategies_{case}",
         f"One round of {name} with its certificate: {int(CLIENTS * FRACTION)} of {CLIENTS} clients, "
@@ -78,7 +77,9 @@ def test_bench_strategy(case: str, benchmark: Any, scale: Any):
         scale.folder,
     )
     found: dict[str, Any] = {}
-    benchmark.pedantic(lambda: found.update(run_case(name, 1 if smoke else modules, options)), rounds=1, iterations=1)
+    benchmark.pedantic(
+        lambda: found.update(run_case(name, 1 if result.shrunk else modules, options)), rounds=1, iterations=1
+    )
     result.save(measured=found, whole_round=whole_round(found), finished=True)
     print(f"\n{case}: {json.dumps(whole_round(found))}")
 
@@ -87,8 +88,7 @@ def publish() -> None:
     """Write the table of docs/strategies.md from the results that are there."""
     names = ("case", "measured modules", "aggregate", "certify", "peak memory", "up, a client", "down, a client")
     rows = ["| " + " | ".join([*names, "form", "error"]) + " |", "|" + " --- |" * (len(names) + 2)]
-    found = {case: RESULTS / f"strategies_{case}.json" for case in CASES}
-    whole = {case: json.loads(path.read_text()) for case, path in found.items() if path.is_file()}
+    whole = {case: json.loads(latest(f"strategies_{case}").read_text()) for case in CASES}
     for case, data in sorted(whole.items(), key=lambda item: item[1]["whole_round"]["seconds_of"]["aggregate"]):
         total, measured = data["whole_round"], data["measured"]
         times = [show_seconds(total["seconds_of"][part]) for part in ("aggregate", "certify")]
