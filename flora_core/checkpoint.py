@@ -3,7 +3,7 @@
     run.json            what the run is (compared when it is resumed) and where it ran
     metrics.jsonl       its events, one a line
     rounds/0001/        appears all at once when round 1 is over, and that is what makes the round count as done
-        <client>/           the client's adapter in PEFT form
+        <client>/           the client's adapter in PEFT form; run.json has the folder of each client
         state.safetensors   target weights with their low bits, strategy and optimizer state; only of the newest rounds
         round.json          where the tensors belong in the state, the round's events, a sha256 of every file
     paused/             where a round stopped that SIGTERM interrupted, as a round's state; gone when it is over
@@ -31,7 +31,16 @@ import torch
 
 from . import tuning
 from .checks import require
-from .files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, explained, system_errors, try_lock
+from .files import (
+    SaveError,
+    atomic_dir,
+    atomic_write_bytes,
+    atomic_write_json,
+    explained,
+    folder_names,
+    system_errors,
+    try_lock,
+)
 from .headers import parse_json
 from .history import Event, show_bytes
 from .identity import differences
@@ -100,7 +109,10 @@ class RunFolder:
             ValueError: If the folder holds another run; the fields that differ are named.
         """
         if not (self.path / RUN).exists():
-            self._write_facts(identity=identity, environments=[environment], start=start, finished=False)
+            folders = folder_names(identity.get("clients", []), taken=(STATE, ROUND))
+            self._write_facts(
+                identity=identity, environments=[environment], start=start, folders=folders, finished=False
+            )
             return []
         self.facts = self._read_facts()
         tuning.use(self.facts["fuse"])
@@ -140,7 +152,8 @@ class RunFolder:
             kept = {name: facts[name] for name in ("identity", "environments", "start", "finished")}
             lists = [kept["identity"], *kept["environments"]]
             require(len(lists) > 1 and all(isinstance(one, dict) for one in lists), "these are mappings")
-            return {**kept, "fuse": dict(facts.get("fuse", {}))}
+            folders = facts.get("folders") or {name: name for name in kept["identity"].get("clients", [])}
+            return {**kept, "folders": dict(folders), "fuse": dict(facts.get("fuse", {}))}
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{self.path / RUN} is damaged, or of another program: choose another out, or put it back"
@@ -194,7 +207,7 @@ class RunFolder:
         # A round is redone only after its folder was found damaged, so whatever is in it may go.
         with atomic_dir(folder, replaceable=_names(folder)) as new:
             for update in updates:
-                save_peft_adapter(update, new / update.client, **adapter_options)
+                save_peft_adapter(update, new / self.client_folder(update.client), **adapter_options)
             write_snapshot(new, number, *taken, events)
         self.drop_superfluous(number)
         return folder
@@ -239,6 +252,10 @@ class RunFolder:
     def folder(self, number: int) -> Path:
         """Where a round lies."""
         return self.path / ROUNDS / f"{number:04d}"
+
+    def client_folder(self, client: str) -> str:
+        """Name of a client's folder within a round's: its own name, or a safe form of it."""
+        return self.facts.get("folders", {}).get(client) or folder_names([client], taken=(STATE, ROUND))[client]
 
     def _rounds(self) -> list[int]:
         """Numbers of the rounds that are there, newest first."""

@@ -40,6 +40,14 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
+def check_name(name: Any) -> str:
+    """Check a client's name: text of one line that UTF-8 can hold, with something to see in it."""
+    good = isinstance(name, str) and bool(name.strip()) and name.isprintable()
+    if not good:
+        raise ValueError(f"a client's name must be text of one line, got {name!r:.80}; such as 'St. Mary Hospital'")
+    return name
+
+
 def check_flag(name: str, value: Any) -> None:
     """Check for True or False: a word such as 'no' would count as true."""
     if not isinstance(value, bool):

@@ -16,7 +16,7 @@ from torch import nn
 from . import attention, seeds
 from .adapter_config import AdapterConfig
 from .bank import AdapterBank, BankModule
-from .checks import require
+from .checks import check_name, require
 from .linear import Layout, MultiLoRALinear, Route
 from .loss import Head
 from .segments import DeviceSegments, Segments
@@ -28,12 +28,12 @@ class ClientSpec:
     """One client: a name, its data, its adapter, and what it overrides of the training settings.
 
     Args:
-        name: Unique in the cohort; letters, digits, dots, dashes and underscores (it becomes a folder name).
+        name: Any text of one line, unique in the cohort, such as "St. Mary Hospital".
         data: Path of a JSONL file, a list of records, or a list of encoded ``Example``.
         adapter: Rank, alpha, dropout, ...
         train: Fields of ``TrainConfig`` that differ for this client: a mapping, or a whole ``TrainConfig``.
     Raises:
-        ValueError, TypeError: If the name cannot be a folder's, or the adapter is no ``AdapterConfig``.
+        ValueError, TypeError: If the name is no text of one line, or the adapter is no ``AdapterConfig``.
     """
 
     name: str
@@ -42,11 +42,7 @@ class ClientSpec:
     train: Any = None
 
     def __post_init__(self) -> None:
-        name = self.name if isinstance(self.name, str) else ""
-        require(
-            bool(name) and not name.startswith(".") and all(ch.isalnum() or ch in "._-" for ch in name),
-            f"a client's name must be letters, digits, '.', '_' or '-' and not begin with '.', got {self.name!r}",
-        )
+        name = check_name(self.name)
         if not isinstance(self.adapter, AdapterConfig):
             raise TypeError(
                 f"client {name!r}: adapter must be an AdapterConfig such as AdapterConfig(rank=8, alpha=16), "

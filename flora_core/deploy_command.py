@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .checks import require
+from .checks import check_name, require
 from .files import atomic_write_bytes
+from .keys import key_names
 
 # A server here is a rehearsal.
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -157,7 +158,7 @@ def _refuse(problems: list[str]) -> None:
 
 def _names(options: argparse.Namespace) -> list[str]:
     if options.nodes:
-        return options.nodes.split(",")
+        return [check_name(name) for name in options.nodes.split(",")]
     from .build import client_names
     from .recipes import load
 
@@ -210,12 +211,14 @@ def _nodes(out: Path, options: argparse.Namespace, names: list[str], recipe: str
     """One line for each node; on another host paths begin in the node's folder."""
     keys, sites = (f"{out}/keys/", f"{out}/sites/") if here else ("", "")
     reach, lines = _address(options.host, options.port), []
-    for place, name in enumerate(names, start=1):
-        ca, key, port = f"{keys}ca.crt", f"{keys}{name}.key", str(options.port + (place if here else 1))
+    for place, (name, file) in enumerate(key_names(names).items(), start=1):
+        # Flower reads the configuration between quotes.
+        require('"' not in name, f"client {name!r}: a name in a node's configuration has no quotes; rename the client")
+        ca, key, port = f"{keys}ca.crt", f"{keys}{file}.key", str(options.port + (place if here else 1))
         check = ["flora", "deploy", "--check", ca, key, "--superlink", reach, "--port", port]
         node = ["flower-supernode", "--superlink", reach, "--root-certificates", ca]
         node += ["--auth-supernode-private-key", key, "--port", port]
-        node += ["--node-config", f'recipe="{recipe}" client="{name}" folder="{sites}{name}"']
+        node += ["--node-config", f'recipe="{recipe}" client="{name}" folder="{sites}{file}"']
         lines.append(f"{shlex.join(check)} && {again(shlex.join(node))}")
     return lines
 

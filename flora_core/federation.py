@@ -34,7 +34,6 @@ from .privacy import Privacy, PrivateSum
 from .resuming import Resuming
 from .server import Server
 from .sharding import hold_base
-from .snapshot import ROUND, STATE
 from .trainer import CohortTrainer
 from .update import ClientUpdate
 from .validate import promised
@@ -115,9 +114,6 @@ class Federation(Resuming):
         require(len(names) > 0, "clients must hold at least one ClientSpec, got none")
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"client names must be unique, got twice: {', '.join(twice)}")
-        for name in names:
-            fine = name not in (STATE, ROUND) and len(name.encode()) <= 200
-            require(fine, f"client name {name[:40]!r} cannot be a folder's here; choose another, of at most 200 bytes")
         self.config.check_names(names)
         self.config.check_strategy(self.strategy.name)
         self.strategy.check(self.config.strategy_options)

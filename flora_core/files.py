@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 TEMPORARY = ".tmp-"
 _OLD = ".tmp-old-"
 _counter = itertools.count()
+_LONGEST_NAME = 100
+# Windows keeps these for devices, with any suffix.
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|com[0-9\u00b9\u00b2\u00b3]|lpt[0-9\u00b9\u00b2\u00b3])(\.|$)")
 _in_flight: set[Path] = set()
 
 _REMEDIES = {
@@ -104,6 +110,57 @@ def write_safetensors(
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with system_errors(path):
         save_file(contiguous, path, metadata=dict(metadata or {"format": "pt"}))
+
+
+def folder_names(names: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
+    """Name a folder for each name, such that every file system keeps them apart.
+
+    A name of letters, digits, ``.``, ``_`` and ``-`` stays as it is. Another one has its other characters replaced by
+    ``-``; where that, or upper and lower case, leaves two alike, or a name is too long or a system's own, a digest of
+    the name is added. The result depends on the set of names alone.
+
+    Args:
+        names: Any texts.
+        taken: Names that the folder's parent keeps for itself.
+    Returns:
+        Name -> folder, in the order of the names.
+
+    Example:
+        >>> folder_names(["St. Mary Hospital", "a", "A"])
+        {'St. Mary Hospital': 'St.-Mary-Hospital', 'a': 'a-ca978112', 'A': 'A-559aead0'}
+    """
+    plain = {name: _plain_name(name) for name in names}
+    uses = Counter(_folded(part) for part in (*taken, *plain.values()))
+    return {
+        name: _with_digest(part, name) if _needs_digest(part) or uses[_folded(part)] > 1 else part
+        for name, part in plain.items()
+    }
+
+
+def _plain_name(name: str) -> str:
+    """Replace what some file system does not keep in a name."""
+    text = unicodedata.normalize("NFC", name)
+    kept = "".join(ch if ch in "._-" or unicodedata.category(ch)[0] in "LNM" else "-" for ch in text)
+    # Windows drops dots at the end; a dot in front hides a file.
+    return kept.lstrip(".") if kept.strip(".-") else ""
+
+
+def _needs_digest(part: str) -> bool:
+    too_long = len(part.encode()) > _LONGEST_NAME
+    return not part or part.endswith(".") or too_long or bool(_DEVICE.match(part.lower()))
+
+
+def _with_digest(part: str, name: str) -> str:
+    """Name a folder by the beginning of ``part`` and a digest of the whole ``name``."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    beginning = part.encode()[:_LONGEST_NAME].decode(errors="ignore").strip(".-") or "unnamed"
+    # A device's name ends at its first dot.
+    return f"{beginning.replace('.', '-') if _DEVICE.match(beginning.lower()) else beginning}-{digest}"
+
+
+def _folded(name: str) -> str:
+    """What a file system without upper and lower case tells names by."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 @contextlib.contextmanager
@@ -256,6 +313,7 @@ __all__ = [
     "atomic_write_bytes",
     "atomic_write_json",
     "explained",
+    "folder_names",
     "publish_dir",
     "system_errors",
     "try_lock",

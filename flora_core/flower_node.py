@@ -15,6 +15,7 @@ from . import recipes
 from .build import build_client, client_names, load_model, load_tokenizer, model_folder
 from .checks import require
 from .device import pick_device, pick_dtype
+from .files import folder_names
 from .flower_messages import pack, unpack
 from .site import Site, Tensors, Terms
 
@@ -73,7 +74,9 @@ def settings_of(context: Context) -> Mapping[str, Any]:
     out = recipe.federation.out
     require(number < len(names), f"the recipe has {len(names)} clients, and the simulation more nodes: num-supernodes")
     require(out is not None, "a simulated node keeps its copy beside the run's folder: set out in the recipe")
-    return {"recipe": text, "overrides": overrides, "client": names[number], "folder": f"{out}-sites/{names[number]}"}
+    client = names[number]
+    folder = f"{out}-sites/{folder_names(names)[client]}"
+    return {"recipe": text, "overrides": overrides, "client": client, "folder": folder}
 
 
 def site_of(values: Mapping[str, Any]) -> Site:

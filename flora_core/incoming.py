@@ -164,7 +164,13 @@ def elsewhere_done(round: int, spec: ClientSpec, seconds: float | None) -> dict[
 
 
 def quarantine(
-    home: Path, round: int, client: str, reason: str, answer: Any = None, expected: ClientUpdate | None = None
+    home: Path,
+    round: int,
+    client: str,
+    reason: str,
+    answer: Any = None,
+    expected: ClientUpdate | None = None,
+    folder: str | None = None,
 ) -> Path:
     """Keep a refused update apart, with the reason, for people to look at: nothing reads it again.
 
@@ -174,18 +180,19 @@ def quarantine(
         answer: What the client sent: an update, whose factors are kept as safetensors, or a folder, of which the two
             files of an adapter are copied. At most four times the size of what was promised is kept.
         expected: What was promised.
+        folder: Name of its folder, for a client of the run.
     Returns:
         The folder.
     Raises:
         SaveError: If writing fails.
     """
-    folder = home / QUARANTINE / f"{round:04d}" / _folder_name(client)
+    place = home / QUARANTINE / f"{round:04d}" / (folder or _folder_name(client))
     limit = 4 * (8 * _numbers(expected) + _ROOM_BYTES) if expected else _ROOM_BYTES
-    present = os.listdir(folder) if folder.is_dir() else []
-    with atomic_dir(folder, replaceable=present) as new:
+    present = os.listdir(place) if place.is_dir() else []
+    with atomic_dir(place, replaceable=present) as new:
         kept = _keep(answer, new, limit)
         atomic_write_json(new / REASON, {"round": round, "client": str(client), "reason": reason, "kept": kept})
-    return folder
+    return place
 
 
 def _folder_name(client: Any) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_number, require
-from .files import atomic_dir
+from .files import atomic_dir, folder_names
 
 LOOPBACK = ("127.0.0.1", "::1")
 
@@ -29,12 +29,12 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
         folder: Where; it must not exist, or be empty.
         hosts: Names and addresses by which nodes reach the server; 127.0.0.1 and ::1 are added, for there the
             SuperLink's own processes ask it.
-        nodes: Names of the nodes, as files.
+        nodes: Names of the nodes; their files have names that every system keeps (``files.folder_names``).
         days: How long the certificates are valid.
     Returns:
         The folder.
     Raises:
-        ValueError: For no hosts, or names that cannot be files.
+        ValueError: For no hosts, or names that are no host's.
         FileExistsError: If the folder holds anything.
     """
     from cryptography import x509
@@ -46,8 +46,6 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
     strange = [host for host in hosts if not _is_host(host)]
     text = "names like fl.example.org (other scripts as xn--...) or addresses like 10.0.0.7"
     require(not strange, f"hosts must be {text}, got {', '.join(map(repr, strange))}")
-    bad = [name for name in nodes if not name or name.startswith(".") or "/" in name or name in ("ca", "server")]
-    require(not bad, f"these node names cannot be files here: {', '.join(map(repr, bad))}; choose others")
     now, curve = datetime.now(UTC), ec.SECP384R1()
 
     def signed(name: str, key: Any, issuer: Any, issuer_key: Any, *extensions: tuple[Any, bool]) -> Any:
@@ -75,11 +73,16 @@ def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], da
         _write(new / "ca.crt", _pem(ca))
         _write(new / "server.crt", _pem(server) + _pem(ca))
         _write(new / "server.key", _private(server_key, "PKCS8"), 0o600)
-        for node in nodes:
+        for node in key_names(nodes).values():
             key = ec.generate_private_key(curve)
             _write(new / f"{node}.key", _private(key, "OpenSSH"), 0o600)
             _write(new / f"{node}.pub", _public(key))
     return Path(folder)
+
+
+def key_names(nodes: Sequence[str]) -> dict[str, str]:
+    """Name the key files of each node, without their suffix."""
+    return folder_names(nodes, taken=("ca", "server"))
 
 
 def _is_host(host: str) -> bool:

@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .keys import key_names
+
 _SERVER = ("ca.crt", "server.crt", "server.key")
 _ANEW = "make all anew with flora deploy and another --out"
 _CONNECT_S = 10.0
@@ -27,8 +29,9 @@ def check_folder(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str] 
         hosts: Names and addresses that the certificate must hold.
         nodes: Those whose keys must be there too.
     """
-    paths = [Path(folder) / name for name in (*_SERVER, *(f"{node}.key" for node in nodes))]
-    return check_files([*paths, *(Path(folder) / f"{node}.pub" for node in nodes)], hosts)
+    files = key_names(nodes).values()
+    paths = [Path(folder) / name for name in (*_SERVER, *(f"{file}.key" for file in files))]
+    return check_files([*paths, *(Path(folder) / f"{file}.pub" for file in files)], hosts)
 
 
 def check_files(paths: Sequence[str | Path], hosts: Sequence[str] = (), now: datetime | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ STATE, ROUND = "state.safetensors", "round.json"
 # What reading a damaged state may raise.
 DAMAGE = (OSError, ValueError, KeyError, TypeError)
 _TENSOR = "$tensor"
+_LONGEST_LABEL = 200
+_NO_LABEL = re.compile(r"[\x00-\x1f\x7f\\/]")
 
 
 @dataclass
@@ -99,10 +102,18 @@ def take_out(value: Any, tensors: dict[str, torch.Tensor], path: str = "") -> An
         return {_TENSOR: path}
     if isinstance(value, Mapping):
         require(all(isinstance(key, str) for key in value), f"the state's keys must be text, got {list(value)[:3]}")
-        return {key: take_out(part, tensors, f"{path}/{key}".lstrip("/")) for key, part in value.items()}
+        return {key: take_out(part, tensors, f"{path}/{_label(key)}".lstrip("/")) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
         return [take_out(part, tensors, f"{path}/{index}") for index, part in enumerate(value)]
     return value
+
+
+def _label(key: str) -> str:
+    """A key as a part of a tensor's name: itself, or a digest of a name of a client that no tensor may have."""
+    plain = key not in ("", ".", "..") and len(key.encode("utf-8", "surrogatepass")) <= _LONGEST_LABEL
+    if plain and not _NO_LABEL.search(key):
+        return key
+    return f"~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:32]}"
 
 
 def put_in(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -255,8 +255,10 @@ class TrainingRound:
             return
         # Under privacy nothing of a client's is kept but what went wrong.
         answer = None if self.config.privacy else answer
+        # Only a client of the run has a folder of its own name.
+        folder = self.folder.client_folder(name) if name in self.specs else None
         try:
-            quarantine(self.folder.path, number, name, reason, answer, self.expected.get(name))
+            quarantine(self.folder.path, number, name, reason, answer, self.expected.get(name), folder)
         except OSError as error:
             self._emit("warning", round=number, client=name, message=f"{name}'s update is not kept apart: {error}")
 
