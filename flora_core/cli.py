@@ -122,7 +122,16 @@ def _paragraph(error: BaseException, options: argparse.Namespace) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ImportError):
         return extras.remedy(error, f"flora {options.name}", *options.extras)
-    return " ".join(str(error).split()) or type(error).__name__
+    return _joined(error)
+
+
+def _joined(error: BaseException) -> str:
+    """Join the lines of an error's text; indented ones are a table, and stay as they are."""
+    text = ""
+    for line in str(error).splitlines():
+        indented = line.startswith("  ")
+        text += f"\n{line.rstrip()}" if indented else f"{' ' if text else ''}{' '.join(line.split())}"
+    return text.strip("\n ") or type(error).__name__
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -160,8 +169,11 @@ def _train(recipe: Recipe, first: bool) -> int:
     from .federation import Federation
     from .history import History, summary_tables
     from .progress import make_progress, print_tables
-    from .report import write_report
+    from .report import missing_plots
 
+    without = missing_plots(recipe.out) if recipe.out else None
+    if first and without is not None:
+        print(f"flora: note: {without}", file=sys.stderr)
     model, tokenizer, clients, test_records = build(recipe, spread=True)
     # What a client's failure is about is told by its event; the warning of the same is for people without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
@@ -181,8 +193,20 @@ def _train(recipe: Recipe, first: bool) -> int:
         return 0
     print_tables(summary_tables(History.of(result.events)))
     if result.out is not None:
-        print(f"report: {write_report(result.out)}\nmodel and adapters: {result.out}")
+        print(f"{_write_report(result.out)}\nmodel and adapters: {result.out}")
     return 0
+
+
+def _write_report(out: Path) -> str:
+    """Write the report of a run that is saved already: whatever hinders that is no failure of the run."""
+    from .report import write_report
+
+    try:
+        return f"report: {write_report(out)}"
+    except Exception as error:
+        if os.environ.get("FLORA_TRACEBACK"):
+            raise
+        return f"report: not written ({_joined(error)}); the run is finished and saved: mend that, then run flora report {out}"
 
 
 def _what_is_saved(out: str | None) -> str:
@@ -197,9 +221,12 @@ def _what_is_saved(out: str | None) -> str:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import write_report
+    from .report import missing_plots, write_report
 
     print(write_report(options.run_dir))
+    without = missing_plots(options.run_dir)
+    if without is not None:
+        print(f"flora: note: {without}", file=sys.stderr)
     return 0
 
 

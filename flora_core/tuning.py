@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .files import atomic_write_json
+from .files import atomic_write_json, cache_folder
 
 ROUNDS, FORMAT = 7, 1
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -42,12 +41,6 @@ class Shape:
         M, P = 1 << max(self.M - 1, 0).bit_length(), -(-self.P // 64) * 64
         kind = str(self.dtype).removeprefix("torch.")
         return f"{self.direction} M{M} N{self.N} K{self.K} P{P} {kind}{' dropout' if self.dropout else ''}"
-
-
-def cache_folder() -> Path:
-    """Where choices are kept: $FLORA_CACHE, else flora/ in $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("FLORA_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "flora"
 
 
 def platform_of(device: torch.device) -> dict[str, str]:

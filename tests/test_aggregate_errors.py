@@ -114,12 +114,10 @@ def test_many_clients_of_one_shape_are_named_briefly():
         aggregate([*(update(f"c{i}") for i in range(10)), update("odd", k=9)])
 
 
-def test_unknown_strategy_shows_the_nearest_name_and_the_table():
-    with pytest.raises(
-        ValueError, match=r"(?s)unknown strategy 'fedti'; did you mean 'fedit'\?.*name +exact.*zero_pad"
-    ):
+def test_unknown_strategy_shows_the_nearest_name_and_all_of_them():
+    with pytest.raises(ValueError, match=r"unknown strategy 'fedti'; did you mean 'fedit'\? known: .*zero_pad"):
         aggregate([update()], "fedti")
-    with pytest.raises(ValueError, match=r"(?s)unknown strategy \['flora'\]; .*name +exact"):
+    with pytest.raises(ValueError, match=r"unknown strategy \['flora'\]; .*known: fedex"):
         aggregate([update()], ["flora"])  # pyright: ignore[reportArgumentType]
 
 

@@ -76,6 +76,33 @@ def test_a_run_with_other_settings_is_not_continued(flora):
     assert "Traceback" not in err
 
 
+def test_a_finished_run_succeeds_without_matplotlib(flora, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, out, err = flora("run", "tiny", "federation.rounds=1")
+    assert code == 0
+    assert "report.html" in out
+    note, _, training = err.partition("before training")
+    assert "no plots" in note, "before training, when it costs nothing to stop"
+    assert training
+    again = flora("run", "tiny", "federation.rounds=1")
+    assert again[0] == 0
+    assert "report.html" in again[1]
+    code, _, err = flora("report", tmp_path / "run")
+    assert code == 0
+    assert "matplotlib" in err
+
+
+def test_a_finished_run_succeeds_whatever_hinders_its_report(flora, monkeypatch, tmp_path):
+    def fail(_):
+        raise RuntimeError("no font\nis here")
+
+    monkeypatch.setattr("flora_core.report.write_report", fail)
+    code, out, err = flora("run", "tiny", "federation.rounds=1")
+    assert code == 0, err
+    assert "report: not written (no font is here); the run is finished and saved: mend that, then run flora" in out
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(flora, monkeypatch):
     def stop(self, event):
         if event["event"] == "round_end":

@@ -135,7 +135,7 @@ def test_a_round_with_too_few_good_updates_changes_nothing_and_the_next_goes_on(
     [
         (dict(clients=[make_clients()[0]] * 2), "client names must be unique, got twice: a"),
         (dict(clients=[]), "clients must hold at least one ClientSpec"),
-        (dict(strategy="fedavg"), "unknown strategy 'fedavg'"),
+        (dict(strategy="fedavg"), r"unknown strategy 'fedavg'; did you mean 'fedit'\?"),
         (dict(strategy_options={"tau": 0.9}), "strategy 'flora' has no option 'tau'"),
         (dict(min_clients=4), r"min_clients must be at most the number of clients \(3\), got 4"),
         (dict(weights={"a": 1.0, "b": 1.0, "d": 2.0}), "missing or unknown: c, d"),

@@ -10,14 +10,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from flora_core import files
+from flora_core import files, tuning
+from flora_core.checkpoint import RunFolder
 from flora_core.files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
+from flora_core.streaming.staging import Staging
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -249,3 +252,97 @@ def test_safetensors_error_that_is_not_the_disk_s_is_passed_on(tmp_path, monkeyp
     monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(safetensors.SafetensorError, match="bad header"):
         write_safetensors(tmp_path / "w", {})
+
+
+def hide_fcntl(monkeypatch, **modules: object) -> None:
+    """Be a Python without fcntl, and with these modules."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "msvcrt", modules.get("msvcrt"))
+
+
+def windows_locks() -> types.SimpleNamespace:
+    """Windows' module of locks: one byte at the file's position, until the file is closed, else PermissionError."""
+    import fcntl
+
+    def locking(handle: int, mode: int, count: int) -> None:
+        assert (mode, count) == (2, 1)
+        assert os.lseek(handle, 0, os.SEEK_CUR) >= 1 << 20, "what is locked cannot be read by others there"
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PermissionError(errno.EACCES, "Permission denied") from None
+
+    return types.SimpleNamespace(LK_NBLCK=2, locking=locking)
+
+
+@pytest.mark.parametrize("system", ["fcntl", "msvcrt"])
+def test_locks_a_file_for_one_holder_until_it_is_closed(system, tmp_path, monkeypatch):
+    if system == "msvcrt":
+        hide_fcntl(monkeypatch, msvcrt=windows_locks())
+    with open(tmp_path / "lock", "a+") as first, open(tmp_path / "lock", "a+") as second:
+        first.write("pid 1")
+        first.flush()
+        place = first.tell()
+        assert files.try_lock(first)
+        assert first.tell() == place
+        assert not files.try_lock(second)
+        second.seek(0)
+        assert second.read() == "pid 1"
+        first.close()
+        assert files.try_lock(second)
+
+
+def test_two_runs_cannot_share_a_folder_without_fcntl(tmp_path, monkeypatch):
+    hide_fcntl(monkeypatch, msvcrt=windows_locks())
+    with (
+        RunFolder(tmp_path / "run").locked(),
+        pytest.raises(BlockingIOError, match=rf"another process \(pid {os.getpid()}\) works in"),
+        RunFolder(tmp_path / "run").locked(),
+    ):
+        pass
+    staging = Staging(tmp_path / "merged")
+    with (
+        staging._locked(),
+        pytest.raises(BlockingIOError, match="another process is making"),
+        Staging(tmp_path / "merged")._locked(),
+    ):
+        pass
+
+
+def test_refuses_to_work_without_any_lock(tmp_path, monkeypatch):
+    hide_fcntl(monkeypatch)
+    with open(tmp_path / "lock", "a+") as file, pytest.raises(OSError, match="neither fcntl nor msvcrt"):
+        files.try_lock(file)
+
+
+def test_names_a_file_system_that_has_no_locks(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        open(tmp_path / "lock", "a+") as file,
+        pytest.raises(OSError, match=r"lock cannot be locked \(No locks available\): choose a folder on a local disk"),
+    ):
+        files.try_lock(file)
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, "/home/x/.cache/flora"),
+        ({"XDG_CACHE_HOME": "", "FLORA_CACHE": ""}, "/home/x/.cache/flora"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/flora"),
+        ({"XDG_CACHE_HOME": "/x", "FLORA_CACHE": "~/own"}, "/home/x/own"),
+    ],
+    ids=["none", "empty", "xdg", "own"],
+)
+def test_everything_is_cached_in_one_folder(variables, folder, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "FLORA_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/x", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert files.cache_folder() == Path(folder)
+    assert tuning.Choices({"device": "cpu"}).path.parent == Path(folder)

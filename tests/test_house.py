@@ -178,11 +178,3 @@ def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
     ):
         demo_model.demo_model_dir(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cache_folder_can_be_chosen(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    monkeypatch.delenv("FLORA_CACHE", raising=False)
-    assert demo_model.cache_dir() == Path("/x/flora")
-    monkeypatch.setenv("FLORA_CACHE", "/y")
-    assert demo_model.cache_dir() == Path("/y")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -246,6 +248,19 @@ def test_unfinished_run_with_a_torn_last_line_is_reported_as_such(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"event": "evalu')
     assert "has not finished" in write_report(run).read_text()
+
+
+def test_writes_the_tables_without_matplotlib_and_how_to_get_plots(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    run = write_run(tmp_path / "my run", events())
+    page = write_report(run).read_text()
+    assert "Held-out data" in page
+    assert "no plots" in page
+    assert "<img" not in page
+    assert list(run.glob("*.png")) == []
+    assert re.search(r"plotting needs matplotlib: .*matplotlib.*; then run: flora report &#x27;.*my run&#x27;", page)
+    monkeypatch.undo()
+    assert "<img" in write_report(run).read_text()
 
 
 def test_without_data_a_plot_is_left_out(tmp_path):

@@ -53,7 +53,7 @@ def test_the_strategy_in_the_docs_works_as_it_says(monkeypatch, tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
     (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(ValueError, match=r"(?s)unknown strategy 'damped'.*exact.*flora"):
+    with pytest.raises(ValueError, match=r"unknown strategy 'damped'; known: .*flora"):
         load_strategy("damped")
     assert load_strategy(f"{tmp_path / 'mine.py'}:damped") == load_strategy("damped") == "damped"
     with pytest.raises(

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ..checks import nearest, require
 from ..penalty import TailPenalty
+from ..strategy_names import unknown_strategy
 from ..update import Adapters, ClientUpdate, RoundResult
 from .certificate import certify
 from .downlink import smallest_form
@@ -176,11 +177,11 @@ def get_strategy(name: str) -> Strategy:
     """Look a strategy up by name.
 
     Raises:
-        ValueError: If it is unknown; the message holds the nearest name and the table.
+        ValueError: If it is unknown; the message holds the nearest name and all of them.
     """
-    known = isinstance(name, str) and name in STRATEGIES
-    require(known, f"unknown strategy {name!r}; {nearest(str(name), STRATEGIES)}\n{table()}")
-    return STRATEGIES[name]
+    if isinstance(name, str) and name in STRATEGIES:
+        return STRATEGIES[name]
+    raise unknown_strategy(name, sorted(STRATEGIES))
 
 
 def load_strategy(text: str) -> str:
