@@ -127,10 +127,12 @@ def _paragraph(error: BaseException, options: argparse.Namespace) -> str:
 
 def _joined(error: BaseException) -> str:
     """Join the lines of an error's text; indented ones are a table, and stay as they are."""
-    text = ""
+    text, after_table = "", False
     for line in str(error).splitlines():
-        indented = line.startswith("  ")
-        text += f"\n{line.rstrip()}" if indented else f"{' ' if text else ''}{' '.join(line.split())}"
+        in_table = line.startswith("  ")
+        text += "\n" if in_table or after_table else " "
+        text += line.rstrip() if in_table else " ".join(line.split())
+        after_table = in_table
     return text.strip("\n ") or type(error).__name__
 
 
@@ -206,7 +208,8 @@ def _write_report(out: Path) -> str:
     except Exception as error:
         if os.environ.get("FLORA_TRACEBACK"):
             raise
-        return f"report: not written ({_joined(error)}); the run is finished and saved: mend that, then run flora report {out}"
+        why = _joined(error)
+        return f"report: not written ({why}); the run is finished and saved: mend that, then run flora report {out}"
 
 
 def _what_is_saved(out: str | None) -> str:

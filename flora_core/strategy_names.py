@@ -43,7 +43,8 @@ def unknown_strategy(name: Any, known: Iterable[str]) -> ValueError:
     meant = _OTHER_NAMES.get(word.replace("_", ""), close[0] if close else None)
     hint = f"did you mean {meant!r}? " if meant else ""
     return ValueError(
-        f"unknown strategy {name!r}; {hint}known: {', '.join(known)} (docs/strategies.md); one of your own is FILE.py:NAME"
+        f"unknown strategy {name!r}; {hint}known: {', '.join(known)} (docs/strategies.md); "
+        "one of your own is FILE.py:NAME"
     )
 
 

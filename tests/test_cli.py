@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import flora_core
-from flora_core.cli import main
+from flora_core.cli import _joined, main
 from flora_core.progress import PlainProgress
 from flora_core.recipes import load
 from tests.federation_cases import make_model, make_records, make_tokenizer
@@ -252,3 +252,9 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "flora_core.cli", "report", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("flora: nowhere holds no metrics.jsonl")
+
+
+def test_an_error_is_one_paragraph_and_keeps_its_table():
+    error = ValueError("no such\n thing;   known:\n  name   rule\n  flora  stacks\nchoose one")
+    assert _joined(error) == "no such thing; known:\n  name   rule\n  flora  stacks\nchoose one"
+    assert _joined(ValueError(" ")) == "ValueError"
