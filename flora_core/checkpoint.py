@@ -24,6 +24,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,7 @@ from .files import (
     system_errors,
     try_lock,
 )
+from .fingerprint import Base
 from .headers import parse_json
 from .history import Event, show_bytes
 from .identity import differences
@@ -51,6 +53,15 @@ from .update import ClientUpdate
 RUN, METRICS, ROUNDS, LOCK, PAUSED = "run.json", "metrics.jsonl", "rounds", ".lock", "paused"
 # Events after which a reader may want metrics.jsonl to be on the disk.
 _MILESTONES = ("evaluated", "round_end", "run_end")
+_UNKNOWN = Base()
+_ADAPTER_NOTE = """# Adapter of client {client}, round {number}
+
+It was trained on the base after round {base.round} of this run. On the run's original base it is another model.
+`flora_base.safetensors` holds values of the right weights, by which `flora aggregate` knows them.
+This writes the adapter for the original base, exactly:
+
+    flora adapter RUN --round {number} --client {client} --out DIR
+"""
 
 
 class RunFolder:
@@ -187,7 +198,8 @@ class RunFolder:
         updates: Sequence[ClientUpdate],
         state: Mapping[str, Any],
         events: Sequence[Event],
-        **adapter_options: Any,
+        base: Base = _UNKNOWN,
+        fan_in_fan_out: bool = False,
     ) -> Path:
         """Save a round, whole or not at all; then drop the snapshots that it makes superfluous.
 
@@ -196,7 +208,8 @@ class RunFolder:
             updates: Whose adapters to save.
             state: Nested dicts and lists of tensors and JSON values: all that the next round needs.
             events: The round's own; of the first, those before it too.
-            adapter_options: For ``save_peft_adapter``.
+            base: What the clients trained on.
+            fan_in_fan_out: As in ``save_peft_adapter``.
         Returns:
             The round's folder.
         Raises:
@@ -207,7 +220,11 @@ class RunFolder:
         # A round is redone only after its folder was found damaged, so whatever is in it may go.
         with atomic_dir(folder, replaceable=_names(folder)) as new:
             for update in updates:
-                save_peft_adapter(update, new / self.client_folder(update.client), **adapter_options)
+                place, mine = new / self.client_folder(update.client), replace(update, trained_on=base)
+                save_peft_adapter(mine, place, base_model=base.label, fan_in_fan_out=fan_in_fan_out)
+                if base.round:
+                    text = _ADAPTER_NOTE.format(client=update.client, base=base, number=number)
+                    (place / "README.md").write_text(text, encoding="utf-8")
             write_snapshot(new, number, *taken, events)
         self.drop_superfluous(number)
         return folder
@@ -317,9 +334,9 @@ class RunFolder:
             events += [event] if _is_event(event) else []
         return events
 
-    def save_adapter(self, adapter: ClientUpdate, **options: Any) -> None:
+    def save_adapter(self, adapter: ClientUpdate, fan_in_fan_out: bool = False) -> None:
         """Save the global adapter in PEFT form."""
-        save_peft_adapter(adapter, self.path / "adapter", **options)
+        save_peft_adapter(adapter, self.path / "adapter", fan_in_fan_out=fan_in_fan_out)
 
     def save_model(
         self, model: Any, tokenizer: Any = None, card: str = "", state: Mapping[str, torch.Tensor] | None = None

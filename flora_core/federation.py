@@ -26,6 +26,7 @@ from .device import peak_memory_bytes
 from .distributed import ranks
 from .evaluate import evaluate
 from .federation_config import FederationConfig, FederationResult, history
+from .fingerprint import Base
 from .history import Event
 from .incoming import Remote
 from .models import as_tokenizer, check_model
@@ -259,6 +260,7 @@ class Federation(Resuming):
 
     def _run_round(self) -> None:
         number, began = self.round + 1, time.perf_counter()
+        base = self.server.trained_on()
         self.names = self.paused["names"] if self.paused else self.sampled(number)
         late = {name: self.server.catch_up(name) for name in self.names}
         updates = self._train(number, self.names)
@@ -280,19 +282,32 @@ class Federation(Resuming):
         state = {} if self.config.out is None else {"server": self.server.saved(), "optimizer": self.optimizer}
         if self.folder is not None:
             end["checkpoint"] = str(self.folder.folder(number))
-            self._save_round(self.folder, number, updates, state, {"event": "round_end", **end})
+            state |= {} if self.private else {"aggregation": self._aggregation(updates, applied)}
+            self._save_round(self.folder, number, updates, state, {"event": "round_end", **end}, base)
         self.round = number
         self._emit("round_end", **end)
 
     def _save_round(
-        self, folder: RunFolder, number: int, updates: Sequence[ClientUpdate], state: dict[str, Any], end: Event
+        self,
+        folder: RunFolder,
+        number: int,
+        updates: Sequence[ClientUpdate],
+        state: dict[str, Any],
+        end: Event,
+        base: Base,
     ) -> None:
         folder.keep_choices()
         # Those before the first round have no snapshot of their own.
         events = [event for event in self.events if event.get("round") == number or number == 1]
         # What single clients sent is nobody's but the server's under privacy.
         updates = updates if self.private is None and self.config.save_adapters else []
-        folder.save_round(number, updates, state, [*events, end], **self.server.peft_options())
+        folder.save_round(number, updates, state, [*events, end], base, self.server.fan_in_fan_out)
+
+    def _aggregation(self, updates: Sequence[ClientUpdate], applied: bool) -> dict[str, Any]:
+        """What the round's aggregation depends on besides the clients' adapters (``flora_core.replay``)."""
+        weights = {update.client: update.weight for update in updates}
+        rule = {"strategy": self.strategy.name, "options": self.server.options}
+        return {**rule, "clients": weights, "applied": applied}
 
     def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
         began = time.perf_counter()
@@ -347,7 +362,7 @@ class Federation(Resuming):
     def _finish(self, began: float) -> None:
         adapter = self.server.adapter()
         if self.folder is not None and adapter is not None:
-            self.folder.save_adapter(adapter, **self.server.peft_options())
+            self.folder.save_adapter(adapter, self.server.fan_in_fan_out)
         if self.config.out is not None and self.config.save_model:
             with self.server.merged() as model:
                 state = None if self.server.base is None else self.server.base.state_dict()

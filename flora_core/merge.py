@@ -15,6 +15,7 @@ from .aggregate.certificate import Deviation, sample_rows, total, write_deviatio
 from .aggregate.inputs import Stack, check_adapters
 from .checks import check_choice, listed, nearest, require
 from .federation_config import ROUNDINGS
+from .fingerprint import check_base
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .ops import MergeItem, stacked_merge_many_
 from .tensor_checks import FLOAT_DTYPES
@@ -22,7 +23,12 @@ from .update import ClientUpdate
 
 
 def merge_adapter_(
-    model: torch.nn.Module, update: ClientUpdate, *, rounding: str = "nearest", seed: int | None = None
+    model: torch.nn.Module,
+    update: ClientUpdate,
+    *,
+    rounding: str = "nearest",
+    seed: int | None = None,
+    any_base: bool = False,
 ) -> Deviation:
     """Add a client's adapter to a model's weights in place: ``W += s B_RN.T @ A_RK`` for each of its modules.
 
@@ -33,15 +39,21 @@ def merge_adapter_(
         update: The adapter; its weight in an aggregation plays no part.
         rounding: ``nearest`` or, for bfloat16 weights, ``stochastic`` (needs ``seed``).
         seed: Key of the stochastic rounding.
+        any_base: Whether weights will do that ``update.trained_on`` does not know, as after another adapter's merge.
     Returns:
         What the write missed, over all modules: ``.relative`` is large where 16-bit weights swallow a small update.
     Raises:
-        ValueError: If a module is unknown, tied, quantised or of another shape; nothing is changed then.
+        ValueError: If a module is unknown, tied, quantised or of another shape, or the adapter was trained on another
+            base; nothing is changed then.
     Deterministic: yes.
     """
     check_adapters(update)
     check_choice("rounding", rounding, ("nearest", "stochastic"))
     weights = target_weights(model, [module for module, rank in update.ranks.items() if rank])
+    if update.trained_on is not None and not any_base:
+        advice = "; any_base=True merges it all the same"
+        known = update.trained_on.of(weights)
+        check_base(known, weights.__getitem__, f"the adapter of {update.client!r}", "the model", advice)
     stacks = {module: adapter_stack(update, module, weight.device) for module, weight in weights.items()}
     return total(apply_base_delta_(weights, stacks, rounding=rounding, seed=seed).values())
 

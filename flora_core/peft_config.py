@@ -21,7 +21,7 @@ from .checks import require
 from .headers import open_plain, parse_json
 
 CONFIG = "adapter_config.json"
-_MAX_CONFIG_BYTES, _LARGEST = 4_000_000, sys.float_info.max
+MAX_CONFIG_BYTES, _LARGEST = 4_000_000, sys.float_info.max
 _PLAIN_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.|\\-)+\$?")
 
 # Fields that say how an adapter was made or who made it, and leave the meaning of A and B as it is.
@@ -60,8 +60,8 @@ def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")
-    with open_plain(path, _MAX_CONFIG_BYTES, links=trusted) as file:
-        config = parse_json(path, file.read(_MAX_CONFIG_BYTES + 1))
+    with open_plain(path, MAX_CONFIG_BYTES, links=trusted) as file:
+        config = parse_json(path, file.read(MAX_CONFIG_BYTES + 1))
     kind = config.get("peft_type")
     require(kind == "LORA", f"{path}: peft_type must be 'LORA', got {kind!r}; other methods are not supported")
     _check_features(path, config)
@@ -203,4 +203,4 @@ def _fraction(scaling: float, rank: int) -> float:
     return next((value for value in near if value / rank == scaling), alpha)
 
 
-__all__ = ["CONFIG", "is_target", "make_config", "read_config", "scaling_of"]
+__all__ = ["CONFIG", "MAX_CONFIG_BYTES", "is_target", "make_config", "read_config", "scaling_of"]

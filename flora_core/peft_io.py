@@ -8,6 +8,7 @@ Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -18,13 +19,16 @@ import torch
 from .adapter_config import match_pattern
 from .checks import listed, require
 from .files import atomic_dir, atomic_write_json, write_safetensors
-from .headers import open_plain, read_header
+from .fingerprint import Base
+from .headers import open_plain, parse_json, read_header
 from .peft_config import CONFIG, is_target, make_config, read_config, scaling_of
 from .peft_keys import Keys, sort_keys
 from .tensor_checks import FLOAT_DTYPES
 from .update import Adapters, ClientUpdate, RoundResult
 
 WEIGHTS = "adapter_model.safetensors"
+# Values of the weights that the adapter was trained on.
+RECORD = "flora_base.safetensors"
 
 
 def load_peft_adapter(
@@ -71,7 +75,28 @@ def load_peft_adapter(
         adapters[module] = (A_RK.clone(), B_NR.T.clone(memory_format=torch.contiguous_format))
         scaling[module] = scaling_of(config, module, A_RK.shape[0])
     base = config.get("base_model_name_or_path") or None
-    return ClientUpdate(client or folder.resolve().name, adapters, scaling, weight, base=base)
+    # What a stranger says of the base is not taken for a fact.
+    trained_on = read_base(folder) if trusted else None
+    name = client or folder.resolve().name
+    return ClientUpdate(name, adapters, scaling, weight, base=base, trained_on=trained_on)
+
+
+def read_base(folder: Path) -> Base | None:
+    """Read the record of the base that an adapter was trained on; None where its folder has none.
+
+    Raises:
+        ValueError: If the record is damaged.
+    """
+    from safetensors import safe_open
+
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    tensors = _read_safetensors(path, trusted=True, max_bytes=None)
+    with safe_open(path, "pt") as file:
+        text = (file.metadata() or {}).get("base", "")
+    kept = {module: tensor.clone() for module, tensor in tensors.items()}
+    return Base.from_json(parse_json(path, text.encode()), kept, str(path))
 
 
 def weights_path(folder: Path) -> Path:
@@ -193,11 +218,13 @@ def save_peft_adapter(
 
     Modules of rank 0 are left out: PEFT has no such thing, and they change nothing. The client's name and weight are
     not part of an adapter. rsLoRA scalings are written as ``use_rslora`` where that makes every alpha a whole number.
+    ``update.trained_on`` goes into ``flora_base.safetensors``, which ``load_peft_adapter`` reads and PEFT ignores.
 
     Args:
         update: What to save; factors keep their dtype.
         path: A new folder, or one that holds an adapter and nothing else, which is replaced.
-        base_model: Written as ``base_model_name_or_path``.
+        base_model: Written as ``base_model_name_or_path``: a folder or a name that transformers loads. Unless given,
+            ``update.base``; without either PEFT can load the adapter onto a model, and not by its config alone.
         fan_in_fan_out: True for a model of Conv1D (GPT-2); peft corrects a wrong value with a warning.
     Raises:
         ValueError: If no module has a rank above 0.
@@ -207,7 +234,8 @@ def save_peft_adapter(
     pairs = {module: pair for module, pair in update.adapters.items() if pair[0].shape[0] > 0}
     require(bool(pairs), f"client {update.client!r} adapts no module with a rank above 0; there is nothing to save")
     ranks = {module: A_RK.shape[0] for module, (A_RK, _) in pairs.items()}
-    _save(path, pairs, make_config(ranks, update.scaling, base_model, fan_in_fan_out))
+    config = make_config(ranks, update.scaling, base_model or update.base, fan_in_fan_out)
+    _save(path, pairs, config, update.trained_on)
 
 
 def save_stacked_adapter(
@@ -216,6 +244,7 @@ def save_stacked_adapter(
     *,
     base_model: str | None = None,
     fan_in_fan_out: bool = False,
+    trained_on: Base | None = None,
 ) -> None:
     """Save a round's ``base_delta`` as one legal PEFT adapter of rank P, so that base + adapter is the new model.
 
@@ -227,6 +256,7 @@ def save_stacked_adapter(
         path: A new folder, or one that holds an adapter and nothing else, which is replaced.
         base_model: Written as ``base_model_name_or_path``.
         fan_in_fan_out: True for a model of Conv1D (GPT-2).
+        trained_on: The weights of the base that it belongs to, where they are known.
     Raises:
         ValueError: If the round does not change the base.
         FileExistsError: If the folder holds anything else.
@@ -239,24 +269,32 @@ def save_stacked_adapter(
     )
     pairs = {m: (A, (B.double() * coef.double()[:, None]).to(B)) for m, (A, B, coef) in stacks.items()}
     ranks = {module: A_PK.shape[0] for module, (A_PK, _) in pairs.items()}
-    _save(path, pairs, make_config(ranks, dict.fromkeys(ranks, 1.0), base_model, fan_in_fan_out))
+    _save(path, pairs, make_config(ranks, dict.fromkeys(ranks, 1.0), base_model, fan_in_fan_out), trained_on)
 
 
-def _save(path: str | os.PathLike[str], pairs: Adapters, config: Mapping[str, Any]) -> None:
+def _save(
+    path: str | os.PathLike[str], pairs: Adapters, config: Mapping[str, Any], trained_on: Base | None = None
+) -> None:
     tensors = {}
     for module, (A_RK, B_RN) in pairs.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = A_RK
         tensors[f"base_model.model.{module}.lora_B.weight"] = B_RN.T
-    with atomic_dir(path, replaceable=(CONFIG, WEIGHTS)) as folder:
+    with atomic_dir(path, replaceable=(CONFIG, WEIGHTS, RECORD)) as folder:
         write_safetensors(folder / WEIGHTS, tensors)
+        if trained_on is not None:
+            # One entry: safetensors writes several in any order, and a resumed run writes the same bytes.
+            metadata = {"base": json.dumps(trained_on.to_json())}
+            write_safetensors(folder / RECORD, trained_on.of(pairs).weights, metadata)
         atomic_write_json(folder / CONFIG, config)
 
 
 __all__ = [
     "CONFIG",
+    "RECORD",
     "WEIGHTS",
     "load_peft_adapter",
     "pair_factors",
+    "read_base",
     "read_config",
     "refuse_other_tensors",
     "save_peft_adapter",

@@ -5,6 +5,7 @@ Letters: K in_features, N out_features, R one client's rank.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from .attach import attach, detach
 from .checks import require
 from .cohort import ClientSpec, Cohort
 from .exchange import dense_stack, light
+from .fingerprint import Base, values, values_of
 from .identity import tensor_digest
 from .linear import is_conv1d
 from .merge import adapter_stack, apply_base_delta_, new_low_bits, target_weights
@@ -70,6 +72,8 @@ class Server:
         self.low_bits = new_low_bits(self.weights) if rounding == "low_bits" else {}
         self.state: dict[str, Any] = {}
         self.log = DeltaLog(self.size_bytes)
+        # Of the base after a round that changed it: the round, and values of its weights.
+        self._known: tuple[int, dict[str, torch.Tensor]] = (-1, {})
 
     def _check_rounding(self) -> None:
         dtypes = {weight.dtype for weight in self.weights.values()}
@@ -107,7 +111,22 @@ class Server:
 
     def digest(self) -> str:
         """A digest of the whole targets' weights; of a sharded base all ranks ask for it."""
-        return tensor_digest(self.weights.items() if self.base is None else self.base.wholes(self.weights))
+        if self.base is None:
+            return tensor_digest(self.weights.items())
+        self._known = (self.log.changed, {})
+        return tensor_digest(self._noted(self.base.wholes(self.weights)))
+
+    def _noted(self, wholes: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Keep values of weights that pass by: of a sharded base, whole ones are seldom at hand."""
+        for module, weight in wholes:
+            self._known[1][module] = values(weight)
+            yield module, weight
+
+    def trained_on(self) -> Base:
+        """The base as it is now, which the next round's clients train on."""
+        if self._known[0] != self.log.changed and self.base is None:
+            self._known = (self.log.changed, values_of(self.weights.items()))
+        return Base(base_path(self.model), self.log.changed, self._known[1])
 
     def saved(self) -> dict[str, Any]:
         """All that the next round needs; tensors are not copied.
@@ -117,6 +136,7 @@ class Server:
         parts = {"weights": self.weights, "low_bits": self.low_bits}
         if self.base is not None:
             parts = {name: self.base.gathered(held) for name, held in parts.items()}
+            self._known = (self.log.changed, values_of(parts["weights"].items()))
         return {**parts, "strategy": self.state, "log": self.log.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
@@ -130,6 +150,7 @@ class Server:
             self.base.scatter_(self.low_bits, saved["low_bits"])
         self.state = on_device(saved["strategy"], self.device)
         self.log.restore(saved["log"])
+        self._known = (self.log.changed, values_of(saved["weights"].items()))
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -237,12 +258,14 @@ class Server:
         for module, pair in held.items():
             dtype = torch.promote_types(self.weights[module].dtype, torch.float32)
             pairs[module] = (pair["A"].to(dtype), pair["B"].to(dtype))
-        return ClientUpdate("global", pairs, dict.fromkeys(pairs, 1.0)) if pairs else None
+        base = self.trained_on().of(pairs)
+        scaling = dict.fromkeys(pairs, 1.0)
+        return ClientUpdate("global", pairs, scaling, base=base.label, trained_on=base) if pairs else None
 
-    def peft_options(self) -> dict[str, Any]:
-        """What ``save_peft_adapter`` should know of the model."""
-        conv1d = any(is_conv1d(self.model.get_submodule(module)) for module in self.weights)
-        return {"base_model": getattr(self.model.config, "_name_or_path", None) or None, "fan_in_fan_out": conv1d}
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the targets are Conv1D, as PEFT must know."""
+        return any(is_conv1d(self.model.get_submodule(module)) for module in self.weights)
 
     @contextmanager
     def in_use(self) -> Iterator[Any]:
@@ -276,4 +299,10 @@ class Server:
                 self.weights[module].copy_(weight)
 
 
-__all__ = ["Server"]
+def base_path(model: Any) -> str | None:
+    """What transformers loads the model from: a hub name, or the whole path of a folder; None for a model made here."""
+    name = getattr(model.config, "_name_or_path", None) or None
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
+
+
+__all__ = ["Server", "base_path"]

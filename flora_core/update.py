@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .fingerprint import Base
+
 Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -25,6 +27,7 @@ class ClientUpdate:
         weight: Share in the aggregation before normalising: the number of examples unless set otherwise.
         metrics: ``loss_first``, ``loss_last``, ``tokens``, ``examples``, ``seconds``, ...
         base: The name of the base model that it was trained on, where that is known.
+        trained_on: The weights of that base, where they are known (``flora_core.fingerprint``).
     """
 
     client: str
@@ -33,6 +36,7 @@ class ClientUpdate:
     weight: float = 1.0
     metrics: dict[str, Any] = field(default_factory=dict)
     base: str | None = None
+    trained_on: Base | None = None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -48,13 +52,17 @@ class ClientUpdate:
 def packed(update: ClientUpdate) -> dict[str, Any]:
     """An update as nested dicts of tensors and JSON values."""
     adapters = {module: {"A": A_RK, "B": B_RN} for module, (A_RK, B_RN) in update.adapters.items()}
-    return {**{f.name: getattr(update, f.name) for f in fields(update)}, "adapters": adapters}
+    base = update.trained_on
+    trained_on = None if base is None else {"base": base.to_json(), "weights": dict(base.weights)}
+    return {**{f.name: getattr(update, f.name) for f in fields(update)}, "adapters": adapters, "trained_on": trained_on}
 
 
 def unpacked(state: Mapping[str, Any]) -> ClientUpdate:
     """Undo ``packed``."""
     adapters = {module: (pair["A"], pair["B"]) for module, pair in state["adapters"].items()}
-    return ClientUpdate(**{**state, "adapters": adapters})
+    kept = state.get("trained_on")
+    trained_on = None if kept is None else Base.from_json(kept["base"], kept["weights"])
+    return ClientUpdate(**{**state, "adapters": adapters, "trained_on": trained_on})
 
 
 def _fresh(client: str, **_: Any) -> Adapters | None:

@@ -136,6 +136,11 @@ class DeltaLog:
             return "snapshot", self.snapshot_bytes, []
         return ("log", size, rounds) if rounds else ("none", 0, [])
 
+    @property
+    def changed(self) -> int:
+        """The newest round that changed the base; 0 if none has."""
+        return max((number for number, size in self.sizes.items() if size), default=self.forgotten)
+
     def saved(self) -> dict[str, Any]:
         """Everything but the deltas, as JSON values."""
         sizes = {str(number): size for number, size in self.sizes.items()}

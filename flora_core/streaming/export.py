@@ -19,6 +19,7 @@ from ..checks import check_choice, require
 from ..peft_io import save_stacked_adapter
 from ..update import RoundResult
 from .adapters import Adapter, Sum, open_adapters
+from .bases import check_bases
 from .merge import Progress, check_places
 from .plan import match_targets
 from .shards import open_checkpoint
@@ -75,6 +76,7 @@ def export_adapter(
     checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
     sums = Sum(opened, strategy, options or {})
     targets = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes)
+    check_bases(base, opened, targets)
     sums.check()
     stacks = {}
     for count, module in enumerate(sums.modules):

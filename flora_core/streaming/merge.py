@@ -23,6 +23,7 @@ from ..checks import require
 from ..files import SaveError, atomic_write_bytes, atomic_write_json
 from ..headers import parse_json
 from .adapters import Adapter, Sum, open_adapters
+from .bases import check_bases
 from .plan import match_targets
 from .shards import INDEX, Checkpoint, open_checkpoint
 from .staging import Staging
@@ -104,6 +105,7 @@ def merge_into_checkpoint(
     checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
     sums = Sum(opened, strategy, options or {})
     targets = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes)
+    check_bases(base, opened, targets)
     job = _Job(checkpoint, sums, targets, Staging(out), progress or (lambda *_: None))
     done = _find_done(out, job.inputs)
     if done is None:

@@ -1,0 +1,53 @@
+"""The comparison of a checkpoint with the base that adapters were trained on, where they carry values of its weights.
+
+Letters: K in_features, N out_features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..fingerprint import Base, check_base
+from ..peft_io import RECORD, read_base
+from .adapters import Adapter
+from .plan import Target
+from .shards import read_tensor
+
+
+def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str, Target]) -> None:
+    """Compare the weights of a checkpoint with the values that each adapter carries.
+
+    Args:
+        folder: The checkpoint's, for the error.
+        adapters: From ``open_adapters``; one without values is not checked.
+        targets: From ``match_targets``.
+    Raises:
+        ValueError: If an adapter was trained on another base; with the base, and with what rewrites the adapter.
+    """
+    of_module = {target.module: target for target in targets.values()}
+
+    def weight_of(module: str) -> torch.Tensor:
+        target = of_module[module]
+        with open(target.entry.path, "rb", buffering=0) as file:
+            weight = read_tensor(file, target.entry)
+        return weight.T if target.transposed else weight
+
+    known: list[Base] = []
+    for adapter in adapters:
+        base = read_base(adapter.folder)
+        if base is None or any(_is_part(base, other) for other in known):
+            continue
+        advice = f" (without its {RECORD} an adapter is merged into any base whose shapes fit)"
+        check_base(base.of(of_module), weight_of, f"adapter {adapter.name}", str(folder), advice)
+        known.append(base)
+
+
+def _is_part(base: Base, other: Base) -> bool:
+    """Whether another record, already checked, has the same values: one round's adapters share them."""
+    return all(m in other.weights and torch.equal(kept, other.weights[m]) for m, kept in base.weights.items())
+
+
+__all__ = ["check_bases"]
