@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import its own floor and those below. A name stands for a package as well.
 FLOORS = [
     "checks extras strategy_names",
-    "tensor_checks seeds segments fingerprint update adapter_config bank backends config strict files history progress penalty",
+    "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty",
     "ops",
     "models linear attention optimizer loss data forward cohort attach planner",
     "steps trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
