@@ -19,7 +19,7 @@ import pytest
 
 from tests.cuda_library import ROOT, nvcc
 
-TARGETS = ("sm_80", "sm_90a", "sm_100a")
+TARGETS = ("sm_80", "sm_90", "sm_100")
 # What a thread of a block may have, by the registers of a multiprocessor, is checked by the compiler; this is ours.
 FLOAT_ATOMIC = r"\b(RED|ATOM\w*)\.\S*(F16|BF16|F32|F64)"
 ENGINES = ("tensor cores", "fp32", "fp64")
@@ -112,7 +112,7 @@ def problems(kernel: Kernel) -> list[str]:
 def test_what_is_compiled(scale):
     few = scale(1, len(TARGETS), "targets")
     wrong = []
-    for target in TARGETS if few == len(TARGETS) else ["sm_90a"]:
+    for target in TARGETS if few == len(TARGETS) else ["sm_90"]:
         assert len(compiled(target)) >= 30
         wrong += [f"{kernel.name} on {target}: {text}" for kernel in compiled(target) for text in problems(kernel)]
     assert not wrong, "\n".join(wrong)

@@ -195,3 +195,26 @@ def test_a_choice_that_is_none_is_refused(tmp_path):
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=source, env={**PYTHON, "FLORA_CUDA": "yes"}, capture_output=True, text=True)
     assert "FLORA_CUDA must be auto, 0 or 1, got 'yes'" in done.stderr
+
+
+def test_cuda_is_compiled_for_the_gpus_that_are_named(tmp_path):
+    """Which GPUs nvcc is asked for; one that writes its arguments down and fails stands in for it."""
+    source = checkout(tmp_path)
+    nvcc, asked = tmp_path / "nvcc", tmp_path / "asked"
+    nvcc.write_text(f'#!/bin/sh\nfor word in "$@"; do echo "$word" >> {asked}; done\nexit 1\n')
+    nvcc.chmod(0o755)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+
+    def build(**environment: str) -> tuple[set[str], str]:
+        asked.write_text("")
+        variables = {**PYTHON, "FLORA_CUDA": "1", "NVCC": str(nvcc), "CXX": "true", **environment}
+        done = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True)
+        assert done.returncode
+        return {word.removeprefix("-gencode=") for word in asked.read_text().split() if "gencode" in word}, done.stderr
+
+    known = {f"arch=compute_{number},code=sm_{number}" for number in (80, 90, 100)}
+    assert build()[0] == known | {"arch=compute_100,code=compute_100"}
+    assert build(FLORA_CUDA_ARCHS="90a")[0] == {"arch=compute_90a,code=sm_90a"}
+    found, stderr = build(FLORA_CUDA_ARCHS="90,hopper")
+    assert not found
+    assert "FLORA_CUDA_ARCHS must be a list such as 80,90,100+PTX, got 'hopper' in it" in stderr

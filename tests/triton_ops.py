@@ -203,6 +203,15 @@ def test_the_fused_tail_is_exact_and_keeps_a_fault_with_its_client(dtype):
             assert out[rows].isnan().all() if c == spoilt else torch.equal(out[rows], exact[rows].to(dtype))
 
 
+def test_a_client_without_tokens_gets_zeros_whatever_its_scaling():
+    x, dy, s = (torch.ones(*shape, device=DEVICE) for shape in ((5, 8), (5, 16), (10,)))
+    scaling_C = torch.tensor([2.0, float("nan")], device=DEVICE)
+    clients = Segments([5, 0]), Segments([2, 3]), scaling_C
+    for found in (kernels.wgrad(s, x, s, dy, *clients, torch.float32), reference.wgrad(s, x, s, dy, *clients, x.dtype)):
+        assert not any(gradient[2:].any() for gradient in found)
+        assert found[1][:2].eq(10).all()
+
+
 @in_each_dtype
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_a_long_client_is_summed_in_chunks(dtype, dropout, monkeypatch):

@@ -8,6 +8,12 @@
 
 #include "flora_kernels.h"
 
+#define FLORA_TRY(check)                                           \
+    do {                                                           \
+        flora_status flora_try_status = (check);                   \
+        if (flora_try_status != FLORA_OK) return flora_try_status; \
+    } while (0)
+
 namespace flora {
 
 // Items of a merge without their stride: item i of any struct_size.

@@ -6,12 +6,6 @@
 #include "backend.h"
 
 // Give the status of the first check that fails back to the caller.
-#define FLORA_TRY(check)                                           \
-    do {                                                           \
-        flora_status flora_try_status = (check);                   \
-        if (flora_try_status != FLORA_OK) return flora_try_status; \
-    } while (0)
-
 namespace flora {
 
 // For printf's %lld.

@@ -41,7 +41,7 @@ FLORA_DEVICE Settings<T> settings_of(const AdamwArgs &args, int64_t segment) {
     int64_t row = args.owner ? ld_global(args.owner + segment) : segment;
     double h[7];
     for (int i = 0; i < 7; ++i)
-        h[i] = number_at(args.hyper, row * args.hyper_stride[0] + i * args.hyper_stride[1], args.hyper_dtype);
+        h[i] = number_at<double>(args.hyper, row * args.hyper_stride[0] + i * args.hyper_stride[1], args.hyper_dtype);
     double lr = h[0], beta1 = h[1], beta2 = h[2];
     int64_t step = int64_t(h[5]);
     Settings<T> settings;

@@ -9,6 +9,7 @@
 #endif
 #include "../common/backend.h"
 #include "adamw.cuh"
+#include "device.h"
 #include "expand.cuh"
 #include "merge.cuh"
 #include "shrink.cuh"
@@ -17,50 +18,6 @@
 namespace flora {
 namespace cuda {
 namespace {
-
-#ifdef FLORA_HOST_SHIM
-struct OnDevice {
-    explicit OnDevice(int) {}
-};
-flora_status launch_error(const char *name) {
-    return fail(FLORA_DEVICE_ERROR, "%s: %s", name, shim::machine().error.c_str());
-}
-flora_status available(int32_t) { return FLORA_OK; }
-#else
-// Makes a GPU the current one for as long as it lives.
-class OnDevice {
-  public:
-    explicit OnDevice(int index) {
-        if (cudaGetDevice(&before_) == cudaSuccess && before_ != index) changed_ = cudaSetDevice(index) == cudaSuccess;
-    }
-    ~OnDevice() {
-        if (changed_) cudaSetDevice(before_);
-    }
-
-  private:
-    int before_ = 0;
-    bool changed_ = false;
-};
-flora_status launch_error(const char *name) {
-    cudaError_t error = cudaGetLastError();
-    return fail(FLORA_DEVICE_ERROR, "%s could not be launched: %s", name, cudaGetErrorString(error));
-}
-flora_status available(int32_t device_index) {
-    int count = 0;
-    cudaError_t error = cudaGetDeviceCount(&count);
-    if (error != cudaSuccess) {
-        cudaGetLastError();
-        return fail(FLORA_NO_DEVICE, "no GPU can be used here: %s", cudaGetErrorString(error));
-    }
-    if (device_index < 0 || device_index >= count)
-        return fail(FLORA_NO_DEVICE, "device_index must be below the %d GPUs that are here, got %d", count, device_index);
-    int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index);
-    if (major < 8)
-        return fail(FLORA_NO_DEVICE, "GPU %d has compute capability %d.x; the kernels need 8.0", device_index, major);
-    return FLORA_OK;
-}
-#endif
 
 constexpr int64_t kLargest = INT32_MAX / 2;
 
@@ -148,7 +105,7 @@ MergeEntry entry_for(const flora_merge_item &item, bool swap) {
 }
 
 template <class F, Engine ENGINE>
-bool launch_merge(const MergeTable &table, int64_t tiles, cudaStream_t stream) {
+cudaError_t launch_merge(const MergeTable &table, int64_t tiles, cudaStream_t stream) {
     constexpr int THREADS = MergeShape<F, ENGINE>::Tile::kThreads;
     return launch(merge_kernel<F, ENGINE>, dim3(unsigned(tiles)), THREADS, MergeMemory<F, ENGINE>::kBytes, stream, table);
 }
@@ -163,36 +120,48 @@ int64_t tiles_of(const MergeEntry &entry, Engine engine) {
     return engine == Engine::plain ? tiles_of<Engine::plain>(entry) : tiles_of<Engine::wide>(entry);
 }
 
-flora_status launch_merge(const MergeTable &table, int64_t tiles, Engine engine, int32_t factor, cudaStream_t stream) {
-    if (!table.count) return FLORA_OK;
-    bool started = false;
-    with_float(factor, [&](auto zero) {
+// Call `then` with a factor's type and an engine that sums it.
+template <class Then>
+flora_status with_engine(int32_t factor, Engine engine, Then then) {
+    return with_float(factor, [&](auto zero) {
         using F = decltype(zero);
         if constexpr (sizeof(F) < 8) {
-            if (engine == Engine::tensor) started = launch_merge<F, Engine::tensor>(table, tiles, stream);
-            if (engine == Engine::plain) started = launch_merge<F, Engine::plain>(table, tiles, stream);
+            if (engine == Engine::tensor) return then(zero, std::integral_constant<Engine, Engine::tensor>{});
+            if (engine == Engine::plain) return then(zero, std::integral_constant<Engine, Engine::plain>{});
         }
-        if (engine == Engine::wide) started = launch_merge<F, Engine::wide>(table, tiles, stream);
-        return FLORA_OK;
+        return then(zero, std::integral_constant<Engine, Engine::wide>{});
     });
-    return started ? FLORA_OK : launch_error("flora_merge");
 }
 
-flora_status merge_workspace(const flora_exec &, const MergeItems &items, const flora_merge_options &options,
+flora_status launch_merge(const MergeTable &table, int64_t tiles, Engine engine, int32_t factor, cudaStream_t stream) {
+    if (!table.count) return FLORA_OK;
+    return with_engine(factor, engine, [&](auto zero, auto kind) {
+        return launched("flora_merge", launch_merge<decltype(zero), kind.value>(table, tiles, stream));
+    });
+}
+
+flora_status check_merge_needs(const flora_exec &exec, const flora_merge_item &item, const flora_merge_options &options) {
+    MergeEntry entry = entry_for(item, turned(item, options));
+    return with_engine(item.A.dtype, engine_of(item, options), [&](auto zero, auto kind) {
+        return check_needs("flora_merge", exec,
+                           {tiles_of<kind.value>(entry), 1, MergeMemory<decltype(zero), kind.value>::kBytes});
+    });
+}
+
+flora_status merge_workspace(const flora_exec &exec, const MergeItems &items, const flora_merge_options &options,
                              size_t *bytes) {
     *bytes = 0;
     for (int64_t i = 0; i < items.count; ++i) {
         const flora_merge_item &item = items[i];
-        flora_status status = check_sizes("flora_merge", {item.weight.rows, item.weight.columns, item.A.rows});
-        if (status != FLORA_OK) return status;
+        FLORA_TRY(check_sizes("flora_merge", {item.weight.rows, item.weight.columns, item.A.rows}));
         if (item.A.dtype != item.B.dtype)
             return fail(FLORA_UNSUPPORTED, "items[%lld]: A and B must have one dtype on CUDA, got %s and %s; convert one of them",
                         static_cast<long long>(i), dtype_name(item.A.dtype), dtype_name(item.B.dtype));
         if (item.coef.stride > INT32_MAX || item.coef.stride < INT32_MIN)
             return fail(FLORA_UNSUPPORTED, "items[%lld]: coef must have a stride of 32 bits on CUDA, got %lld",
                         static_cast<long long>(i), static_cast<long long>(item.coef.stride));
+        FLORA_TRY(check_merge_needs(exec, item, options));
     }
-    (void)options;
     return FLORA_OK;
 }
 
@@ -210,8 +179,7 @@ flora_status merge_kind(const flora_exec &exec, const MergeItems &items, int64_t
         MergeEntry entry = entry_for(items[i], turned(items[i], options));
         int64_t more = tiles_of(entry, engine);
         if (table.count == MergeTable::kEntries || tiles + more > INT32_MAX) {
-            flora_status status = launch_merge(table, tiles, engine, kind.A.dtype, stream_of(exec));
-            if (status != FLORA_OK) return status;
+            FLORA_TRY(launch_merge(table, tiles, engine, kind.A.dtype, stream_of(exec)));
             table.count = 0, tiles = 0;
         }
         entry.first_tile = int32_t(tiles), tiles += more;
@@ -222,11 +190,11 @@ flora_status merge_kind(const flora_exec &exec, const MergeItems &items, int64_t
 
 flora_status merge(const flora_exec &exec, const MergeItems &items, const flora_merge_options &options) {
     OnDevice guard(exec.device_index);
+    FLORA_TRY(guard.status);
     for (int64_t i = 0; i < items.count; ++i) {
         bool seen = empty(items[i]);
         for (int64_t j = 0; j < i && !seen; ++j) seen = !empty(items[j]) && same_launch(items[j], items[i], options);
-        flora_status status = seen ? FLORA_OK : merge_kind(exec, items, i, options);
-        if (status != FLORA_OK) return status;
+        if (!seen) FLORA_TRY(merge_kind(exec, items, i, options));
     }
     return FLORA_OK;
 }
@@ -238,49 +206,71 @@ int64_t token_tiles(int64_t M, int64_t clients, T block) {
     return ceil_div(M, block) + clients;  // each client has whole tiles of its own
 }
 
-flora_status shrink_workspace(const flora_exec &, const flora_shrink_args &args, size_t *bytes) {
+// The grid of `shrink` and what its kernel for x in T and factors in F needs.
+template <class T, class F>
+Needs shrink_needs(const flora_shrink_args &args) {
+    using Tile = typename ShrinkShape<T, F>::Tile;
+    return {token_tiles(args.x.rows, args.clients.num_clients, Tile::kRows),
+            ceil_div(max_rank(args.clients, args.A.rows), Tile::kColumns), sizeof(ShrinkMemory<T, F>)};
+}
+
+flora_status shrink_workspace(const flora_exec &exec, const flora_shrink_args &args, size_t *bytes) {
     *bytes = 0;
-    flora_status status = check_sizes("flora_shrink", {args.x.rows, args.x.columns, args.A.rows, args.clients.num_clients});
-    return status != FLORA_OK ? status : check_pair("flora_shrink", "A", args.x.dtype, args.A.dtype);
+    FLORA_TRY(check_sizes("flora_shrink", {args.x.rows, args.x.columns, args.A.rows, args.clients.num_clients}));
+    FLORA_TRY(check_pair("flora_shrink", "A", args.x.dtype, args.A.dtype));
+    return with_pair(args.x.dtype, args.A.dtype, [&](auto x, auto A) {
+        return check_needs("flora_shrink", exec, shrink_needs<decltype(x), decltype(A)>(args));
+    });
 }
 
 flora_status shrink(const flora_exec &exec, const flora_shrink_args &from) {
     if (!from.x.rows || !from.A.rows) return FLORA_OK;
     OnDevice guard(exec.device_index);
+    FLORA_TRY(guard.status);
     ShrinkArgs args{from.x.data, from.A.data, from.s.data, {}, {}, int32_t(from.x.columns), clients_of(from.clients)};
     put_strides(args.x_stride, from.x), put_strides(args.A_stride, from.A);
     return with_pair(from.x.dtype, from.A.dtype, [&](auto x, auto A) {
         using T = decltype(x);
         using F = decltype(A);
-        using Tile = typename ShrinkShape<T>::Tile;
-        dim3 grid(unsigned(token_tiles(from.x.rows, args.clients.count, Tile::kRows)),
-                  unsigned(ceil_div(max_rank(from.clients, from.A.rows), Tile::kColumns)));
-        bool started = launch(shrink_kernel<T, F>, grid, Tile::kThreads, sizeof(ShrinkMemory<T, F>), stream_of(exec), args);
-        return started ? FLORA_OK : launch_error("flora_shrink");
+        Needs needs = shrink_needs<T, F>(from);
+        dim3 grid(unsigned(needs.blocks), unsigned(needs.blocks_y));
+        constexpr int THREADS = ShrinkShape<T, F>::Tile::kThreads;
+        return launched("flora_shrink",
+                        launch(shrink_kernel<T, F>, grid, THREADS, needs.shared_bytes, stream_of(exec), args));
     });
 }
 
 // expand
 
-flora_status expand_workspace(const flora_exec &, const flora_expand_args &args, size_t *bytes) {
+template <class T, class F>
+Needs expand_needs(const flora_expand_args &args) {
+    using Tile = typename ExpandShape<T>::Tile;
+    int64_t across = ceil_div(args.y.columns, Tile::kColumns);
+    return {token_tiles(args.y.rows, args.clients.num_clients, Tile::kRows) * across, 1, sizeof(ExpandMemory<T, F>)};
+}
+
+flora_status expand_workspace(const flora_exec &exec, const flora_expand_args &args, size_t *bytes) {
     *bytes = 0;
-    flora_status status = check_sizes("flora_expand", {args.y.rows, args.y.columns, args.B.rows, args.clients.num_clients});
-    return status != FLORA_OK ? status : check_pair("flora_expand", "B", args.y.dtype, args.B.dtype);
+    FLORA_TRY(check_sizes("flora_expand", {args.y.rows, args.y.columns, args.B.rows, args.clients.num_clients}));
+    FLORA_TRY(check_pair("flora_expand", "B", args.y.dtype, args.B.dtype));
+    return with_pair(args.y.dtype, args.B.dtype, [&](auto y, auto B) {
+        return check_needs("flora_expand", exec, expand_needs<decltype(y), decltype(B)>(args));
+    });
 }
 
 flora_status expand(const flora_exec &exec, const flora_expand_args &from) {
     if (!from.y.rows || !from.y.columns || !from.B.rows) return FLORA_OK;
     OnDevice guard(exec.device_index);
+    FLORA_TRY(guard.status);
     ExpandArgs args{from.y.data, from.s.data, from.B.data, {}, {}, int32_t(from.y.columns), clients_of(from.clients)};
     put_strides(args.y_stride, from.y), put_strides(args.B_stride, from.B);
     return with_pair(from.y.dtype, from.B.dtype, [&](auto y, auto B) {
         using T = decltype(y);
         using F = decltype(B);
-        using Tile = typename ExpandShape<T>::Tile;
-        int64_t blocks = token_tiles(from.y.rows, args.clients.count, Tile::kRows) * ceil_div(args.N, Tile::kColumns);
-        bool started = blocks <= INT32_MAX && launch(expand_kernel<T, F>, dim3(unsigned(blocks)), Tile::kThreads,
-                                                     sizeof(ExpandMemory<T, F>), stream_of(exec), args);
-        return started ? FLORA_OK : launch_error("flora_expand");
+        Needs needs = expand_needs<T, F>(from);
+        constexpr int THREADS = ExpandShape<T>::Tile::kThreads;
+        return launched("flora_expand", launch(expand_kernel<T, F>, dim3(unsigned(needs.blocks)), THREADS,
+                                               needs.shared_bytes, stream_of(exec), args));
     });
 }
 
@@ -295,11 +285,29 @@ int64_t part_rows(const flora_wgrad_args &args) {
 }
 int64_t part_ld(int64_t columns) { return ceil_div(columns, 8) * 8; }
 
-flora_status wgrad_workspace(const flora_exec &, const flora_wgrad_args &args, size_t *bytes) {
+template <class T>
+Needs wgrad_needs(const flora_wgrad_args &args) {
+    using Tile = typename WgradShape<T>::Tile;
+    int64_t across = ceil_div(args.dA.columns, Tile::kColumns) + ceil_div(args.dB.columns, Tile::kColumns);
+    return {(ceil_div(args.x.rows, kChunk) + args.clients.num_clients) * across,
+            ceil_div(max_rank(args.clients, args.dA.rows), Tile::kRows), sizeof(WgradMemory<T>)};
+}
+
+// Of the launch that sums the parts of clients that were cut: a row of it for each row of the bank.
+Needs sum_needs(const flora_wgrad_args &args) {
+    int64_t widest = args.dA.columns > args.dB.columns ? args.dA.columns : args.dB.columns;
+    return {args.dA.rows, ceil_div(widest, 8 * kSumThreads), 0};
+}
+
+flora_status wgrad_workspace(const flora_exec &exec, const flora_wgrad_args &args, size_t *bytes) {
     size_t sum_bytes = args.x.dtype == FLORA_FP64 ? 8 : 4;
     *bytes = size_t(part_rows(args)) * size_t(part_ld(args.dA.columns) + part_ld(args.dB.columns)) * sum_bytes;
-    flora_status status = check_sizes("flora_wgrad", {args.x.rows, args.dA.columns, args.dB.columns, args.dA.rows, args.clients.num_clients});
-    return status != FLORA_OK ? status : check_pair("flora_wgrad", "dA", args.x.dtype, args.dA.dtype);
+    FLORA_TRY(check_sizes("flora_wgrad", {args.x.rows, args.dA.columns, args.dB.columns, args.dA.rows, args.clients.num_clients}));
+    FLORA_TRY(check_pair("flora_wgrad", "dA", args.x.dtype, args.dA.dtype));
+    if (part_rows(args)) FLORA_TRY(check_needs("flora_wgrad", exec, sum_needs(args)));
+    return with_pair(args.x.dtype, args.dA.dtype, [&](auto x, auto) {
+        return check_needs("flora_wgrad", exec, wgrad_needs<decltype(x)>(args));
+    });
 }
 
 WgradSide side_of(const flora_vector &s, const flora_matrix &data, const flora_matrix &out, void *parts, bool scaled) {
@@ -312,6 +320,7 @@ flora_status wgrad(const flora_exec &exec, const flora_wgrad_args &from) {
     int64_t P = from.dA.rows, clients = from.clients.num_clients, columns = from.dA.columns, rows = part_rows(from);
     if (!P || !clients || columns + from.dB.columns == 0) return FLORA_OK;
     OnDevice guard(exec.device_index);
+    FLORA_TRY(guard.status);
     return with_pair(from.x.dtype, from.dA.dtype, [&](auto x, auto out) {
         using T = decltype(x);
         using O = decltype(out);
@@ -322,16 +331,14 @@ flora_status wgrad(const flora_exec &exec, const flora_wgrad_args &from) {
         args.side[0] = side_of(from.ds, from.x, from.dA, parts, false);
         args.side[1] = side_of(from.s, from.dy, from.dB, rows ? parts + rows * part_ld(columns) : nullptr, true);
         args.chunk = kChunk, args.P = int32_t(P), args.clients = clients_of(from.clients);
-        int64_t across = ceil_div(args.side[0].D, Tile::kColumns) + ceil_div(args.side[1].D, Tile::kColumns);
-        int64_t blocks = (ceil_div(from.x.rows, kChunk) + clients) * across;
-        dim3 grid(unsigned(blocks), unsigned(ceil_div(max_rank(from.clients, P), Tile::kRows)));
-        bool started = blocks <= INT32_MAX && launch(wgrad_kernel<T, O>, grid, Tile::kThreads, sizeof(WgradMemory<T>), stream_of(exec), args);
-        if (started && rows) {
-            int64_t widest = args.side[0].D > args.side[1].D ? args.side[0].D : args.side[1].D;
-            dim3 sums(unsigned(P), unsigned(ceil_div(widest, 8 * kSumThreads)), 2);
-            started = launch(wgrad_sum_kernel<Sum, O>, sums, kSumThreads, 0, stream_of(exec), args);
-        }
-        return started ? FLORA_OK : launch_error("flora_wgrad");
+        Needs needs = wgrad_needs<T>(from), sums = sum_needs(from);
+        dim3 grid(unsigned(needs.blocks), unsigned(needs.blocks_y));
+        FLORA_TRY(launched("flora_wgrad", launch(wgrad_kernel<T, O>, grid, Tile::kThreads, needs.shared_bytes,
+                                                 stream_of(exec), args)));
+        if (!rows) return flora_status(FLORA_OK);
+        dim3 across(unsigned(sums.blocks), unsigned(sums.blocks_y), 2);
+        return launched("flora_wgrad",
+                        launch(wgrad_sum_kernel<Sum, O>, across, kSumThreads, 0, stream_of(exec), args));
     });
 }
 
@@ -347,6 +354,7 @@ flora_status adamw_workspace(const flora_exec &, const flora_adamw_args &args, s
 flora_status adamw(const flora_exec &exec, const flora_adamw_args &from) {
     if (!from.numel || !from.num_segments) return FLORA_OK;
     OnDevice guard(exec.device_index);
+    FLORA_TRY(guard.status);
     AdamwArgs args{from.param, from.exp_avg, from.exp_avg_sq, from.grad, from.hyper.data, from.segment_offsets,
                    from.owner, from.numel, from.num_segments, {}, from.hyper.dtype, 0};
     put_strides(args.hyper_stride, from.hyper);
@@ -355,10 +363,10 @@ flora_status adamw(const flora_exec &exec, const flora_adamw_args &from) {
         any |= reinterpret_cast<uintptr_t>(p);
     args.wide = any % 16 == 0;
     dim3 grid(unsigned(ceil_div(from.numel, kAdamwBlock)));
-    bool started = from.dtype == FLORA_FP64
-                       ? launch(adamw_kernel<double>, grid, kAdamwThreads, sizeof(Settings<double>), stream_of(exec), args)
-                       : launch(adamw_kernel<float>, grid, kAdamwThreads, sizeof(Settings<float>), stream_of(exec), args);
-    return started ? FLORA_OK : launch_error("flora_adamw");
+    return launched("flora_adamw",
+                    from.dtype == FLORA_FP64
+                        ? launch(adamw_kernel<double>, grid, kAdamwThreads, sizeof(Settings<double>), stream_of(exec), args)
+                        : launch(adamw_kernel<float>, grid, kAdamwThreads, sizeof(Settings<float>), stream_of(exec), args));
 }
 
 }  // namespace

@@ -137,8 +137,7 @@ FLORA_API flora_status flora_check_available() { return flora::cuda_backend.avai
 
 FLORA_API flora_status flora_check_probe(int probe, const uint32_t *in, uint32_t *out, void *stream) {
     using namespace flora::cuda;
-    bool started = launch(probe_kernel, dim3(1), 32, 2048, static_cast<cudaStream_t>(stream), probe, in, out);
-    return started ? FLORA_OK : launch_error("probe");
+    return launched("probe", launch(probe_kernel, dim3(1), 32, 2048, static_cast<cudaStream_t>(stream), probe, in, out));
 }
 
 // With `bytes` each asks for its workspace, without it works.
@@ -163,6 +162,12 @@ FLORA_API void flora_shim_reset(int order) {
     shim::Machine &m = shim::machine();
     m.error.clear(), m.fault.clear(), m.fault_at.clear(), m.buffers.clear(), m.sites.clear(), m.order = order;
 }
+// What the machine has and can do, and the error that an earlier call of the program's own left behind.
+FLORA_API void flora_shim_machine(int devices, int current, int major, int shared_bytes, int last_error) {
+    shim::runtime() = {devices, current, major, shared_bytes, last_error};
+}
+FLORA_API int flora_shim_current() { return shim::runtime().current; }
+FLORA_API int flora_shim_last_error() { return shim::runtime().last_error; }
 // What kernels may touch; everything else is out of bounds.
 FLORA_API void flora_shim_buffer(const void *base, size_t bytes, const char *name) {
     shim::machine().buffers.push_back(std::make_unique<shim::Region>(base, bytes, name, false));

@@ -93,7 +93,7 @@ FLORA_DEVICE Mask mask_of(const Clients &clients, int client) {
 }
 
 FLORA_DEVICE double scaling_of(const Clients &clients, int client) {
-    return clients.scaling ? number_at(clients.scaling, client, clients.scaling_dtype) : 1.0;
+    return clients.scaling ? number_at<double>(clients.scaling, client, clients.scaling_dtype) : 1.0;
 }
 
 // Zero what the mask drops, in a tile that has arrived; `row` and `column` are its first in the client's X.

@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(256, (MergeShape<F, ENGINE>::kBlocks)) merge_k
         FLORA_UNROLL_ONCE
         for (int index = thread_id(); index < DEPTH * EIGHTS_I; index += THREADS) {
             int c = index / EIGHTS_I, i = index % EIGHTS_I * 8, p = step * DEPTH + c;
-            Sum scale = p < P ? Sum(number_at(entry.coef, int64_t(p) * entry.coef_stride, table.coef_dtype)) : Sum(0);
+            Sum scale = p < P ? number_at<Sum>(entry.coef, int64_t(p) * entry.coef_stride, table.coef_dtype) : Sum(0);
             convert(ring.left, &ring.B[slot][c][i], c, i, scale);
         }
         if constexpr (!Shape::kDirect) {

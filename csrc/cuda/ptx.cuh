@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef FLORA_HOST_SHIM
 #include "../host_shim/cuda_words.h"
@@ -250,19 +251,26 @@ FLORA_DEVICE float root(float a) {
 }
 FLORA_DEVICE double root(double a) { return ::sqrt(a); }
 
-// Start a kernel; false where the device (or the emulation) refuses.
+// Start a kernel. The status is this launch's own: an error that an earlier call left in the runtime is neither
+// reported here nor cleared. `Arguments` must be the kernel's parameters to the byte, which are copied from there.
 template <class... Parameters, class... Arguments>
-bool launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
-            const Arguments &...arguments) {
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t stream,
+                   const Arguments &...arguments) {
+    static_assert((std::is_same<std::decay_t<Parameters>, Arguments>::value && ...), "a kernel's own parameters");
 #ifdef FLORA_HOST_SHIM
     (void)stream;
-    return shim::machine().launch(grid, dim3(unsigned(threads)), shared_bytes, [&] { kernel(arguments...); });
+    bool ran = shim::machine().launch(grid, dim3(unsigned(threads)), shared_bytes, [&] { kernel(arguments...); });
+    return shim::runtime().leave(ran ? shim::kSuccess : shim::kLaunchFailure);
 #else
-    if (shared_bytes > 48 * 1024 &&
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)) != cudaSuccess)
-        return false;
-    kernel<<<grid, unsigned(threads), shared_bytes, stream>>>(arguments...);
-    return cudaPeekAtLastError() == cudaSuccess;
+    if (shared_bytes > 48 * 1024) {
+        cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        if (error != cudaSuccess) return error;
+    }
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid, config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes, config.stream = stream;
+    void *places[] = {const_cast<void *>(static_cast<const void *>(&arguments))...};
+    return cudaLaunchKernelExC(&config, reinterpret_cast<const void *>(kernel), places);
 #endif
 }
 

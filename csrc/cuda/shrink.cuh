@@ -9,25 +9,27 @@
 
 namespace flora::cuda {
 
-template <class T>
+// fp32 factors are kept as they come beside their 16-bit copy: a fourth stage would take 115,712 bytes, more than a block
+// may have on sm_86, sm_89 and sm_120 (101,376), and leave room for one block only on sm_90. Three take 89,088.
+template <class T, class F>
 struct ShrinkShape {
     using Tile = TensorTile<T, 64, 64, 4, 1, false, false>;
-    static constexpr int kDepth = 64, kStages = 4;
+    static constexpr int kDepth = 64, kStages = sizeof(F) == sizeof(T) ? 4 : 3;
 };
 template <>
-struct ShrinkShape<float> {
+struct ShrinkShape<float, float> {
     using Tile = PlainTile<float, 64, 64, 16, 8, false, false>;
     static constexpr int kDepth = 32, kStages = 3;
 };
 template <>
-struct ShrinkShape<double> {
+struct ShrinkShape<double, double> {
     using Tile = PlainTile<double, 64, 64, 16, 16, false, false>;
     static constexpr int kDepth = 16, kStages = 2;
 };
 
 template <class T, class F>
 union ShrinkMemory {
-    using Shape = ShrinkShape<T>;
+    using Shape = ShrinkShape<T, F>;
     using Tile = typename Shape::Tile;
     static constexpr bool kDirect = sizeof(T) == sizeof(F);
     struct {
@@ -47,8 +49,8 @@ struct ShrinkArgs {
 };
 
 template <class T, class F>
-__global__ void __launch_bounds__(ShrinkShape<T>::Tile::kThreads) shrink_kernel(FLORA_TABLE(ShrinkArgs) args) {
-    using Shape = ShrinkShape<T>;
+__global__ void __launch_bounds__((ShrinkShape<T, F>::Tile::kThreads)) shrink_kernel(FLORA_TABLE(ShrinkArgs) args) {
+    using Shape = ShrinkShape<T, F>;
     using Tile = typename Shape::Tile;
     using Sum = typename Tile::Sum;
     constexpr int BM = Tile::kRows, BR = Tile::kColumns, DEPTH = Shape::kDepth, THREADS = Tile::kThreads;

@@ -376,11 +376,12 @@ FLORA_DEVICE Draws draws_of(uint32_t group, uint32_t row, uint64_t seed, uint32_
 }
 
 // A number of a table whose dtype is known at run time (FLORA_FP32 = 1, BF16 = 2, FP16 = 3, FP64 = 4).
-FLORA_DEVICE double number_at(const void *table, int64_t index, int dtype) {
-    if (dtype == 1) return double(ld_global(static_cast<const float *>(table) + index));
-    if (dtype == 2) return double(widen(ld_global(static_cast<const bf16 *>(table) + index)));
-    if (dtype == 3) return double(widen(ld_global(static_cast<const fp16 *>(table) + index)));
-    return ld_global(static_cast<const double *>(table) + index);
+template <class Number>
+FLORA_DEVICE Number number_at(const void *table, int64_t index, int dtype) {
+    if (dtype == 1) return Number(ld_global(static_cast<const float *>(table) + index));
+    if (dtype == 2) return Number(widen(ld_global(static_cast<const bf16 *>(table) + index)));
+    if (dtype == 3) return Number(widen(ld_global(static_cast<const fp16 *>(table) + index)));
+    return Number(ld_global(static_cast<const double *>(table) + index));
 }
 
 }  // namespace flora::cuda

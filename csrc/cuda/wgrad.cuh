@@ -100,7 +100,8 @@ __global__ void __launch_bounds__(WgradShape<T>::Tile::kThreads, WgradShape<T>::
     };
     pipeline<Shape::kStages>((tokens + DEPTH - 1) / DEPTH, load, work);
 
-    Sum factor = side.scaled ? Sum(scaling_of(args.clients, place.client)) : mask.scale<Sum>();
+    // Without tokens there is no product to scale: 0 * NaN would be NaN.
+    Sum factor = tokens <= 0 ? Sum(0) : side.scaled ? Sum(scaling_of(args.clients, place.client)) : mask.scale<Sum>();
     bool split = place.stop - place.first > args.chunk;
     View<O> out{static_cast<O *>(side.out), side.out_stride[0], side.out_stride[1]};
     bool out_wide = out.wide();

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "block.h"
+#include "runtime.h"
 
 #define __global__
 #define __device__

@@ -13,7 +13,8 @@
  *   the caller owns; the function of the same name with `_workspace` at its end tells how many bytes.
  * - On CUDA it enqueues on `exec->stream` and does not synchronise; on the CPU it returns when the work is done.
  *   Every pointer inside matrices, vectors and tables is a pointer of that device; the structs themselves are always
- *   host memory and may go away as soon as the function returns.
+ *   host memory and may go away as soon as the function returns. Calls may be captured in a CUDA graph; the first call
+ *   of each kind must not be, because CUDA loads a kernel when it is first launched.
  * - It returns FLORA_OK or says why not: a code, and flora_last_error(), whose text names the argument, what was
  *   expected, what came and what to do. Arguments are checked before anything is written, so whatever is refused
  *   leaves every output as it was. (What lies in CUDA memory, the tables of clients, is not read for checks.)
@@ -51,7 +52,7 @@ enum {
     FLORA_BAD_ARGUMENT = 1,   /* null, misaligned, a size or stride or code that does not fit, an overflow */
     FLORA_OVERLAP = 2,        /* an output shares memory with something else */
     FLORA_BAD_WORKSPACE = 3,  /* null, misaligned or too small */
-    FLORA_UNSUPPORTED = 4,    /* a combination of dtypes or options that this device has no kernel for */
+    FLORA_UNSUPPORTED = 4,    /* what this device has no kernel for: dtypes, options, sizes past its grid, memory */
     FLORA_NO_DEVICE = 5,      /* the device is not there, or the library was built without it */
     FLORA_DEVICE_ERROR = 6    /* the device's own runtime refused */
 };

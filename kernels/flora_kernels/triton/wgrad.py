@@ -169,7 +169,8 @@ def _wgrad_kernel(
             *(s_ptr + s_start, dy_ptr, first, start, stop, rank, piece, column, N, dy_stride_m, dy_stride_n),
             *(0, 0, 0, False, BLOCK_R, BLOCK_D, BLOCK_T),
         )
-        factor = tl.load(scaling_ptr + client)
+        # Without tokens there is no product to scale: 0 * NaN would be NaN.
+        factor = tl.where(stop > start, tl.load(scaling_ptr + client), 0.0)
         _store_tile(*(acc_DR * factor, dB_ptr, partB_ptr, bank, part, rank, piece, column, N, split, BLOCK_R, BLOCK_D))
 
 
