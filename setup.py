@@ -3,7 +3,7 @@
 FLORA_NATIVE=auto|0|1   auto builds csrc/ where there is a C++ compiler, else installs pure Python and keeps the reason;
                         1 fails without a compiler, 0 builds nothing. A compiler that fails is an error either way.
 FLORA_CUDA=auto|0|1     auto adds CUDA where nvcc is found; 1 fails without it.
-FLORA_CUDA_ARCHS=LIST   the GPUs that CUDA is compiled for: 80,90,100+PTX unless given; 90 alone takes a quarter of the time.
+FLORA_CUDA_ARCHS=LIST   the GPUs to compile CUDA for, 80,90,100+PTX unless given; 90 alone takes a quarter.
 CXX, NVCC               the compilers; g++ or clang++ and nvcc unless given.
 """
 

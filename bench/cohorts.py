@@ -25,7 +25,8 @@ from bench.protocol import Check
 from flora_core.data.pack import pad
 from flora_core.data.template import IGNORE, Example
 from flora_core.demo_model import demo_model_dir
-from flora_core.forward import deterministic_libraries, evaluation_mode
+from flora_core.forward import evaluation_mode
+from flora_core.repeatable import deterministic_libraries
 from flora_core.update import Adapters
 from tests.models import exact64
 

@@ -29,6 +29,7 @@ def small_llama() -> Any:
     config = transformers.LlamaConfig(
         vocab_size=models.VOCAB,
         hidden_size=48,
+        head_dim=16,
         intermediate_size=80,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -40,7 +41,7 @@ def small_llama() -> Any:
 def start(model: Any) -> flora.Cohort:
     """A cohort whose B is not zero, for else a wrong dA would pass."""
     clients = [flora.ClientSpec(f"c{i}", adapter=flora.AdapterConfig(rank, 2 * rank)) for i, rank in enumerate(RANKS)]
-    cohort = flora.attach(model, clients, LINEARS, backend="triton")
+    cohort = flora.attach(model, clients, LINEARS, backend="triton", fuse="separate")
     random = torch.Generator().manual_seed(0)
     for entry in cohort.bank.modules.values():
         entry.B_PN.copy_(torch.randn(entry.B_PN.shape, generator=random) * 0.1)
@@ -125,7 +126,7 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
         for i in range(3)
     ]
     backend = "triton" if static else "reference"
-    cohort = flora.attach(model.to(dtype), clients, ["q_proj", "v_proj"], backend=backend)
+    cohort = flora.attach(model.to(dtype), clients, ["q_proj", "v_proj"], backend=backend, fuse="separate")
     for i, name in enumerate(cohort.names):
         cohort.load(name, models.random_adapters(cohort.update(name).adapters, i))
     wanted = static and (device == "cuda" or "auto")

@@ -262,7 +262,8 @@ def _probe(cohort: Cohort) -> None:
 
     with cohort.route.finding_groups():
         way = find_way(cohort.model, context)
-    cohort.head, cohort.packs, cohort.packing_reason = way.head, way.packs, way.reason
+    cohort.head, cohort.packs = way.head, way.packs
+    cohort.packing_reason, cohort.packing_failed = way.reason, way.failed
     _check_reached(cohort)
 
 

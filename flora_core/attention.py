@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 from .attention_ways import WAYS, Way, choose
-from .checks import require
+from .repeatable import strict_backward
 from .segments import DeviceSegments
 
 NAME = "flora_packed"
@@ -32,6 +32,10 @@ _PLAIN = {
     "sliding_window",
 }
 _LENGTHS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, ...] | DeviceSegments] = weakref.WeakKeyDictionary()
+
+
+class UnpackableError(ValueError):
+    """A model that packed attention cannot follow, for a reason that is known."""
 
 
 def packed_attention(
@@ -82,9 +86,10 @@ def _plain(q, k, v, scaling: float | None, length: int, window: int | None) -> t
     if window is not None and window < length:
         mask = _causal(length, window, q.device)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
+    out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
+    return strict_backward(out, (q, k, v))
 
 
 def _causal(length: int, window: int | None, device: torch.device, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,10 +116,8 @@ def _window_mask(*_: Any, local_size: int | None = None, **__: Any) -> torch.Ten
 
 
 def _window(attention_mask: torch.Tensor | None) -> int | None:
-    require(
-        attention_mask is None or attention_mask.dim() == 0,
-        "the model makes an attention mask of its own, which a packed batch cannot follow",
-    )
+    if attention_mask is not None and attention_mask.dim():
+        raise UnpackableError("the model makes an attention mask of its own, which a packed batch cannot follow")
     return None if attention_mask is None else int(attention_mask)
 
 

@@ -18,10 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .repeatable import strict_backward
 from .segments import DeviceSegments
 
 Lengths = tuple[int, ...] | DeviceSegments
 _NARROW = (torch.bfloat16, torch.float16)
+# The smallest head that flex attention is compiled for (torch 2.11, NotImplementedError below it).
+_FLEX_LEAST = 16
 
 
 class Way(NamedTuple):
@@ -40,8 +43,8 @@ def missing() -> dict[str, str | None]:
     except (ImportError, AttributeError) as error:
         reasons["flash-attn"] = f"flash-attn cannot be imported ({error})"
     try:
-        known = inspect.signature(_varlen()).parameters
-        reasons["varlen"] = None if {"window_size", "scale"} <= set(known) else "torch's varlen_attn needs torch 2.11"
+        known = _parameters(_varlen())
+        reasons["varlen"] = None if {"window_size", "scale"} <= known else "torch's varlen_attn needs torch 2.11"
     except ImportError as error:
         reasons["varlen"] = f"torch has no varlen_attn ({error})"
     try:
@@ -70,10 +73,18 @@ def _unfit(name: str, dtype: torch.dtype, head_size: int) -> str | None:
     """Why a way does not take such tensors."""
     kind = str(dtype).removeprefix("torch.")
     if name == "flex":
-        return None if dtype in (*_NARROW, torch.float32) else f"it does not take {kind}"
+        if dtype not in (*_NARROW, torch.float32):
+            return f"it does not take {kind}"
+        return None if head_size >= _FLEX_LEAST else f"heads of {head_size}, it needs {_FLEX_LEAST}"
     if dtype not in _NARROW:
         return f"it takes 16 bits, not {kind}"
     return None if head_size <= 256 and head_size % 8 == 0 else f"heads of {head_size}"
+
+
+@functools.cache
+def _parameters(attend: Callable[..., Any]) -> frozenset[str]:
+    """The names of a function's parameters, which torch's versions differ in; reading a signature takes 20 us."""
+    return frozenset(inspect.signature(attend).parameters)
 
 
 def _varlen() -> Any:
@@ -111,24 +122,58 @@ def flash(q, k, v, lengths: Lengths, window: int | None, scaling: float | None) 
     )
 
 
+@functools.cache
+def _takes_fewer_heads(
+    attend: Callable[..., Any], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> bool:
+    """Whether a function that does not say so takes fewer heads of K and V than of Q; ``sizes``: both, and of a head.
+
+    Repeating K and V costs their bytes several times over. So it is tried once on a few rows: output and gradients
+    must be those over repeated K and V.
+    """
+    heads, fewer, size = sizes
+    random = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(37, h, size, generator=random).to(device, dtype) for h in (heads, fewer, fewer, heads)
+    )
+    offsets = torch.tensor([0, 16, 37], dtype=torch.int32, device=device)
+
+    def results(repeat: int) -> list[torch.Tensor]:
+        with torch.enable_grad():
+            leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+            wide = [leaves[0], *(t.repeat_interleave(repeat, dim=1) for t in leaves[1:])]
+            out = attend(*wide, offsets, offsets, 21, 21, scale=None, window_size=(-1, 0))
+            return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    try:
+        found, right = results(1), results(heads // fewer)
+    except Exception:  # whatever it raises: it does not take them
+        return False
+    return all(
+        one.shape == other.shape and (one - other).abs().max() <= 8 * torch.finfo(dtype).eps * other.abs().max()
+        for one, other in zip(found, right, strict=True)
+    )
+
+
 def varlen(q, k, v, lengths: Lengths, window: int | None, scaling: float | None) -> torch.Tensor:
     """torch's variable-length attention over (1, H, M, D); (M, H, D)."""
     attend, (offsets, longest) = _varlen(), _bounds(lengths, q.device)
-    known, options = inspect.signature(attend).parameters, {}
+    known, options = _parameters(attend), {}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:
             options["enable_gqa"] = True
-        else:
+        elif not _takes_fewer_heads(attend, q.device, q.dtype, (q.shape[1], k.shape[1], q.shape[3])):
             k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     if "num_splits" in known:
         # Else the order of a sequence's sums would depend on the others in the batch.
         options["num_splits"] = 1
-    return attend(
+    out = attend(
         *(_rows(q), _rows(k), _rows(v), offsets, offsets, longest, longest),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
         **options,
     )
+    return strict_backward(out, (q, k, v))
 
 
 @functools.lru_cache(maxsize=64)

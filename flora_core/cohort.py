@@ -5,7 +5,7 @@ Letters: C clients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,7 +58,8 @@ class Cohort:
         clients: The clients' ``ClientSpec``, in order; ``names`` has their names.
         bank: Their adapters, float32 (float64 for a float64 base), on the device of the base.
         layers: Path of each target -> the layer that wraps it.
-        packs: Whether batches are packed without padding; ``packing_reason`` says why not.
+        packs: Whether batches are packed without padding; ``packing_reason`` says why not, ``packing_failed`` whether
+            that is an error that nothing known of the model explains.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Cohort:
         self.route = Route()
         self.layers: dict[str, MultiLoRALinear] = {}
         self.head: Head
-        self.packs, self.packing_reason = True, ""
+        self.packs, self.packing_reason, self.packing_failed = True, "", False
         self.frozen: list[tuple[nn.Parameter, bool]] = []
         self._batches = 0
 
@@ -151,8 +152,7 @@ class Cohort:
         )
         keys = self.dropout_seeds(dropout_step, seed_C or [seed] * len(names), round)
         if keys is not None and self.bank.param.is_cuda:
-            # One copy to the device for all modules.
-            keys = dict(zip(keys, torch.tensor(list(keys.values())).to(self.bank.param.device), strict=True))
+            keys = keys_on_device(keys, self.bank.param.device)
         with self.laid_out(Layout(segments, keys, row_C, real_index, positions, adapters), sequences):
             yield self.model
 
@@ -198,4 +198,15 @@ class Cohort:
         return ClientUpdate(client, adapters, self.bank.scaling(client), weight, metrics)
 
 
-__all__ = ["ClientSpec", "Cohort"]
+def keys_on_device(keys: Mapping[str, Sequence[int]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Module -> each client's key, int64, in one copy to the device for all modules.
+
+    Every row begins at a multiple of 16 bytes: kernels are compiled for such addresses, and a row between two of them
+    would have each kernel compiled a second time.
+    """
+    count = len(next(iter(keys.values()), ()))
+    table = torch.tensor([[*row, *[0] * (count % 2)] for row in keys.values()], dtype=torch.int64).to(device)
+    return {path: row[:count] for path, row in zip(keys, table, strict=True)}
+
+
+__all__ = ["ClientSpec", "Cohort", "keys_on_device"]

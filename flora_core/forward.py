@@ -7,7 +7,6 @@ in ways that no configuration tells. Letters: M positions with a label, H hidden
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -34,11 +33,13 @@ class Way:
         head: From hidden states to logits.
         packs: Whether sequences may be packed into one row; if not, they are padded.
         reason: Why they may not.
+        failed: Whether the reason is an error that nothing known of the model explains.
     """
 
     head: Head
     packs: bool
     reason: str
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,27 +112,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-@contextmanager
-def deterministic_libraries(device: torch.device, wanted: bool = True) -> Iterator[None]:
-    """On CUDA, have torch's libraries use deterministic algorithms; an operation that has none warns and runs."""
-    if not wanted or device.type != "cuda":
-        yield
-        return
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling: Any = torch.utils.deterministic
-    fills = filling.fill_uninitialized_memory
-    # cuBLAS reads it with its first product, and repeats its sums only with a workspace of a fixed size.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # It would write NaN into every tensor before we do: nothing here reads what it has not written.
-    filling.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
-        filling.fill_uninitialized_memory = fills
-
-
 @torch.no_grad()
 def find_way(model: Any, context: Callable[[Any, Batch], AbstractContextManager[Any]] = alone) -> Way:
     """Find a way of running the model that gives its own logits; ``context(model, batch)`` is around each pass.
@@ -145,21 +125,22 @@ def find_way(model: Any, context: Callable[[Any, Batch], AbstractContextManager[
         rows = (torch.tensor([row], device=weight.device) for row in ids)
         own = torch.cat([model(input_ids=row, use_cache=False).logits[0] for row in rows])
         require(bool(torch.isfinite(own).all()), "the base model's logits are not finite; check its weights")
-        reason, tried = attention.unsupported(model) or "", []
+        reason, failed, tried = attention.unsupported(model) or "", False, []
         for packs in [False] if reason else [True, False]:
             for kind in ("linear", "model"):
-                head, why = _try(model, packs, kind, ids, own, context)
+                head, why, error = _try(model, packs, kind, ids, own, context)
                 if head is not None:
-                    return Way(head, packs, reason)
+                    return Way(head, packs, reason, failed)
                 tried.append(f"{'packed' if packs else 'padded'}, {kind} head: {why}")
+                failed = failed or (packs and error)
             reason = reason or tried[-1]
     raise ValueError(f"our loss would not be this model's own ({'; '.join(tried)}); the model is not supported")
 
 
 def _try(
     model: Any, packs: bool, kind: str, ids: Sequence[Sequence[int]], own: torch.Tensor, context: Callable[..., Any]
-) -> tuple[Head | None, str]:
-    """The head if this way gives the model's logits, else None and why not."""
+) -> tuple[Head | None, str, bool]:
+    """The head if this way gives the model's logits, else None, why not, and whether an unknown error is the reason."""
     # A label everywhere but at a sequence's first token keeps every position that has a successor.
     examples = [Example(list(row), [IGNORE, *row[1:]], 0) for row in ids]
     last = [sum(_PROBE_LENGTHS[: i + 1]) - 1 for i in range(len(_PROBE_LENGTHS))]
@@ -170,14 +151,16 @@ def _try(
             hidden = labelled_hidden(model, batch)
         # Sequences alone and together round differently; wrong logits differ by far more.
         if not _close(head.logits(hidden), expected, math.sqrt(torch.finfo(hidden.dtype).eps)):
-            return None, "logits differ from the model's"
+            return None, "logits differ from the model's", False
     except ConnectionError:  # another rank is gone: that says nothing of the model
         raise
+    except attention.UnpackableError as error:
+        return None, str(error), False
     except Exception as error:  # whatever an unknown model raises is the reason to refuse this way
-        return None, f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}", True
     if kind == "linear" and _bends(model, head, hidden):
-        return None, "the model transforms logits after the product"
-    return head, ""
+        return None, "the model transforms logits after the product", False
+    return head, "", False
 
 
 def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
@@ -203,7 +186,6 @@ __all__ = [
     "Batch",
     "Way",
     "alone",
-    "deterministic_libraries",
     "evaluation_mode",
     "find_way",
     "labelled_hidden",

@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .segments import Segments
-from .tuning import Shape, choices_for, time_on_gpu
+from .tuning import Shape, choices_for, timer_on
 from .ways import WAYS, possible
 
 Tensors = Sequence[torch.Tensor]
@@ -56,7 +56,8 @@ def _way_forward(plan: Plan, arguments: tuple[Any, ...]) -> str:
     N, K = weight.shape
     shape = Shape("forward", x_MK.shape[0], N, K, arguments[6].total, x_MK.dtype)
     calls = {way: functools.partial(WAYS[way], plan.kernels, *arguments) for way in possible(plan.kernels)}
-    return choices_for(x_MK.device).pick(shape, calls, time_on_gpu, not torch.cuda.is_current_stream_capturing())
+    may_measure = not torch.cuda.is_current_stream_capturing()
+    return choices_for(x_MK.device).pick(shape, calls, timer_on(x_MK.device), may_measure)
 
 
 def _shrink(plan: Plan, x_MK: torch.Tensor, A: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -119,7 +120,8 @@ def _way_back(plan: Plan, dys: Tensors, ds_flats: Tensors, A: Tensors) -> str:
     N, P = sum(dy.shape[1] for dy in dys), sum(ranks.total for ranks in plan.ranks)
     shape = Shape("backward", dys[0].shape[0], N, A[0].shape[1], P, dys[0].dtype, dropping)
     calls = {way: functools.partial(_WAYS_BACK[way], plan, dys, ds_flats, A) for way in ways}
-    return choices_for(dys[0].device).pick(shape, calls, time_on_gpu, not torch.cuda.is_current_stream_capturing())
+    device, may_measure = dys[0].device, not torch.cuda.is_current_stream_capturing()
+    return choices_for(device).pick(shape, calls, timer_on(device), may_measure)
 
 
 def gradients(

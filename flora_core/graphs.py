@@ -9,6 +9,7 @@ Letters: M rows of a pass, L labels, S sequences, C clients.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -144,21 +145,29 @@ class Cuda:
     """The few things that only a GPU does."""
 
     def __init__(self, device: torch.device):
-        self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
 
     def call(self, function: Callable[[], None]) -> None:
         """Call a function on the stream that captures: torch asks for a warm-up there."""
-        self.stream.wait_stream(torch.cuda.current_stream())
+        # The caller's current device may be another one than the cohort's, whose streams are the ones to wait for.
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
             function()
-        torch.cuda.current_stream().wait_stream(self.stream)
+        current.wait_stream(self.stream)
 
     def capture(self, function: Callable[[], None]) -> Callable[[], None]:
         """Capture a function, which runs nothing, and give back what replays it."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            function()
-        return graph.replay
+        with torch.cuda.device(self.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                function()
+        return functools.partial(self._replay, graph)
+
+    def _replay(self, graph: Any) -> None:
+        with torch.cuda.device(self.device):
+            graph.replay()
 
 
 def executor_for(device: torch.device) -> Executor:
@@ -196,7 +205,7 @@ class StaticPass:
         keys: Mapping[str, Sequence[int]] | None,
     ) -> None:
         """Put a pass into the table: every client's examples, its labels in the step, its first row, dropout's keys."""
-        M, L, S = self.shape
+        _, L, S = self.shape
         batch = lay_out([*examples, self._nobody(examples)], packs=True)
         labelled = [sum(map(num_labels, part)) for part in examples]
         sequences = batch.sequences or ()
@@ -204,8 +213,7 @@ class StaticPass:
             "keys": self._keys(keys) if self.drops and keys is not None else [],
             "inputs": batch.inputs["input_ids"][0],
             "positions": batch.inputs["position_ids"][0],
-            # The last row is nobody's; a weight of 0 keeps its loss out.
-            "labels": torch.nn.functional.pad(batch.label_index, (0, L - sum(labelled)), value=M - 1),
+            "labels": torch.cat([batch.label_index, self._padding_rows(sum(batch.tokens[:-1]), L - sum(labelled))]),
             "targets": torch.nn.functional.pad(batch.target_M, (0, L - sum(labelled))),
             "sequences": Segments([*sequences, *[0] * (S - len(sequences))]).offsets,
             "tokens": Segments(batch.tokens).offsets,
@@ -228,6 +236,14 @@ class StaticPass:
         missing = self.shape.rows - sum(sum(_lengths(part)) for part in examples)
         lengths = [min(self.longest, missing - at) for at in range(0, missing, self.longest)]
         return [Example([0] * length, [IGNORE] * length, -1) for length in lengths]
+
+    def _padding_rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows for the labels that fill a pass up; a weight of 0 keeps their loss out.
+
+        They are the padding's own, each as often as the others: a deterministic backward sums the gradients of one
+        row one after another.
+        """
+        return first + torch.arange(count) % (self.shape.rows - first)
 
     def _keys(self, keys: Mapping[str, Sequence[int]]) -> list[int]:
         fill = [0] * (1 + (len(self.thresholds) % 2))

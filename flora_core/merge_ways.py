@@ -14,7 +14,7 @@ import torch
 
 from .arguments import MergeItem
 from .backends import able, resolve
-from .tuning import Choices, Shape, Timer, choices_for, time_on_gpu
+from .tuning import Choices, Shape, Timer, choices_for, timer_on
 
 OP = "merge_many_"
 # What is measured works on copies of the first weights, up to so many bytes.
@@ -27,7 +27,7 @@ def merge_kernels(items: Sequence[MergeItem], backend: str, **options: Any) -> M
     if backend != "auto" or weight.device.type != "cuda":
         return resolve(backend, OP, weight)[0]
     may_measure = not torch.cuda.is_current_stream_capturing()
-    name = pick(items, contenders(items), choices_for(weight.device), time_on_gpu, may_measure, **options)
+    name = pick(items, contenders(items), choices_for(weight.device), timer_on(weight.device), may_measure, **options)
     return resolve(name, OP, weight)[0]
 
 

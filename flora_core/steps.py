@@ -90,7 +90,7 @@ class CohortSteps:
         wanted = any(client.config.cuda_graphs is True for client in self.clients)
         if static is None or wanted or isinstance(error, torch.OutOfMemoryError):
             raise error
-        self.cuda_graphs = f"off: {str(error).splitlines()[0]}"
+        self.cuda_graphs = f"off: {first_error(error)}"
         self._warn(f"CUDA graphs are {self.cuda_graphs}")
 
     def step(self, step: int, token_budget: int) -> None:
@@ -222,4 +222,12 @@ class CohortSteps:
         return torch.autocast(self.cohort.bank.param.device.type, dtype=getattr(torch, dtype))
 
 
-__all__ = ["CohortSteps"]
+def first_error(error: BaseException) -> str:
+    """The first line of the error that others came of: a capture that ends badly raises one of its own over it."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
+    lines = str(error).splitlines() or [""]
+    return lines[0] if isinstance(error, RuntimeError) else f"{type(error).__name__}: {lines[0]}"
+
+
+__all__ = ["CohortSteps", "first_error"]

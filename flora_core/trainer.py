@@ -15,13 +15,14 @@ from . import planner
 from .bank import AdapterBank
 from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
-from .forward import deterministic_libraries, evaluation_mode
+from .forward import evaluation_mode
 from .local import LocalClient, examples_of
 from .models import as_tokenizer, sequence_limit
 from .optimizer import CohortAdamW
 from .pausing import CrowdedError, Paused, State, client_state, crowded_text, is_out_of_memory, restore_client
 from .penalty import TailPenalty
 from .recompute import keeping_less
+from .repeatable import deterministic_libraries
 from .sharding import check_training
 from .steps import CohortSteps
 from .update import ClientUpdate
@@ -131,6 +132,8 @@ class CohortTrainer:
         """
         for name, state in self.begun.items():
             self.cohort.load(name, restore_client(self.clients[name], state))
+        if self.cohort.packing_failed and self.round == 0:
+            self._warn(f"batches are padded, not packed, which costs time and memory ({self.cohort.packing_reason})")
         chosen = self.plan()
         cohorts = [part for cohort in chosen.cohorts for part in self._abreast(cohort)]
         steps = sum(max(self.clients[name].steps for name in cohort) for cohort in cohorts)

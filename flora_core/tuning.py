@@ -165,8 +165,18 @@ def use(recorded: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
             _OF_DEVICE[name].use(choices)
 
 
+def timer_on(device: torch.device) -> Timer:
+    """A timer of calls on a GPU, whichever is the current one: events are recorded on a device's own stream."""
+
+    def timer(calls: Sequence[Callable[[], Any]]) -> list[float]:
+        with torch.cuda.device(device):
+            return time_on_gpu(calls)
+
+    return timer
+
+
 def time_on_gpu(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Median microseconds of each call, their rounds interleaved, by CUDA events; the first two rounds warm up."""
+    """Median microseconds of each call on the current GPU, their rounds interleaved; the first two rounds warm up."""
     rounds: list[list[float]] = [[] for _ in calls]
     for number in range(ROUNDS + 2):
         for call, times in zip(calls, rounds, strict=True):
@@ -180,4 +190,4 @@ def time_on_gpu(calls: Sequence[Callable[[], Any]]) -> list[float]:
     return [statistics.median(times) for times in rounds]
 
 
-__all__ = ["Choices", "Shape", "Timer", "choices_for", "platform_of", "time_on_gpu", "use", "used"]
+__all__ = ["Choices", "Shape", "Timer", "choices_for", "platform_of", "time_on_gpu", "timer_on", "use", "used"]

@@ -167,3 +167,29 @@ def test_attach_notices_a_family_that_packing_would_change():
     cohort = flora.attach(model, [flora.ClientSpec("a")], ["v_proj"])
     assert not cohort.packs
     assert "logits differ from the model's" in cohort.packing_reason
+
+
+def test_an_error_that_packing_meets_is_a_warning_of_the_run(monkeypatch: pytest.MonkeyPatch):
+    """Padding costs time and memory, so that it is not only ``explain`` that says why."""
+
+    def fails(*args: Any) -> torch.Tensor:
+        raise NotImplementedError("the embedding dimension must be at least 16")
+
+    monkeypatch.setattr(attention, "_plain", fails)
+    clients = [flora.ClientSpec("a", models.examples(0, (5, 4)))]
+    cohort = flora.attach(models.tiny("llama", torch.float32), clients, ["v_proj"])
+    assert not cohort.packs
+    events: list[dict[str, Any]] = []
+    flora.CohortTrainer(cohort, flora.TrainConfig(max_steps=1), callbacks=[events.append]).run()
+    (warning,) = [event["message"] for event in events if event["event"] == "warning"]
+    assert warning.startswith("batches are padded, not packed, which costs time and memory (packed, model head: ")
+    assert "NotImplementedError: the embedding dimension must be at least 16" in warning
+
+
+def test_a_model_that_is_known_not_to_pack_is_no_warning():
+    clients = [flora.ClientSpec("a", models.examples(0, (5, 4)))]
+    cohort = flora.attach(models.tiny("bloom", torch.float32), clients, ["query_key_value"])
+    assert not cohort.packs
+    events: list[dict[str, Any]] = []
+    flora.CohortTrainer(cohort, flora.TrainConfig(max_steps=1), callbacks=[events.append]).run()
+    assert not [event for event in events if event["event"] == "warning"]

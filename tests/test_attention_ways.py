@@ -34,6 +34,10 @@ def test_the_first_that_is_here_and_takes_the_tensors(monkeypatch: pytest.Monkey
     assert choose("cuda", torch.float32, 128).name == "flex"
     assert choose("cuda", torch.bfloat16, 512) == ("flex", "not flash-attn: heads of 512; not varlen: heads of 512")
     assert choose("cuda", torch.float64, 128).name == "per sequence"
+    small = choose("cuda", torch.float32, 12)
+    assert small.name == "per sequence"
+    assert small.why.endswith("not flex: heads of 12, it needs 16")
+    assert choose("cuda", torch.float32, 16).name == "flex"
     told(monkeypatch, flash_attn="it is not installed")
     assert choose("cuda", torch.float16, 64) == ("varlen", "not flash-attn: it is not installed")
     told(monkeypatch, flash_attn="a", varlen="b", flex="c")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import yaml
 
-from flora_core.forward import deterministic_libraries
+from flora_core.repeatable import deterministic_libraries
 from tests.federation_cases import make_clients, make_federation
 
 

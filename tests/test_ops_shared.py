@@ -39,7 +39,7 @@ def run(inputs: list[LinearInputs], backend: str) -> list[dict[str, torch.Tensor
         for one, A, B in zip(inputs, factors[::2], factors[1::2], strict=True)
     ]
     first = inputs[0]
-    options: dict[str, Any] = dict(dropout_C=first.dropout_C, row_C=first.row_C, backend=backend)
+    options: dict[str, Any] = dict(dropout_C=first.dropout_C, row_C=first.row_C, backend=backend, fuse="separate")
     ys = lora_linears(x, targets, first.tokens, **options)
     dx, *grads = torch.autograd.grad(ys, [x, *factors], [one.dy for one in inputs])
     found = [{"y": y.detach(), "dA": dA, "dB": dB} for y, dA, dB in zip(ys, grads[::2], grads[1::2], strict=True)]

@@ -6,6 +6,7 @@ Letters: M rows of a pass, C clients.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -19,7 +20,8 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import graphs, steps
+from flora_core import graphs, steps, tuning
+from flora_core.cohort import keys_on_device
 from flora_core.data.template import IGNORE, Example
 from flora_core.graphs import Shape, round_up, shape_of
 from flora_core.loss import client_losses
@@ -246,3 +248,78 @@ def test_a_workspace_for_any_lengths():
             for bound, f in zip(most, needs, strict=True):
                 assert f(tokens, ranks) <= bound
     assert wgrad._part_rows(DeviceSegments(offsets, wgrad.CHUNK - 1), ranks) == 0
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 10, 11])
+def test_dropout_keys_begin_at_aligned_addresses(clients: int):
+    """Kernels are compiled apart for addresses that 16 does not divide: an odd number of clients must not mix both."""
+    keys = {f"layer {i}": list(range(i, i + clients)) for i in range(4)}
+    table = keys_on_device(keys, torch.device("cpu"))
+    assert {path: row.tolist() for path, row in table.items()} == keys
+    assert all(row.data_ptr() % 16 == 0 and row.is_contiguous() for row in table.values())
+
+
+def test_labels_are_filled_up_by_the_padding_s_own_rows(static: list[Any]):
+    cohort = flora.attach(models.tiny("llama"), models.clients(), ["q_proj"])
+    static_pass = graphs.StaticPass(cohort, Shape(64, 48, 16), 20, contextlib.nullcontext)
+    batches = [models.examples(0, (9, 4)), models.examples(1, (20,)), [], [], []]
+    static_pass.fill(batches, [1] * 5, [0] * 5, {path: [1] * 5 for path in cohort.layers})
+    labelled = sum(graphs.num_labels(example) for batch in batches for example in batch)
+    rows = static_pass.part["labels"][labelled:].tolist()
+    assert len(rows) > 10
+    assert rows == [33 + i % 31 for i in range(len(rows))], "each of the padding's rows before any of them again"
+    assert static_pass._padding_rows(60, 7).tolist() == [60, 61, 62, 63, 60, 61, 62]
+
+
+def test_a_pass_waits_for_the_streams_of_its_own_device(monkeypatch: pytest.MonkeyPatch):
+    """The caller's current device may be another one; what CUDA is asked for is recorded."""
+    asked: list[Any] = []
+
+    class Stream:
+        def __init__(self, device: Any):
+            self.device = device
+
+        def wait_stream(self, other: Stream) -> None:
+            asked.append((self.device, "waits for", other.device))
+
+    current = {1: Stream(torch.device("cuda:1"))}
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[device.index])
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    graphs.Cuda(torch.device("cuda:1")).call(lambda: asked.append("called"))
+    one = torch.device("cuda:1")
+    assert asked == [(one, "waits for", one), "called", (one, "waits for", one)]
+
+
+def test_ways_are_timed_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyPatch):
+    entered: list[Any] = []
+
+    class Device(contextlib.nullcontext):
+        def __init__(self, device: torch.device):
+            super().__init__()
+            entered.append(device)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(tuning, "time_on_gpu", lambda calls: [float(len(calls))])
+    assert tuning.timer_on(torch.device("cuda:1"))([print, print]) == [2.0]
+    assert entered == [torch.device("cuda:1")]
+
+
+def test_a_failed_capture_names_the_error_that_came_first():
+    """torch raises another one when it leaves the capture, which says nothing but that there was an error before."""
+
+    def failing(first: Exception) -> BaseException:
+        try:
+            try:
+                raise first
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")
+        except RuntimeError as error:
+            return error
+
+    assert steps.first_error(failing(RuntimeError("lengths are known to the device alone\nmore"))) == (
+        "lengths are known to the device alone"
+    )
+    assert steps.first_error(failing(ValueError("no"))) == "ValueError: no"
+    assert steps.first_error(RuntimeError("one\ntwo")) == "one"

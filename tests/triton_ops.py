@@ -158,6 +158,12 @@ def test_every_way_to_fuse(dtype, fuse, dropout):
         testing.check_linear(inputs, testing.run_linear(inputs, "triton", fuse))
 
 
+@in_each_dtype
+def test_the_choice_by_time_gives_right_results(dtype):
+    inputs = make_linear(replace(MIXED, dtype=dtype), dropout=True, masters=True, device=DEVICE)
+    testing.check_linear(inputs, testing.run_linear(inputs, "triton", "auto"))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("fuse", ways.WAYS)
 def test_a_fault_stays_with_its_client_in_every_way(fuse, value):

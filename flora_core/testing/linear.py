@@ -192,8 +192,8 @@ def _zero_one(result: torch.Tensor) -> None:
     result.view(-1)[order[len(order) // 2]] = 0
 
 
-def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "auto") -> dict[str, torch.Tensor]:
-    """y, dx, dA and dB of ``lora_linear``."""
+def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "separate") -> dict[str, torch.Tensor]:
+    """y, dx, dA and dB of ``lora_linear``; with ``fuse="auto"`` times would decide which kernels a GPU runs."""
     x, A, B = (tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
     y = ops.lora_linear(
         x,
