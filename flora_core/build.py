@@ -17,12 +17,11 @@ from .checks import nearest, require
 from .cohort import ClientSpec
 from .data.partition import partition, partition_file
 from .data.records import Record, load_records
-from .demo_model import NAME as DEMO_MODEL
-from .demo_model import demo_model_dir
 from .device import pick_device, pick_dtype
 from .distributed import RankError, Ranks, ranks
 from .files import atomic_write_bytes, atomic_write_json
 from .history import Event
+from .loading import load_model, load_tokenizer, model_folder
 from .seeds import derive
 from .sharding import hold_base
 
@@ -54,23 +53,24 @@ def build_model(recipe: Recipe, spread: bool = False) -> tuple[Any, Any]:
     folder = model_folder(recipe.model)
     dtype = pick_dtype(recipe.dtype, device)
     try:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, recipe.trust_remote_code)
         if spread and recipe.federation.base != "replicated" and ranks().size > 1:
-            return _load_between(ranks(), folder, device, dtype, recipe.federation.base), tokenizer
-        return load_model(folder, device, dtype), tokenizer
+            return _load_between(ranks(), recipe, folder, device, dtype), tokenizer
+        return load_model(folder, device, dtype, recipe.trust_remote_code), tokenizer
     except RankError:
         raise
     except OSError as error:
         raise OSError(f"model {recipe.model} could not be loaded from {folder}: {error}") from error
 
 
-def _load_between(joined: Ranks, folder: str, device: torch.device, dtype: torch.dtype, base: str) -> Any:
+def _load_between(joined: Ranks, recipe: Recipe, folder: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Load a model that the ranks may hold between them; where they surely do, one process of a machine at a time."""
     here, turns = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    base = recipe.federation.base
     model: Any = None
     for turn in range(max(joined.meet(turns)) if base == "sharded" else 1):
         if base == "auto" or turn == here:
-            model = load_model(folder, torch.device("cpu"), dtype)
+            model = load_model(folder, torch.device("cpu"), dtype, recipe.trust_remote_code)
             model = model if hold_base(model, base, joined, device) else model.to(device)
         joined.meet()
     return model
@@ -228,34 +228,3 @@ def save_inputs(event: Event, recipe: Recipe, clients: Sequence[ClientSpec], tes
             atomic_write_bytes(
                 out / "data" / f"{name}.jsonl", "".join(json.dumps(dict(r)) + "\n" for r in records).encode()
             )
-
-
-def model_folder(model: str) -> str:
-    """Return what transformers loads: the demo model's folder, an existing folder, or a hub name as it stands."""
-    if model == DEMO_MODEL:
-        return str(demo_model_dir())
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or os.sep != "/"
-    folder = Path(model).expanduser()
-    if folder.is_dir() or not looks_local:
-        return str(folder) if folder.is_dir() else model
-    raise FileNotFoundError(
-        f"model {model} is not a folder (relative paths start at {Path.cwd()}); "
-        f"give the folder of a transformers causal LM, a hub name (owner/name), or {DEMO_MODEL}"
-    )
-
-
-def load_tokenizer(folder: str) -> Any:
-    """Load a tokenizer."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def load_model(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a causal LM onto a device, without bars."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    return model.to(device)

@@ -148,10 +148,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
     """Train by a recipe in this process; of those that torchrun started, only the first one prints."""
-    if recipe.threads is not None:
-        import torch
+    from .device import limit_threads
 
-        torch.set_num_threads(recipe.threads)
+    limit_threads(recipe.threads)
     if plan_only:
         from .dry_run import dry_run
         from .progress import print_tables

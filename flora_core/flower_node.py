@@ -12,11 +12,12 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from . import recipes
-from .build import build_client, client_names, load_model, load_tokenizer, model_folder
+from .build import build_client, client_names
 from .checks import require
 from .device import pick_device, pick_dtype
 from .files import folder_names
 from .flower_messages import pack, unpack
+from .loading import load_model, load_tokenizer, model_folder
 from .site import Site, Tensors, Terms
 
 
@@ -95,8 +96,9 @@ def site_of(values: Mapping[str, Any]) -> Site:
         recipe = recipes.load(key[0], ["federation.rounds=1", *key[1].split()])
         spec = build_client(recipe, key[2])
         device, folder = pick_device(recipe.device), model_folder(recipe.model)
-        model = load_model(folder, device, pick_dtype(recipe.dtype, device))
-        _SITES[key] = Site(model, load_tokenizer(folder), spec, Path(key[3]).expanduser())
+        model = load_model(folder, device, pick_dtype(recipe.dtype, device), recipe.trust_remote_code)
+        tokenizer = load_tokenizer(folder, recipe.trust_remote_code)
+        _SITES[key] = Site(model, tokenizer, spec, Path(key[3]).expanduser())
     return _SITES[key]
 
 

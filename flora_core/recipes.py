@@ -146,7 +146,9 @@ class Recipe:
         seed: Seed of everything random, also of `train` and `federation`.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: The base's: auto is bfloat16 on CUDA, float32 on a CPU.
-        threads: CPU threads for torch; None leaves torch's choice.
+        threads: CPU threads for torch; None leaves torch's choice, but for containers with a smaller share of the
+            processor. On a machine that is busy with other work, fewer threads than free cores are far faster.
+        trust_remote_code: Whether Python code that lies beside the model's weights may run.
     """
 
     model: str
@@ -161,6 +163,7 @@ class Recipe:
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     threads: int | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         check_number("seed", self.seed, 0, whole=True)

@@ -20,6 +20,7 @@ FLOORS = [
     "ops",
     "models linear attention optimizer loss data forward cohort attach planner",
     "steps trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
+    "loading",
     "federation distributed report",
     "recipes build dry_run flower",
     "cli",

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from flora_core import recipes
-from flora_core.build import build_clients, model_folder, split_data
+from flora_core.build import build_clients, split_data
+from flora_core.loading import model_folder
 from flora_core.recipes import Recipe, load
 
 MINIMAL = "model: smollm2-135m-instruct\nfederation: {rounds: 2}\n"
