@@ -51,8 +51,9 @@ def shared_data() -> Path:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["reduced"] = Scale.reduced
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["reduced"] = Scale.reduced
 
 
 @pytest.hookimpl(optionalhook=True)
