@@ -86,12 +86,21 @@ def test_the_window_and_the_caps_matter_here(family: str):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_crosses_sequences(family: str):
-    """NaN in one sequence, in the middle of a run of equal lengths, changes no bit of the others."""
+    """NaN in one sequence, in the middle of a run of equal lengths, changes no bit of the others.
+
+    A mixture's router sends NaN to other experts: their products have other numbers of rows, and libraries round a
+    row's sums by how many rows stand beside it. A leak would still be NaN.
+    """
     model = build(family)
     packed, _ = hidden_states(model, LENGTHS)
     poisoned, _ = hidden_states(model, LENGTHS, poisoned=1)
     for i, (rows, sick) in enumerate(zip(packed.split(LENGTHS), poisoned.split(LENGTHS), strict=True)):
-        assert sick.isnan().all() if i == 1 else torch.equal(rows, sick)
+        if i == 1:
+            assert sick.isnan().all()
+        elif family == "phimoe":
+            assert budget_ratio(sick, rows, rows) <= 1
+        else:
+            assert torch.equal(rows, sick)
 
 
 def test_no_work_across_sequences(monkeypatch: pytest.MonkeyPatch):

@@ -146,7 +146,9 @@ def test_linear_and_linear_lora(case):
         return reference.expand_(base(dtype), s_flat.to(dtype), inputs.B.to(dtype), *clients)
 
     for out, oracle in ((plain, base), (fused, both)):
-        testing.check_budget({"y": out}, {"y": oracle(torch.float64)}, {"y": oracle(case.dtype)}, {"y": inputs.tokens})
+        with testing.plain_rounding():
+            low = oracle(case.dtype)
+        testing.check_budget({"y": out}, {"y": oracle(torch.float64)}, {"y": low}, {"y": inputs.tokens})
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])

@@ -15,6 +15,7 @@ from .linear import (
     run_linear,
 )
 from .merge import MERGE_FAULTS, MERGE_SHAPES, MergeCase, MergeInputs, make_merge, oracle_merge
+from .rounding import plain_product, plain_rounding
 
 __all__ = [
     "DROPOUT_FAULTS",
@@ -43,6 +44,8 @@ __all__ = [
     "oracle_linear",
     "oracle_merge",
     "philox4x32",
+    "plain_product",
+    "plain_rounding",
     "run_linear",
     "saved_bytes",
     "ulp",

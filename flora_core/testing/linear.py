@@ -16,6 +16,7 @@ from ..segments import Segments
 from .budget import Results, check_budget
 from .cases import NAME_OF, lay_out
 from .dropout import keep_mask
+from .rounding import plain_rounding
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,15 @@ DROPOUT_FAULTS = ("mask one row off", "kept elements not scaled up")
 def oracle_linear(
     inputs: LinearInputs, dtype: torch.dtype = torch.float64, fault: str | None = None, client: int = 0
 ) -> dict[str, torch.Tensor]:
-    """y, dx, dA and dB of the dense formula per client, in a dtype, with a fault in one client if one is named."""
+    """y, dx, dA and dB of the dense formula per client, in a dtype, with a fault in one client if one is named.
+
+    The same bits on every processor: see ``plain_rounding``.
+    """
+    with plain_rounding():
+        return _dense_formula(inputs, dtype, fault, client)
+
+
+def _dense_formula(inputs: LinearInputs, dtype: torch.dtype, fault: str | None, client: int) -> dict[str, torch.Tensor]:
     x, A, B = (tensor.detach().to(dtype).requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
     weight, outputs = inputs.weight.to(dtype), []
     for c, (rows, bank) in enumerate(zip(inputs.tokens, inputs.ranks, strict=True)):

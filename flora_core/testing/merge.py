@@ -11,6 +11,7 @@ import torch
 
 from ..segments import Segments
 from .cases import NAME_OF, lay_out
+from .rounding import plain_rounding
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,18 @@ MERGE_FAULTS = ("client missing", "scale twice", "rows of a neighbour", "last ra
 
 
 def oracle_merge(inputs: MergeInputs, dtype: torch.dtype = torch.float64, fault: str | None = None) -> torch.Tensor:
-    """The merged weight: the clients' products one after another, summed in at least float32, rounded once."""
+    """The merged weight: the clients' products one after another, summed in at least float32, rounded once.
+
+    The same bits on every processor: see ``plain_rounding``.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     total, A, B, coef = inputs.weight.to(wide, copy=True), inputs.A.to(wide), inputs.B.to(wide), inputs.coef.to(wide)
     for c, bank in enumerate(inputs.ranks):
         wrong = fault if c == len(inputs.ranks) - 1 else None
         rows = list(range(bank.start, bank.stop))[: -1 if wrong == "last rank dropped" else None]
         a = A[[(row + 1) % len(A) for row in rows]] if wrong == "rows of a neighbour" else A[rows]
-        product = B[rows].T @ (coef[rows, None] ** (2 if wrong == "scale twice" else 1) * a)
+        with plain_rounding():
+            product = B[rows].T @ (coef[rows, None] ** (2 if wrong == "scale twice" else 1) * a)
         if wrong == "last k dropped":
             product[:, -1] = 0
         if wrong != "client missing":
