@@ -1,4 +1,5 @@
-# make demo | test | test-all | soak | bench | bench-gpu | lint | clean. Each makes its own environment first, once.
+# make demo | test | test-install | test-all | soak | bench | bench-gpu | lint | clean. Each makes its own environment
+# first, once: the demo the packages that users need, the others those for development too.
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
@@ -23,19 +24,23 @@ TRITON := triton==3.9.0; platform_system == 'Linux'
 PYTHON3 = $(shell for python in python3 python3.13 python3.12 python3.11; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PIP = $(PY) -m pip --disable-pip-version-check
-# What an environment that was handed over must have to count as complete.
-HAS_ALL := import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in \
-    "torch transformers safetensors tokenizers jinja2 gguf rich yaml matplotlib psutil peft pytest pytest_benchmark \
-    pytest_timeout xdist hypothesis ruff pyright".split()))
+# What an environment that was handed over must have to count as complete, for the demo and for the rest.
+HAS := import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
+DEMO_MODULES := torch transformers safetensors tokenizers jinja2 gguf accelerate rich yaml matplotlib psutil
+DEV_MODULES := $(DEMO_MODULES) peft pytest pytest_benchmark \
+    pytest_timeout xdist hypothesis ruff pyright
 
 # An environment of somebody else's may not have this checkout installed, or another one: ours comes first.
 ifdef PYTHON
 PY := $(PYTHON)
 ENVIRONMENT :=
+DEMO_ENVIRONMENT :=
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 else
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/.flora-installed
+# An environment for development has what the demo needs.
+DEMO_ENVIRONMENT := $(VENV)/$(if $(wildcard $(VENV)/.flora-installed),.flora-installed,.flora-demo)
 ifneq ($(VENV),.venv)
 export PYTHONPATH := $(CURDIR):$(CURDIR)/kernels
 endif
@@ -47,13 +52,17 @@ LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 
-.PHONY: demo test test-all soak bench bench-gpu lint clean environment install
+.PHONY: demo test test-install test-all soak bench bench-gpu lint clean environment install
 
-demo: environment
+demo: $(DEMO_ENVIRONMENT)
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
 
 test: environment
 	$(PYTEST) -q --scale=$(SCALE)
+
+# The README's own lines in fresh environments, from an sdist and from a wheel; needs the network or pip's cache.
+test-install: environment
+	$(PY) -m tests.install_check --torch $(TORCH)
 
 test-all: environment
 	mkdir -p docs/logs
@@ -83,21 +92,28 @@ lint: environment
 environment: $(ENVIRONMENT)
 
 # The demo's model is made here too, so that nothing needs the network later.
-$(VENV)/.flora-installed: constraints.txt pyproject.toml setup.py
-	@if [ "$(VENV)" != .venv ] && $(PY) -c '$(HAS_ALL)' 2>/dev/null; then \
+$(VENV)/.flora-installed: EXTRAS = dev
+$(VENV)/.flora-installed: MODULES = $(DEV_MODULES)
+$(VENV)/.flora-demo: EXTRAS = train,cli
+$(VENV)/.flora-demo: MODULES = $(DEMO_MODULES)
+$(VENV)/.flora-installed $(VENV)/.flora-demo: constraints.txt pyproject.toml setup.py
+	@if [ "$(VENV)" != .venv ] && $(PY) -c '$(HAS)' $(MODULES) 2>/dev/null; then \
 	    echo "$(VENV) has the packages: used as it is"; \
 	else \
-	    $(MAKE) --no-print-directory install; \
+	    $(MAKE) --no-print-directory install EXTRAS=$(EXTRAS) STAMP=$(@F); \
 	fi
 
+#   EXTRAS=NAMES       the extras of flora-core that are installed (dev unless given; the demo takes train,cli)
+EXTRAS ?= dev
+STAMP ?= .flora-installed
 install:
 	@[ -x $(PY) ] || [ -n "$(PYTHON3)" ] || { echo "Python 3.11 or newer is needed and was not found; set PYTHON="; exit 1; }
 	[ -x $(PY) ] || $(PYTHON3) -m venv $(VENV)
 	$(PIP) install $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(PY) -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	[ '$(EXTRAS)' != dev ] || $(PY) -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
+	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
 	$(PY) -m flora_core.demo_model
-	touch $(VENV)/.flora-installed
+	touch $(VENV)/$(STAMP)
 
 clean:
 	rm -rf .venv .cache build dist *.egg-info runs .pytest_cache .ruff_cache .hypothesis .benchmarks

@@ -2,8 +2,9 @@
 
 FLORA_NATIVE=auto|0|1   auto builds csrc/ where there is a C++ compiler, else installs pure Python and keeps the reason;
                         1 fails without a compiler, 0 builds nothing. A compiler that fails is an error either way.
-FLORA_CUDA=auto|0|1     auto adds CUDA where nvcc is found; 1 fails without it.
-FLORA_CUDA_ARCHS=LIST   the GPUs to compile CUDA for, 80,90,100+PTX unless given; 90 alone takes a quarter.
+FLORA_CUDA=auto|0|1     auto adds CUDA where nvcc and an NVIDIA GPU are found, for that GPU alone: all GPUs take minutes
+                        in which pip prints nothing; 1 adds it for all and fails without nvcc; 0 leaves it out.
+FLORA_CUDA_ARCHS=LIST   the GPUs to compile CUDA for, such as 80,90,100+PTX (these are all); auto adds CUDA then.
 CXX, NVCC               the compilers; g++ or clang++ and nvcc unless given.
 """
 
@@ -14,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +25,7 @@ from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "flora_core/__init__.py").read_text(), re.M)[1]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # -fno-math-errno lets sqrt be an instruction; nothing that changes a sum is allowed.
 BASE_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -80,11 +80,28 @@ def choice(name: str) -> str:
     return value
 
 
+def wanted_archs() -> str:
+    """The GPUs to compile CUDA for: FLORA_CUDA_ARCHS, else all with FLORA_CUDA=1, else those that are found."""
+    named = os.environ.get("FLORA_CUDA_ARCHS")
+    return named or (CUDA_ARCHS if choice("FLORA_CUDA") == "1" else found_archs())
+
+
+def found_archs() -> str:
+    """The entries of CUDA_ARCHS that the GPUs of this machine run, by what the driver says."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    majors = {int(major) for major in re.findall(r"^(\d+)\.\d+$", found.stdout, re.M)}
+    # Machine code runs on later minor versions of its own major one, PTX on everything later.
+    return ",".join(sorted({{8: "80", 9: "90"}.get(major, "100+PTX") for major in majors if major >= 8}))
+
+
 def cuda_codes() -> list[str]:
-    """What nvcc compiles for: FLORA_CUDA_ARCHS, or every GPU that the kernels know."""
-    archs = (os.environ.get("FLORA_CUDA_ARCHS") or CUDA_ARCHS).split(",")
+    """What nvcc compiles for."""
     codes = []
-    for arch in archs:
+    for arch in wanted_archs().split(","):
         number, ptx = arch.strip().removesuffix("+PTX"), arch.strip().endswith("+PTX")
         if not re.fullmatch(r"[89]\d[af]?|1[0-9]\d[af]?", number):
             raise PlatformError(f"FLORA_CUDA_ARCHS must be a list such as 80,90,100+PTX, got {arch!r} in it")
@@ -162,12 +179,16 @@ class BuildNative(build_ext):
     def build_library(self) -> None:
         isas = {isa: flags for isa, flags in ISA_FLAGS.items() if X86 or isa == "portable"}
         defines = [f'-DFLORA_VERSION="{VERSION}"', *(["-DFLORA_X86"] if X86 else [])]
-        nvcc = self.nvcc = self.find_nvcc()
+        nvcc, no_cuda = self.find_nvcc()
+        self.nvcc = nvcc
         if nvcc:
             defines.append("-DFLORA_WITH_CUDA")
+        self.announce(f"flora_kernels: compiling for the CPU; CUDA: {no_cuda or 'yes, which takes minutes'}", level=2)
         base = [*self.compiler_command, *FLAGS, *self.openmp, *defines]
         jobs = [(CSRC / f"cpu/isa_{isa}.cpp", [*base, *QUIET, *flags]) for isa, flags in isas.items()]
         jobs += [(source, base) for source in [*sorted((CSRC / "common").glob("*.cpp")), CSRC / "cpu/dispatch.cpp"]]
+        api = jobs.index((CSRC / "common/api.cpp", base))
+        jobs[api] = (CSRC / "common/api.cpp", [*base, f'-DFLORA_NO_CUDA="{no_cuda}"'])
         if nvcc:
             jobs.append((CSRC / "cuda/backend.cu", [nvcc, *CUDA_FLAGS, *cuda_codes(), *defines]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -177,12 +198,18 @@ class BuildNative(build_ext):
         shared = ["-shared", *self.openmp, "-o", str(self.library), *self.soname("libflora_kernels.so")]
         run([*self.compiler_command, *made, *shared, *(self.cuda_libraries(nvcc) if nvcc else [])])
 
-    def find_nvcc(self) -> str | None:
-        wanted = choice("FLORA_CUDA")
-        nvcc = None if wanted == "0" else shutil.which(os.environ.get("NVCC", "nvcc"))
-        if nvcc is None and wanted == "1":
-            raise PlatformError("FLORA_CUDA=1, but nvcc was not found; put it on the PATH or set NVCC")
-        return nvcc
+    def find_nvcc(self) -> tuple[str | None, str]:
+        """Return nvcc if CUDA is to be built, and else the reason."""
+        wanted, nvcc = choice("FLORA_CUDA"), shutil.which(os.environ.get("NVCC", "nvcc"))
+        if wanted == "0":
+            return None, "FLORA_CUDA was 0"
+        if nvcc is None:
+            if wanted == "1":
+                raise PlatformError("FLORA_CUDA=1, but nvcc was not found; put it on the PATH or set NVCC")
+            return None, "nvcc was not found"
+        if not wanted_archs():
+            return None, "no NVIDIA GPU was found; FLORA_CUDA=1 builds it for one elsewhere"
+        return nvcc, ""
 
     def cuda_libraries(self, nvcc: str) -> list[str]:
         """The static runtime, from where nvcc says its home is: nvcc itself may be a wrapper elsewhere."""
@@ -249,7 +276,13 @@ setup(
         *(f"flora_kernels.{name}" for name in find_packages("kernels/flora_kernels")),
     ],
     package_dir={"flora_kernels": "kernels/flora_kernels", "flora_core.packaged_recipes": "recipes"},
-    package_data={"flora_core.packaged_recipes": ["*.yaml"]},
+    package_data={
+        "flora_core": ["py.typed"],
+        "flora_kernels": ["py.typed"],
+        "flora_core.packaged_recipes": ["*.yaml"],
+    },
+    # Else whatever MANIFEST.in puts into the sdist, such as a library that was built in place, would be in the wheel.
+    include_package_data=False,
     # The sources are BuildNative's affair; that there is an extension makes the wheel one of this platform.
     ext_modules=[Extension("flora_kernels._native", sources=[])],
     cmdclass={"build_ext": BuildNative},

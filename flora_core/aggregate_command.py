@@ -6,9 +6,8 @@ import argparse
 import ast
 import os
 import sys
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from .history import Table, show_bytes, show_number, show_seconds
 from .strategy_names import check_strategy_name
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     }
     adapters = parse_adapters(options.adapter)
     check_strategy_name(options.strategy)
-    from .progress import print_tables
+    from .progress import Bar, print_tables
     from .streaming import export_adapter, merge_into_checkpoint
 
     try:
@@ -140,56 +139,6 @@ def parse_option(word: str) -> tuple[str, Any]:
         return key, text
 
 
-class Bar:
-    """Show bytes done, their rate and the time left: a live bar on a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
-        self.stream: TextIO = sys.stderr if stream is None else stream
-        self.every_s, self.last = every_s, float("-inf")
-        self.what, self.began, self.start = "", 0.0, 0
-        self.live, self.task = self._live_bar() if self.stream.isatty() else None, None
-
-    def _live_bar(self) -> Any:
-        try:
-            from rich import progress as bars
-            from rich.console import Console
-        except ImportError:
-            return None
-        texts = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
-        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *texts)
-        return bars.Progress(*columns, console=Console(file=self.stream))
-
-    def __enter__(self) -> Bar:
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.live:
-            self.live.stop()
-
-    def __call__(self, what: str, done: int, whole: int) -> None:
-        """Take one step of a stage: ``done`` of ``whole`` bytes (modules for an export)."""
-        now = time.monotonic()
-        if what != self.what:
-            # What an earlier attempt has done comes first, in one piece: it is not part of this one's rate.
-            self.what, self.began, self.start, self.last = what, now, done, now
-            if self.live:
-                self.task = self.live.add_task(what, total=whole, completed=done)
-        if self.live:
-            self.live.update(self.task, completed=done)
-        elif done == whole or now - self.last >= self.every_s:
-            self.last = now
-            print(self._line(done, whole, now - self.began), file=self.stream, flush=True)
-
-    def _line(self, done: int, whole: int, seconds: float) -> str:
-        if self.what == "export":
-            return f"{self.what}: {done} of {whole} modules"
-        rate = (done - self.start) / seconds if seconds else 0.0
-        text = f"{self.what}: {show_bytes(done)} of {show_bytes(whole)}, {show_bytes(rate)}/s"
-        return text + (f", {show_seconds((whole - done) / rate)} left" if rate and done < whole else "")
-
-
 def _merge_tables(report: MergeReport) -> list[Table]:
     rows = [
         ["merged model", str(report.out)],
@@ -230,4 +179,4 @@ def _export_tables(report: ExportReport) -> list[Table]:
     return [("Aggregated", ["", ""], rows)]
 
 
-__all__ = ["Bar", "add_parser", "parse_adapters", "parse_option", "run"]
+__all__ = ["add_parser", "parse_adapters", "parse_option", "run"]

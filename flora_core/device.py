@@ -17,7 +17,11 @@ from . import __version__, extras
 from .checks import require
 
 # Extras that `flora run` works without, and what needs them.
-_OPTIONAL = {"privacy": "differential privacy", "flower": "a run between machines"}
+_OPTIONAL = {
+    "data": "reading parquet and arrow",
+    "privacy": "differential privacy",
+    "flower": "a run between machines",
+}
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -122,6 +126,7 @@ def doctor() -> dict[str, Any]:
 
     Returns:
         flora_core, python, platform, cores, memory_bytes, torch, devices, backends {name: reason why not, or None},
+        native (the compiled library in a line, or None),
         packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
     """
     from .backends import availability
@@ -138,6 +143,7 @@ def doctor() -> dict[str, Any]:
         "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.version.cuda},
         "devices": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "backends": availability(),
+        "native": _native_library(),
         "packages": {extra: extras.versions(extra) for extra in extras.EXTRAS},
         "product_gflops": {name: _product_gflops(getattr(torch, name)) for name in ("float32", "bfloat16")},
         "cache": {"folder": str(cache), "free_bytes": _free_bytes(cache), "demo_model": is_ready(cache)},
@@ -160,6 +166,7 @@ def doctor_text(facts: dict[str, Any]) -> str:
         *((d["name"], f"{show_bytes(d['memory_bytes'])}, sm_{d['capability']}") for d in facts["devices"]),
         ("products", ", ".join(f"{name} {speed:.1f} GFLOP/s" for name, speed in facts["product_gflops"].items())),
         *((f"backend {name}", reason or "runs") for name, reason in facts["backends"].items()),
+        *([("native library", facts["native"])] if facts["native"] else []),
         *((f"extra {extra}", _package_text(facts, extra)) for extra in facts["packages"]),
         ("cache", f"{cache['folder']}, {show_bytes(cache['free_bytes'])} free"),
         ("demo model", "ready" if cache["demo_model"] else "made on first use"),
@@ -199,6 +206,14 @@ def _memory_bytes() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
         return None
+
+
+def _native_library() -> str | None:
+    try:
+        from flora_kernels import native
+    except ImportError:
+        return None
+    return native.describe()
 
 
 def _cuda_device(index: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ comes from an index.
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import re
@@ -26,6 +27,7 @@ EXTRAS = {
         "numpy",
     ),
     "cli": ("rich>=13", "pyyaml>=6", "matplotlib>=3.8", "psutil>=5.9"),
+    "data": ("datasets>=4", "pyarrow>=17"),
     "privacy": ("dp-accounting>=0.6",),
     "flower": ("flwr>=1.41,<1.42", "cryptography"),
 }
@@ -81,9 +83,15 @@ def remedy(error: ImportError, user: str, *extras: str) -> str:
 def install_command(requirements: Iterable[str]) -> str:
     """Return the command line that installs requirements into this environment."""
     words = ["pip", "install"]
-    if importlib.util.find_spec("pip") is None and shutil.which("uv"):
+    if not has_pip() and shutil.which("uv"):
         words = ["uv", "pip", "install", "--python", sys.executable]
     return shlex.join([*words, *requirements])
+
+
+def has_pip() -> bool:
+    """Return whether this environment has pip; those that uv makes have none."""
+    # Past sys.meta_path: setuptools puts a finder there that changes distutils when pip is looked for.
+    return importlib.machinery.PathFinder.find_spec("pip") is not None
 
 
 def _import_name(requirement: str) -> str:
@@ -105,4 +113,4 @@ def _version(name: str) -> str | None:
         return None
 
 
-__all__ = ["EXTRAS", "install_command", "missing", "name_of", "remedy", "require_extras", "versions"]
+__all__ = ["EXTRAS", "has_pip", "install_command", "missing", "name_of", "remedy", "require_extras", "versions"]

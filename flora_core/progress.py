@@ -220,6 +220,56 @@ def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
     return LiveProgress(Console(file=out))
 
 
+class Bar:
+    """Show bytes done, their rate and the time left: a live bar on a terminal, a line every few seconds elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
+        self.stream: TextIO = sys.stderr if stream is None else stream
+        self.every_s, self.last = every_s, float("-inf")
+        self.what, self.began, self.start = "", 0.0, 0
+        self.live, self.task = self._live_bar() if self.stream.isatty() else None, None
+
+    def _live_bar(self) -> Any:
+        try:
+            from rich import progress as bars
+            from rich.console import Console
+        except ImportError:
+            return None
+        texts = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
+        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *texts)
+        return bars.Progress(*columns, console=Console(file=self.stream))
+
+    def __enter__(self) -> Bar:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, what: str, done: int, whole: int) -> None:
+        """Take one step of a stage: ``done`` of ``whole`` bytes (modules for an export)."""
+        now = time.monotonic()
+        if what != self.what:
+            # What an earlier attempt has done comes first, in one piece: it is not part of this one's rate.
+            self.what, self.began, self.start, self.last = what, now, done, now
+            if self.live:
+                self.task = self.live.add_task(what, total=whole, completed=done)
+        if self.live:
+            self.live.update(self.task, completed=done)
+        elif done == whole or now - self.last >= self.every_s:
+            self.last = now
+            print(self._line(done, whole, now - self.began), file=self.stream, flush=True)
+
+    def _line(self, done: int, whole: int, seconds: float) -> str:
+        if self.what == "export":
+            return f"{self.what}: {done} of {whole} modules"
+        rate = (done - self.start) / seconds if seconds else 0.0
+        text = f"{self.what}: {show_bytes(done)} of {show_bytes(whole)}, {show_bytes(rate)}/s"
+        return text + (f", {show_seconds((whole - done) / rate)} left" if rate and done < whole else "")
+
+
 def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
     """Print tables on `stream` (standard output), with rich where it is installed."""
     out: TextIO = sys.stdout if stream is None else stream

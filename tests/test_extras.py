@@ -53,7 +53,7 @@ def test_other_failures_of_an_import_keep_their_text():
 
 
 def test_without_pip_the_command_is_uvs(monkeypatch):
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "has_pip", lambda: False)
     monkeypatch.setattr(extras.shutil, "which", lambda name: f"/bin/{name}")
     assert extras.install_command(["rich>=13"]) == f"uv pip install --python {sys.executable} 'rich>=13'"
     monkeypatch.setattr(extras.shutil, "which", lambda name: None)

