@@ -22,10 +22,19 @@ PAGES = {
 }
 
 
+class Index(ThreadingHTTPServer):
+    """An index that answers in one of its forms, and keeps what it was asked."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.kind, self.seen, self.host = "text/html", list[tuple[str, str | None]](), f"127.0.0.1:{self.server_port}"
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Answers as an index does, in the form that the server is set to."""
+    """One request to an `Index`."""
 
     def do_GET(self):
+        assert isinstance(self.server, Index)
         self.server.seen.append((self.path, self.headers.get("Authorization")))
         kind, body = "application/octet-stream", DATA
         if self.path == "/simple/model/":
@@ -43,13 +52,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def index(monkeypatch, tmp_path) -> Iterator[ThreadingHTTPServer]:
+def index(monkeypatch, tmp_path) -> Iterator[Index]:
     """A running index that UV_DEFAULT_INDEX names, and no other configuration."""
     for name in ("UV_INDEX_URL", "PIP_INDEX_URL", "PIP_CONFIG_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(package_index, "_pip_files", lambda: [tmp_path / "pip.conf"])
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.kind, server.seen, server.host = "text/html", [], f"127.0.0.1:{server.server_port}"
+    with Index() as server:
         monkeypatch.setenv("UV_DEFAULT_INDEX", f"http://{server.host}/simple/")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
