@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .checks import nearest, require
 from .cohort import ClientSpec
-from .data.partition import partition, partition_file
-from .data.records import Record, load_records
+from .data.records import Record
 from .device import pick_device, pick_dtype
 from .distributed import RankError, Ranks, ranks
-from .files import atomic_write_bytes, atomic_write_json
+from .files import atomic_write_bytes, atomic_write_json, folder_names
 from .history import Event
 from .loading import load_model, load_tokenizer, model_folder
-from .seeds import derive
 from .sharding import hold_base
+from .splits import Split, client_names_for, exists, load_part, load_test, split_data
 
 if TYPE_CHECKING:
-    from .recipes import DataRecipe, Recipe
-
-Parts = dict[str, list[Record]]
+    from .recipes import Recipe
 
 
 def build(recipe: Recipe, spread: bool = False) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
@@ -78,27 +73,42 @@ def _load_between(joined: Ranks, recipe: Recipe, folder: str, device: torch.devi
 
 def build_clients(recipe: Recipe) -> tuple[list[ClientSpec], list[Record]]:
     """Read and split a recipe's data; return the clients and the held-out records."""
-    parts, test_records = split_data(recipe)
+    split = split_data(recipe)
+    return specs_of(recipe, split), split.held_out
+
+
+def specs_of(recipe: Recipe, split: Split) -> list[ClientSpec]:
+    """Make the clients of a split.
+
+    Raises:
+        ValueError: If ``clients.overrides`` names another one.
+    """
+    names = list(split.train)
     for name in recipe.clients.overrides:
-        require(name in parts, f"clients.overrides names {name!r}, who is no client; {nearest(name, parts)}")
-    return [_client(recipe, name, index, parts[name]) for index, name in enumerate(parts)], test_records
+        require(name in names, f"clients.overrides names {name!r}, who is no client; {nearest(name, names)}")
+    return [
+        _client(recipe, name, index, records, split.own.get(name))
+        for index, (name, records) in enumerate(split.train.items())
+    ]
 
 
-def _client(recipe: Recipe, name: str, index: int, records: list[Record]) -> ClientSpec:
+def _client(
+    recipe: Recipe, name: str, index: int, records: list[Record], own: list[Record] | None = None
+) -> ClientSpec:
     override = recipe.clients.overrides.get(name)
-    adapter = recipe.clients.adapter(name, index)
-    return ClientSpec(name, records, adapter, train=override.train if override and override.train else None)
+    train = override.train if override and override.train else None
+    return ClientSpec(name, records, recipe.clients.adapter(name, index), train, own)
 
 
 def client_names(recipe: Recipe) -> list[str]:
-    """Names of a recipe's clients; no data are read where each has a file of its own."""
+    """Names of a recipe's clients; no data are read where each has a source of its own."""
     if isinstance(recipe.data.path, dict):
-        return (recipe.clients.names or list(recipe.data.path))[: recipe.clients.count]
+        return list(client_names_for(recipe, list(recipe.data.path)).values())
     return [spec.name for spec in build_clients(recipe)[0]]
 
 
 def build_client(recipe: Recipe, name: str) -> ClientSpec:
-    """Build one client; where each has a file of its own, no other's is read: they lie elsewhere.
+    """Build one client; where each has a source of its own, no other's is read: they are on other machines.
 
     Raises:
         ValueError: If the recipe has no such client, or its data do not fit.
@@ -109,112 +119,18 @@ def build_client(recipe: Recipe, name: str) -> ClientSpec:
     index = names.index(name)
     if not isinstance(data.path, dict):
         return build_clients(recipe)[0][index]
-    part, path = list(data.path.items())[index]
-    records, _ = _hold_out(_load(path, data), data, recipe.seed, part)
-    records = _draw(records, data.per_client, recipe.seed, "train", name)
-    require(len(records) > 0, f"client {name!r} has no examples in {path}; give it data")
-    return _client(recipe, name, index, records)
+    part = list(data.path)[index]
+    records, own = load_part(recipe, part, data.path[part], name)
+    require(len(records) > 0, f"client {name!r} has no examples in {data.path[part]}; give it data")
+    return _client(recipe, name, index, records, own or None)
 
 
 def build_held_out(recipe: Recipe) -> list[Record]:
-    """Read the held-out records for a server; of clients whose files lie elsewhere nothing is needed."""
-    data = recipe.data
-    if isinstance(data.path, dict) and not all(Path(path).is_file() for path in data.path.values()):
-        return _draw(_load(data.test, data), data.test_items, recipe.seed, "test") if data.test is not None else []
+    """Read the held-out records for a server; of clients whose files are on other machines nothing is needed."""
+    path = recipe.data.path
+    if isinstance(path, dict) and not all(map(exists, path.values())):
+        return load_test(recipe)
     return build_clients(recipe)[1]
-
-
-def split_data(recipe: Recipe) -> tuple[Parts, list[Record]]:
-    """Return each client's records and the held-out ones, cut down to the numbers that the recipe asks for."""
-    data, clients = recipe.data, recipe.clients
-    if data.path == "demo":
-        parts, test_records = _demo(recipe)
-    elif isinstance(data.path, dict):
-        parts, test_records = _one_file_each(data, data.path, recipe.seed)
-    else:
-        parts, test_records = _split_file(recipe, _load(data.path, data))
-    if data.test is not None:
-        test_records = _load(data.test, data)
-    wanted = clients.count or (len(clients.names) if clients.names else len(parts))
-    require(
-        wanted <= len(parts),
-        f"clients.count asks for {wanted} clients, and the data has {len(parts)} ({', '.join(list(parts)[:12])}); "
-        "lower it, or set it to null for all of them",
-    )
-    names = clients.names or list(parts)
-    parts = dict(zip(names, list(parts.values())[:wanted], strict=False))
-    parts = {name: _draw(records, data.per_client, recipe.seed, "train", name) for name, records in parts.items()}
-    for name, records in parts.items():
-        require(len(records) > 0, f"client {name!r} has no examples; give it data, or fewer clients.count")
-    return parts, _draw(test_records, data.test_items, recipe.seed, "test")
-
-
-def _load(path: str, data: DataRecipe) -> list[Record]:
-    """Read records; the columns that the recipe splits and groups by have a use."""
-    return load_records(path, data.unknown, known=(data.label, data.client_column, data.id_column))
-
-
-def _demo(recipe: Recipe) -> tuple[Parts, list[Record]]:
-    from .data.demo import make_demo
-
-    count = recipe.clients.count or len(recipe.clients.names or recipe.clients.ranks)
-    with tempfile.TemporaryDirectory() as folder:
-        made = make_demo(
-            folder,
-            clients=count,
-            train_per_client=recipe.data.per_client or 40,
-            test_items=recipe.data.test_items or 100,
-            seed=recipe.seed,
-        )
-        return {name: load_records(path) for name, path in made.clients.items()}, load_records(made.test)
-
-
-def _one_file_each(data: DataRecipe, paths: dict[str, str], seed: int) -> tuple[Parts, list[Record]]:
-    """Read every client's own file; each client holds out the same fraction unless there is a test file."""
-    parts, held_out = {}, []
-    for name, path in paths.items():
-        parts[name], held = _hold_out(_load(path, data), data, seed, name)
-        held_out += held
-    return parts, held_out
-
-
-def _split_file(recipe: Recipe, records: list[Record]) -> tuple[Parts, list[Record]]:
-    data = recipe.data
-    if data.partitions is not None:
-        # Without a split its error lists those of the file.
-        parts, held = partition_file(data.partitions, records, data.split or "", id_column=data.id_column)
-        named = {name: [records[i] for i in part] for name, part in parts.items()}
-        return named, [records[i] for i in held]
-    count = recipe.clients.count or len(recipe.clients.names or recipe.clients.ranks)
-    rest, held_out = _hold_out(records, data, recipe.seed, "all")
-    parts = partition(
-        rest,
-        None if data.partition == "natural" else count,
-        data.partition,
-        seed=derive(recipe.seed, "partition"),
-        label=data.label,
-        alpha=data.alpha,
-        shards_per_client=data.shards_per_client,
-        client_column=data.client_column,
-    )
-    return {name: [rest[i] for i in part] for name, part in parts.items()}, held_out
-
-
-def _hold_out(records: list[Record], data: DataRecipe, seed: int, part: str) -> tuple[list[Record], list[Record]]:
-    """Divide into training and held-out records, in the order of the file."""
-    if data.test is not None or data.test_fraction == 0:
-        return records, []
-    size = max(1, round(len(records) * data.test_fraction)) if len(records) > 1 else 0
-    chosen = set(Random(derive(seed, "held-out", part)).sample(range(len(records)), size))
-    kept = [record for index, record in enumerate(records) if index not in chosen]
-    return kept, [records[index] for index in sorted(chosen)]
-
-
-def _draw(records: Sequence[Record], most: int | None, seed: int, *part: str) -> list[Record]:
-    """Draw at most so many records, in their order."""
-    if most is None or len(records) <= most:
-        return list(records)
-    return [records[i] for i in sorted(Random(derive(seed, "draw", *part)).sample(range(len(records)), most))]
 
 
 def save_inputs(event: Event, recipe: Recipe, clients: Sequence[ClientSpec], test_records: list[Record]) -> None:
@@ -224,7 +140,8 @@ def save_inputs(event: Event, recipe: Recipe, clients: Sequence[ClientSpec], tes
     out = Path(recipe.out)
     atomic_write_json(out / "recipe.json", json.loads(json.dumps(asdict(recipe), default=str)))
     if recipe.data.path == "demo":
-        for name, records in (*((spec.name, spec.data) for spec in clients), ("held-out", test_records)):
+        folders = folder_names([spec.name for spec in clients], taken=("held-out",))
+        for file, records in (*((folders[spec.name], spec.data) for spec in clients), ("held-out", test_records)):
             atomic_write_bytes(
-                out / "data" / f"{name}.jsonl", "".join(json.dumps(dict(r)) + "\n" for r in records).encode()
+                out / "data" / f"{file}.jsonl", "".join(json.dumps(dict(r)) + "\n" for r in records).encode()
             )

@@ -9,9 +9,11 @@ from typing import Any
 
 from . import planner
 from .attach import attach, detach
-from .build import build
+from .build import build_model, specs_of
+from .checks import listed
 from .history import Table, show_bytes
 from .recipes import Recipe
+from .splits import Split, split_data
 from .trainer import CohortTrainer
 
 
@@ -21,12 +23,14 @@ def dry_run(recipe: Recipe) -> list[Table]:
     Raises:
         ValueError, TypeError, OSError: Whatever would stop the run before training.
     """
-    model, tokenizer, clients, test_records = build(recipe)
+    split = split_data(recipe)
+    clients = specs_of(recipe, split)
+    model, tokenizer = build_model(recipe)
     cohort, notes = attach(model, clients, recipe.target_modules, seed=recipe.seed), []
     try:
         trainer = CohortTrainer(cohort, recipe.train, tokenizer, callbacks=[notes.append])
         plan, in_flight = trainer.plan(), _tokens_in_flight(trainer)
-        rows = [_client_row(trainer, name) for name in cohort.names]
+        rows = [_client_row(trainer, name, split) for name in cohort.names]
         budgeted = any(client.config.memory_budget_gb is not None for client in trainer.clients.values())
         # The planner measures, and counts activations, only where there is a budget to keep.
         activations = 0.0 if budgeted else in_flight * planner.measure_bytes_per_token(cohort)
@@ -43,7 +47,8 @@ def dry_run(recipe: Recipe) -> list[Table]:
         ("strategy", f"{recipe.strategy}, {recipe.federation.rounds} rounds"),
         ("results", str(recipe.out)),
         ("training examples", f"{sum(row['examples'] for row in rows):,}"),
-        ("held-out examples", f"{len(test_records):,}"),
+        ("held-out examples", _held_out(split)),
+        *([("unused records", f"{split.unused:,} of {split.count:,} that were read")] if split.unused else []),
         ("cohorts", f"{len(plan.cohorts)} ({plan.reason}): {'; '.join(_shorten(names) for names in plan.cohorts)}"),
         ("tokens in flight", f"{in_flight:,}"),
         ("memory: base", show_bytes(base)),
@@ -58,7 +63,14 @@ def dry_run(recipe: Recipe) -> list[Table]:
     return [("Plan", ["what", "value"], [list(fact) for fact in facts]), ("Clients, a round", columns, cells)]
 
 
-def _client_row(trainer: CohortTrainer, name: str) -> dict[str, Any]:
+def _held_out(split: Split) -> str:
+    """Describe the held-out records, and how many clients have none of their own where some do."""
+    none = [name for name in split.train if name not in split.own]
+    without = f"; none of their own have {listed(none)}" if split.own and none else ""
+    return f"{len(split.held_out):,}{without}"
+
+
+def _client_row(trainer: CohortTrainer, name: str, split: Split) -> dict[str, Any]:
     client, adapter = trainer.clients[name], trainer.cohort.spec(name).adapter
     factors = trainer.cohort.bank.adapters(name).values()
     return {
@@ -66,6 +78,7 @@ def _client_row(trainer: CohortTrainer, name: str) -> dict[str, Any]:
         "rank": adapter.rank,
         "alpha": f"{adapter.alpha:g}",
         "examples": len(client.examples),
+        **({"held out": len(split.own.get(name, []))} if split.own else {}),
         "tokens": sum(len(example.input_ids) for example in client.examples) * client.config.local_epochs,
         "steps": client.steps,
         "lr": f"{client.config.lr:g}",

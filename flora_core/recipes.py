@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from . import strict
 from .adapter_config import AdapterConfig
-from .checks import check_number, nearest, require
+from .checks import check_name, check_number, nearest, require
 from .config import TrainConfig
+from .data_paths import data_files
 from .federation_config import FederationConfig
 from .strategy_names import check_strategy_name
 
@@ -26,12 +27,16 @@ class DataRecipe:
     """Where the examples come from and how they are split over the clients.
 
     Args:
-        path: "demo", one JSONL file to split, or a mapping of client to that client's JSONL file.
+        path: "demo"; a source of records that is split (a file, a folder, a glob, or a list of these); or a mapping of
+            each client to the source of its own.
         per_client: At most so many training examples a client, drawn with the run's seed; None for all.
-        test: JSONL file of held-out records; None holds out a part of `path`.
+        test: Source of held-out records, or a mapping of clients to sources of their own; None holds out a part of
+            `path`.
         test_fraction: The part of `path` that is held out where neither `test` nor `partitions` says which.
+        hold_out: Of what: `client` holds out that part of each client's records, so that each has held-out records of
+            its own; `pool` of all, before they are dealt; `auto` is `client` where the data name the clients.
         test_items: At most so many held-out records; None for all.
-        partition: How one file is split: iid, shard, dirichlet or natural.
+        partition: How one source is split: iid, shard, dirichlet or natural.
         partitions, split: A file {split: {client: [id, ...], "test": [id, ...]}} that splits it instead, and its split.
         label: Column that shard and dirichlet separate.
         alpha: Dirichlet concentration: small means clients that differ much.
@@ -41,10 +46,11 @@ class DataRecipe:
         unknown: Fields of records that nothing reads: warn (once a file, with names and counts) or refuse.
     """
 
-    path: str | dict[str, str] = DEMO_DATA
+    path: str | list[str] | dict[str, str | list[str]] = DEMO_DATA
     per_client: int | None = None
-    test: str | None = None
+    test: str | list[str] | dict[str, str | list[str]] | None = None
     test_fraction: float = 0.1
+    hold_out: Literal["auto", "client", "pool"] = "auto"
     test_items: int | None = None
     partition: Literal["iid", "shard", "dirichlet", "natural"] = "iid"
     partitions: str | None = None
@@ -62,11 +68,26 @@ class DataRecipe:
                 check_number(name, getattr(self, name), 1, whole=True)
         check_number("test_fraction", self.test_fraction, 0, 0.9)
         # Clients' own files, and the held-out ones, may be other machines': who reads them says if they are not there.
-        for file in (self.partitions, None if isinstance(self.path, dict) else self.path):
-            if file not in (None, DEMO_DATA) and not Path(file).is_file():
-                raise FileNotFoundError(f"file {file} does not exist (relative paths start at {Path.cwd()})")
+        if not isinstance(self.path, dict) and self.path != DEMO_DATA:
+            data_files(self.path)
+        if self.partitions is not None and not Path(self.partitions).is_file():
+            raise FileNotFoundError(f"file {self.partitions} does not exist (relative paths start at {Path.cwd()})")
+        self._check_hold_out()
         require(
             self.split is None or self.partitions is not None, "split needs partitions, the file that has the split"
+        )
+
+    def _check_hold_out(self) -> None:
+        """Check that what is asked for can be held out of these data."""
+        if self.hold_out == "auto":
+            return
+        text = f"hold_out={self.hold_out}"
+        require(self.test is None, f"{text} holds out records of path, and test gives others; leave one of them out")
+        require(self.path != DEMO_DATA, f"{text}: the demo has held-out data of its own; leave it out")
+        named = isinstance(self.path, dict) or self.partitions is not None
+        require(
+            self.hold_out == "client" or not named,
+            f"{text}: the clients' records lie apart from each other; use hold_out=client",
         )
 
 
@@ -90,8 +111,10 @@ class ClientsRecipe:
     """The clients and their adapters.
 
     Args:
-        count: How many; None: as many as names, or as the data defines, or as ranks.
-        names: Their names; None: the data's, or client-0, client-1, ...
+        count: How many; None: as many as names, or as the data defines, or as ranks. Where the data name the clients,
+            it must be their number: none is left out in silence.
+        names: Their names; None: the data's, or client-0, client-1, ... Of a natural partition, the order of its
+            clients.
         ranks: Dealt to the clients in turn: ranks[i % len(ranks)].
         alpha: LoRA alpha of all; None takes alpha_over_rank times the rank.
         alpha_over_rank: The usual 2.
@@ -115,6 +138,7 @@ class ClientsRecipe:
         if self.count is not None:
             check_number("count", self.count, 1, whole=True)
         if self.names is not None:
+            self.names = [check_name(name) for name in self.names]
             twice = [name for name in self.names if self.names.count(name) > 1]
             require(not twice, f"names must differ, got {twice[0]!r} twice" if twice else "")
             require(
@@ -263,8 +287,8 @@ def _read_yaml(path: Path) -> Any:
 
 
 def _expand(raw: dict[str, Any]) -> None:
-    """Write `data: PATH` out as `data: {path: PATH}`."""
-    if isinstance(raw.get("data"), str):
+    """Write `data: PATH` out as `data: {path: PATH}`; of a list of paths too."""
+    if isinstance(raw.get("data"), (str, list)):
         raw["data"] = {"path": raw["data"]}
 
 
@@ -292,7 +316,10 @@ def _parse(hint: Any, text: str, yaml: Any) -> Any:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"malformed value: {' '.join(str(error).split())}") from None
+        if not text.startswith("*"):
+            raise ValueError(f"malformed value: {' '.join(str(error).split())}") from None
+        # A glob, which YAML takes for a reference.
+        value = text
     try:
         strict.convert(hint, value, "the value")
         return value

@@ -148,7 +148,7 @@ def test_bad_partition_file(tmp_path, content, words):
 
 def test_partition_file_needs_ids_that_differ(tmp_path):
     path = write(tmp_path, {"s": {"a": [5]}})
-    with pytest.raises(ValueError, match="records 0 and 1 have the same id='5'"):
+    with pytest.raises(ValueError, match="record 0 and record 1 have the same id='5'"):
         partition_file(path, [{"id": 5}, {"id": 5}], "s")
     with pytest.raises(FileNotFoundError, match=r"none\.json does not exist"):
         partition_file(tmp_path / "none.json", [{"id": 5}], "s")

@@ -15,14 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import its own floor and those below. A name stands for a package as well.
 FLOORS = [
-    "checks extras strategy_names",
+    "checks data_paths extras strategy_names",
     "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty",
     "ops",
     "models linear attention optimizer loss data forward cohort attach planner",
     "steps trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
     "loading",
     "federation distributed report",
-    "recipes build dry_run flower",
+    "recipes splits build dry_run flower",
     "cli",
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names.split()}

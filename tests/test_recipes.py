@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from flora_core import recipes
-from flora_core.build import build_clients, split_data
+from flora_core.build import build_clients
 from flora_core.loading import model_folder
 from flora_core.recipes import Recipe, load
+from flora_core.splits import split_data
 
 MINIMAL = "model: smollm2-135m-instruct\nfederation: {rounds: 2}\n"
 
@@ -135,7 +136,7 @@ def test_a_later_override_wins(recipe_file):
         (MINIMAL + "clients: {names: [a, a]}", ValueError, r"names must differ, got 'a' twice"),
         (MINIMAL + "clients: {names: [a], count: 2}", ValueError, r"count must be 1, the number of names, got 2"),
         (MINIMAL + "data: {partition: random}", TypeError, r"data\.partition must be iid \| shard \| dirichlet"),
-        (MINIMAL + "data: nowhere.jsonl", FileNotFoundError, r"data: file nowhere\.jsonl does not exist"),
+        (MINIMAL + "data: nowhere.jsonl", FileNotFoundError, r"data: data file nowhere\.jsonl does not exist"),
         (MINIMAL + "data: {split: a}", ValueError, r"split needs partitions"),
         (MINIMAL + "data: {test_fraction: 1}", ValueError, r"test_fraction must be between 0 and 0\.9"),
         (MINIMAL + "target_modules: []", ValueError, r"target_modules must name at least one layer"),
@@ -198,14 +199,21 @@ def recipe_on(recipe_file: Path, data: Path | str, *overrides: str) -> Recipe:
     return load(recipe_file, [f"data={data}", *overrides])
 
 
+def split_of(recipe: Recipe) -> tuple[dict[str, list[dict]], list[dict]]:
+    """The training records of each client and the held-out ones, as plain dicts."""
+    split = split_data(recipe)
+    train = {name: [dict(record) for record in part] for name, part in split.train.items()}
+    return train, [dict(record) for record in split.held_out]
+
+
 def test_one_file_is_split_without_loss_or_overlap(recipe_file, tmp_path):
     recipe = recipe_on(recipe_file, records(tmp_path / "d.jsonl", 50), "clients.count=4")
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     ids = [record["id"] for part in [*parts.values(), test_records] for record in part]
     assert sorted(ids) == list(range(50))
     assert (len(parts), len(test_records)) == (4, 5)
-    assert split_data(recipe) == (parts, test_records)
-    assert split_data(recipe_on(recipe_file, tmp_path / "d.jsonl", "clients.count=4", "seed=1")) != (
+    assert split_of(recipe) == (parts, test_records)
+    assert split_of(recipe_on(recipe_file, tmp_path / "d.jsonl", "clients.count=4", "seed=1")) != (
         parts,
         test_records,
     )
@@ -214,7 +222,7 @@ def test_one_file_is_split_without_loss_or_overlap(recipe_file, tmp_path):
 def test_numbers_are_cut_down_and_names_given(recipe_file, tmp_path):
     recipe = recipe_on(recipe_file, records(tmp_path / "d.jsonl", 60), "clients.names=[a, b]", "data.per_client=5",
                        "data.test_items=3")  # fmt: skip
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     assert {name: len(part) for name, part in parts.items()} == {"a": 5, "b": 5}
     assert len(test_records) == 3
 
@@ -222,14 +230,14 @@ def test_numbers_are_cut_down_and_names_given(recipe_file, tmp_path):
 def test_a_test_file_is_held_out_and_all_else_trains(recipe_file, tmp_path):
     test = records(tmp_path / "t.jsonl", 4)
     recipe = recipe_on(recipe_file, records(tmp_path / "d.jsonl", 10), "clients.count=2", f"data.test={test}")
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     assert (sum(map(len, parts.values())), len(test_records)) == (10, 4)
 
 
 def test_one_file_per_client(recipe_file, tmp_path):
     files = {name: str(records(tmp_path / f"{name}.jsonl", 10)) for name in ("x", "y")}
     recipe = load(recipe_file, [f"data.path={json.dumps(files)}", "data.test_fraction=0.2"])
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     assert {name: len(part) for name, part in parts.items()} == {"x": 8, "y": 8}
     assert len(test_records) == 4
 
@@ -237,14 +245,14 @@ def test_one_file_per_client(recipe_file, tmp_path):
 def test_natural_clients_come_from_their_column(recipe_file, tmp_path):
     data = records(tmp_path / "d.jsonl", 30, client=lambda i: f"site-{i % 3}")
     recipe = recipe_on(recipe_file, data, "data.partition=natural", "data.test_fraction=0")
-    assert {name: len(part) for name, part in split_data(recipe)[0].items()} == {f"site-{i}": 10 for i in range(3)}
+    assert {name: len(part) for name, part in split_of(recipe)[0].items()} == {f"site-{i}": 10 for i in range(3)}
 
 
 def test_a_partition_file_says_who_has_what(recipe_file, tmp_path):
     data = records(tmp_path / "d.jsonl", 9)
     file = write(tmp_path / "p.json", json.dumps({"s": {"0": [0, 1, 2], "1": [5, 3], "test": [8]}, "u": {}}))
     recipe = recipe_on(recipe_file, data, f"data.partitions={file}", "data.split=s")
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     assert {name: [r["id"] for r in part] for name, part in parts.items()} == {"0": [0, 1, 2], "1": [5, 3]}
     assert [record["id"] for record in test_records] == [8]
     with pytest.raises(ValueError, match="has no split ''; known: s, u"):
@@ -265,7 +273,7 @@ def test_clients_carry_their_adapter_records_and_overrides(recipe_file, tmp_path
 
 def test_the_demo_makes_its_own_data(recipe_file):
     recipe = load(recipe_file, ["clients.count=3", "data.per_client=6", "data.test_items=10"])
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     assert [len(part) for part in parts.values()] == [6, 6, 6]
     assert len(test_records) == 10
 
@@ -276,5 +284,5 @@ def test_real_data_trains_by_its_partition(shared_data):
         pytest.skip("needs the dolly data set beside the checkout")
     recipe = load("quickstart", [f"data={folder / 'dolly15k.jsonl'}", f"data.partitions={folder / 'partitions.json'}",
                                  "data.split=dirichlet05_10"])  # fmt: skip
-    parts, test_records = split_data(recipe)
+    parts, test_records = split_of(recipe)
     assert (len(parts), len(test_records)) == (10, min(80, recipe.data.test_items or 80))

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from ..checks import check_choice, check_number, nearest, require
+from ..checks import check_choice, check_name, check_number, nearest, require
 from ..seeds import derive
 from .records import Record
 
@@ -49,7 +50,8 @@ def partition(
     Returns:
         Client name -> sorted indices into ``records``; disjoint, covering all.
     Raises:
-        ValueError: If the scheme or the column is unknown, or there are too few examples.
+        ValueError: If the scheme or the column is unknown, a record's column is null (with its place), or there are too
+            few examples.
     """
     check_choice("scheme", scheme, SCHEMES)
     check_number("min_examples", min_examples, 0, whole=True)
@@ -179,6 +181,11 @@ def _proportions(count: int, alpha: float, random: Random) -> list[float]:
 def _natural(records: Sequence[Record], num_clients: int | None, column: str) -> Clients:
     """Group by the column that names the client."""
     parts = _labels(records, column)
+    for name, part in parts.items():
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"{_place(records[part[0]], part[0])}, column {column!r}: {error}") from None
     require(
         num_clients in (None, len(parts)),
         f"column {column!r} names {len(parts)} clients, got num_clients={num_clients}; leave num_clients out",
@@ -199,21 +206,32 @@ def _column_index(records: Sequence[Record], column: str) -> dict[str, int]:
     table: dict[str, int] = {}
     for index, record in enumerate(records):
         value = str(_value(record, index, column))
-        require(
-            value not in table,
-            f"records {table.get(value)} and {index} have the same {column}={value!r}; ids must differ",
-        )
+        if value in table:
+            first = table[value]
+            places = f"{_place(records[first], first)} and {_place(record, index)}"
+            raise ValueError(f"{places} have the same {column}={value!r}; ids must differ")
         table[value] = index
     return table
 
 
 def _value(record: Record, index: int, column: str) -> object:
     """Read a column that every record must have."""
-    if record.get(column) is None:
-        raise ValueError(
-            f"record {index} has no column {column!r}; its columns: {', '.join(map(str, record)) or 'none'}"
-        )
-    return record[column]
+    place = _place(record, index)
+    if column not in record:
+        found = ", ".join(map(str, record)) or "none"
+        raise ValueError(f"{place} has no column {column!r}; its columns: {found}")
+    value = record[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        what = "null" if value is None else "empty"
+        raise ValueError(f"{place}: column {column!r} is {what}; fill it in, or remove the record")
+    if isinstance(value, (list, dict)) or value != value:
+        raise ValueError(f"{place}: column {column!r} must be text or a number, got {value!r:.60}")
+    return value
+
+
+def _place(record: Any, index: int) -> str:
+    """File and line of a record, or its number."""
+    return getattr(record, "place", None) or f"record {index}"
 
 
 def _read_json(path: str | os.PathLike[str]) -> dict[str, dict[str, list]]:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .paths import KINDS, data_files, is_path, kind_of
+from ..data_paths import KINDS, data_files, is_path, kind_of
 
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = {
