@@ -77,7 +77,7 @@ soak: environment
 # A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list
 bench: environment
-	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 12 --stop 13.5 --threads $(THREADS) $(BENCH) || status=$$?; \
+	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 18 --stop 20 --threads $(THREADS) $(BENCH) || status=$$?; \
 	    [ $$status = 130 ] || $(LIMITED) $(PY) -m bench.run --explain --threads $(THREADS) || status=$$?; \
 	    $(PY) -m bench.publish; exit $$status
 
