@@ -79,7 +79,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
 def usable_cores() -> int:
     """Return how many cores this process may use: of the machine's, its affinity's and its container's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, math.ceil(_cgroup_cores())))
+    return max(1, math.ceil(min(cores, _cgroup_cores())))
 
 
 def _cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
