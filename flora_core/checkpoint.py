@@ -45,7 +45,8 @@ from .files import (
 from .fingerprint import Base
 from .headers import parse_json
 from .history import Event, show_bytes
-from .identity import differences
+from .identity import ROUNDS as NUM_ROUNDS
+from .identity import check_rounds, differences
 from .peft_io import save_peft_adapter
 from .snapshot import DAMAGE, ROUND, STATE, Snapshot, finite, read_events, read_snapshot, taken_apart, write_snapshot
 from .update import ClientUpdate
@@ -117,7 +118,8 @@ class RunFolder:
         Returns:
             One warning for each part of the environment that is not as it was.
         Raises:
-            ValueError: If the folder holds another run; the fields that differ are named.
+            ValueError: If the folder holds another run; the fields that differ are named. More rounds are no other run
+                where those already done would be the same (``extend``).
         """
         if not (self.path / RUN).exists():
             folders = folder_names(identity.get("clients", []), taken=(STATE, ROUND))
@@ -127,18 +129,28 @@ class RunFolder:
             return []
         self.facts = self._read_facts()
         tuning.use(self.facts["fuse"])
-        fields = differences(self.facts["identity"], identity)
+        both = [{name: one[name] for name in one if name != NUM_ROUNDS} for one in (self.facts["identity"], identity)]
+        fields = differences(*both)
         some = "; ".join(fields[:8]) + (f"; and {len(fields) - 8} more" if len(fields) > 8 else "")
         require(
             not fields,
             f"{self.path} holds a run with another configuration: {some}. Choose another out, or set these back to go "
             "on with that run",
         )
+        more = check_rounds(self.facts["identity"], identity)
         changes = differences(self.facts["environments"][-1], environment)
-        if self.finished or not changes:
+        if (self.finished and not more) or not changes:
             return []
         self._write_facts(environments=[*self.facts["environments"], environment])
         return [f"{text} since the run stopped: it may not repeat an unstopped run bit for bit" for text in changes]
+
+    def extend(self, identity: Mapping[str, Any]) -> list[str]:
+        """Write down that the run goes on to more rounds than it had; a note of it, if it does."""
+        was, now = self.facts["identity"].get(NUM_ROUNDS), identity.get(NUM_ROUNDS)
+        if was == now:
+            return []
+        self._write_facts(identity=identity, finished=False)
+        return [f"federation.rounds was {was}, is {now}: the run goes on, and its results are replaced at its end"]
 
     def check_start(self, start: str) -> None:
         """Make sure that a run without a whole round begins again with the weights that it began with."""

@@ -219,7 +219,10 @@ def _what_is_saved(out: str | None) -> str:
     done = sorted(path.name for path in (Path(out) / ROUNDS).glob("[0-9]*"))
     if not done:
         return f"No round is over yet in {out}; the same command begins again."
-    return f"Rounds up to {int(done[-1])} are saved in {out}; the same command goes on from there."
+    return (
+        f"Rounds up to {int(done[-1])} are saved in {out}; the same command goes on from there, and trains the round "
+        "that Ctrl-C broke off anew. SIGTERM (kill PID) stops a run after the step in flight and loses none."
+    )
 
 
 def _report(options: argparse.Namespace) -> int:

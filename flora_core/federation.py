@@ -152,7 +152,7 @@ class Federation(Resuming):
             notes = self._check_clients()
             notes += self._resume()
             if self._over:
-                text = f"{self.config.out} holds this run, finished: nothing is trained; a new one needs another out"
+                text = f"{self.config.out} holds this run, finished: nothing is trained; raise rounds to go on"
                 self._tell({"event": "warning", "message": text})
                 return self._result()
             self._start(notes)

@@ -50,7 +50,8 @@ class FederationConfig:
     """Settings of a federated run.
 
     Args:
-        rounds: How many.
+        rounds: How many. More of them continue a run that is in ``out``, to the bytes that it would have had with them
+            from the start; refused where a schedule or the privacy of the whole run depends on their number.
         fraction: Share of the clients that is drawn for each round.
         min_clients: At least so many are drawn; with fewer good updates a round changes nothing.
         weights: A client's share in a round: its number of ``examples``, the ``tokens`` that it trained on,

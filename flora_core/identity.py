@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from .checks import require
 from .cohort import ClientSpec
 from .config import TrainConfig
 
+ROUNDS = "federation.rounds"
 # Values of each tensor that count. Another base differs nearly everywhere; reading all of a large one takes minutes.
 _SAMPLED = 16384
 
@@ -43,9 +45,35 @@ def identity(
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields that are not what they were, with both values where they are short."""
     now = _as_json(now)
-    return [
-        _difference(name, was.get(name), now.get(name)) for name in {**was, **now} if was.get(name) != now.get(name)
-    ]
+    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return [_difference(name, was.get(name), now.get(name)) for name in changed]
+
+
+def check_rounds(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Tell whether a run is given more rounds than it had, and check that those already done would be the same.
+
+    Raises:
+        ValueError: If there are fewer, or what was done depends on how many there are.
+    """
+    before, after = was.get(ROUNDS), now.get(ROUNDS)
+    if before is None or after is None or before == after:
+        return False
+    require(
+        after > before,
+        f"federation.rounds was {before}, is {after}: rounds are added to a run, not taken away; give {before} or "
+        "more, or choose another out",
+    )
+    scopes = (name for name, value in was.items() if name.endswith("train.schedule_scope") and value == "run")
+    sections = (name.rpartition(".")[0] for name in scopes)
+    spanning = next((name for name in sections if was.get(f"{name}.schedule") != "constant"), None)
+    why = f"{spanning}.schedule_scope is 'run', so that the learning rates of the rounds done depend on it"
+    if spanning is None:
+        why = "privacy.epsilon bounds the whole run, and the noise of the rounds done was chosen for their number"
+    require(
+        spanning is None and was.get("federation.privacy.epsilon") is None,
+        f"federation.rounds was {before}, is {after}: {why}. Choose another out for a run of {after} rounds",
+    )
+    return True
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -101,4 +129,4 @@ def _installed(name: str) -> str | None:
         return None
 
 
-__all__ = ["differences", "environment", "identity", "json_digest", "tensor_digest"]
+__all__ = ["check_rounds", "differences", "environment", "identity", "json_digest", "tensor_digest"]

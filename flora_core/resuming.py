@@ -74,6 +74,7 @@ class Resuming(TrainingRound):
             self.round, self.optimizer = snapshot.round, on_device(snapshot.state["optimizer"], self.server.device)
         if self.private is not None:
             self.private.open(self.round)
+        notes += folder.extend(mine)
         self.paused, torn = folder.pause(self.round + 1, self.server.device)
         folder.drop_superfluous(self.round, pause=not self.paused)
         self.finished = folder.finished

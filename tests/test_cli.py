@@ -113,7 +113,7 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(flora, monkeypat
         code, _, err = flora("run", "tiny")
     assert code == 130
     assert "Rounds up to 1 are saved" in err
-    assert "the same command goes on from there" in err
+    assert "the same command goes on from there, and trains the round that Ctrl-C broke off anew. SIGTERM" in err
     code, _, err = flora("run", "tiny")
     assert code == 0
     assert "resumed after round 1" in err

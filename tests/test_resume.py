@@ -5,15 +5,20 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import flora_core as flora
 from flora_core import files as files_module
 from flora_core.checkpoint import RunFolder
 from flora_core.files import SaveError
+from flora_core.identity import check_rounds
 from tests.federation_cases import (
     files,
     largest_file,
@@ -21,6 +26,7 @@ from tests.federation_cases import (
     make_federation,
     make_model,
     new_folder,
+    no_training,
     stop_after,
     target_weights,
 )
@@ -164,6 +170,92 @@ def test_a_finished_run_gives_its_result_and_trains_nothing(tmp_path):
         assert torch.equal(weight, target_weights(fresh)[path]), path
 
 
+# More rounds.
+
+# What a run of so many rounds leaves, whatever led to it.
+RESULTS = (".safetensors", "adapter_config.json", "README.md", "config.json")
+EXTENDED: dict[str, dict[str, Any]] = {
+    "flora": {},
+    "an adapter beside the base": dict(strategy="flexlora"),
+    "optimizer kept": dict(keep_optimizer=True),
+    "schedule of a round": dict(schedule="linear", warmup_steps=1),
+    "constant schedule of a run": dict(schedule_scope="run"),
+    "16 bits": dict(dtype_of_base=torch.bfloat16),
+    "fewer evaluations": dict(eval_every=3),
+}
+
+
+def losses_of(result: flora.FederationResult) -> list[float]:
+    """The held-out loss before and after a run."""
+    return [evaluation["loss"] for evaluation in (result.before, result.after) if evaluation]
+
+
+@pytest.mark.parametrize("case", EXTENDED)
+def test_more_rounds_end_with_the_bytes_of_a_run_that_had_them_from_the_start(case, tmp_path):
+    changes = dict(EXTENDED[case])
+    dtype = changes.pop("dtype_of_base", torch.float32)
+    whole = make_federation(tmp_path / "whole", model=make_model(dtype), rounds=4, **changes).run()
+    make_federation(tmp_path / "more", model=make_model(dtype), rounds=2, **changes).run()
+    told: list[Any] = []
+    result = make_federation(
+        tmp_path / "more", model=make_model(dtype), rounds=4, callbacks=[told.append], **changes
+    ).run()
+    assert [event["round"] for event in told if event["event"] == "round_start"] == [3, 4]
+    assert any("federation.rounds was 2, is 4: the run goes on" in event.get("message", "") for event in told)
+    assert files(tmp_path / "more", *RESULTS) == files(tmp_path / "whole", *RESULTS)
+    assert json.loads((tmp_path / "more/run.json").read_text())["finished"] is True
+    assert [entry["round"] for entry in result.history] == [1, 2, 3, 4]
+    again = make_federation(
+        tmp_path / "more", model=make_model(dtype), rounds=4, callbacks=[no_training], **changes
+    ).run()
+    assert [losses_of(one) for one in (result, again)] == [losses_of(whole)] * 2
+
+
+def test_more_rounds_may_be_asked_of_a_run_that_stopped_and_stop_again(tmp_path):
+    make_federation(tmp_path / "whole", rounds=4).run()
+    out = tmp_path / "more"
+    stop_after(1, out)
+    stop_after(2, out, rounds=4)
+    assert json.loads((out / "run.json").read_text())["identity"]["federation.rounds"] == 4
+    make_federation(out, rounds=4).run()
+    assert files(out, *RESULTS) == files(tmp_path / "whole", *RESULTS)
+
+
+OVER_THE_RUN = dict(schedule="linear", schedule_scope="run")
+NOT_EXTENDED = {
+    "fewer": (dict(rounds=1), "federation.rounds was 2, is 1: rounds are added to a run, not taken away; give 2"),
+    "schedule of the run": (
+        dict(rounds=3, schedule="cosine", schedule_scope="run"),
+        "federation.rounds was 2, is 3: train.schedule_scope is 'run', so that the learning rates of the rounds done",
+    ),
+    "a client's schedule": (
+        dict(rounds=3, clients=[replace(one, train=OVER_THE_RUN) for one in make_clients()]),
+        "clients.a.train.schedule_scope is 'run'",
+    ),
+    "another setting too": (dict(rounds=3, lr=0.5), "another configuration: train.lr was 0.01, is 0.5"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_EXTENDED)
+def test_refuses_another_number_of_rounds_that_would_have_changed_those_done(case, tmp_path):
+    changes, words = NOT_EXTENDED[case]
+    first = {name: value for name, value in changes.items() if name != "lr"}
+    make_federation(tmp_path, **{**first, "rounds": 2}).run()
+    before = files(tmp_path, "")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make_federation(tmp_path, callbacks=[no_training], **changes).run()
+    assert files(tmp_path, "") == before
+
+
+def test_refuses_more_rounds_where_the_noise_was_chosen_for_their_number():
+    facts = {"federation.rounds": 2, "federation.privacy.epsilon": None}
+    assert check_rounds(facts, {**facts, "federation.rounds": 3})
+    assert not check_rounds(facts, facts)
+    facts["federation.privacy.epsilon"] = 8.0
+    with pytest.raises(ValueError, match=r"federation.rounds was 2, is 3: privacy\.epsilon bounds the whole run"):
+        check_rounds(facts, {**facts, "federation.rounds": 3})
+
+
 def test_what_is_only_kept_may_change_between_runs(tmp_path):
     stop_after(1, tmp_path)
     make_federation(tmp_path, rounds=3, keep_snapshots=1, save_model=False).run()
@@ -172,7 +264,6 @@ def test_what_is_only_kept_may_change_between_runs(tmp_path):
 
 
 DIFFERENT = {
-    "rounds": (dict(rounds=4), "federation.rounds was 3, is 4"),
     "seed": (dict(seed=1), "federation.seed was 0, is 1"),
     "lr": (dict(lr=1e-3), "train.lr was 0.01, is 0.001"),
     "strategy": (dict(strategy="zero_pad"), 'strategy was "flora", is "zero_pad"'),
