@@ -142,10 +142,10 @@ def test_limits_threads_to_the_cores_that_it_may_use(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", given.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(devices, "_cgroup_cores", lambda: 0.5)
-    assert devices.usable_cores() == 1
     monkeypatch.setattr(devices, "_cgroup_cores", lambda: math.inf)
     assert devices.usable_cores() >= 1
+    monkeypatch.setattr(devices, "_cgroup_cores", lambda: 0.5)
+    assert devices.usable_cores() == 1
     devices.limit_threads(None)
     devices.limit_threads(3)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
