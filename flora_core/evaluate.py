@@ -15,9 +15,10 @@ import torch
 from .checks import require
 from .data.records import Record, check_records, normalise
 from .data.template import EncodeReport, Example, encode, require_examples
+from .data.tokens import check_ids
 from .forward import Way, alone, evaluation_mode, find_way, labelled_hidden, lay_out
 from .loss import Head
-from .models import as_tokenizer, to_evaluate
+from .models import as_tokenizer, embedding_rows, to_evaluate
 from .planner import passes
 
 _LETTERS = "ABCDEFGHIJ"
@@ -102,6 +103,7 @@ def way_of(model: Any) -> Way:
 
 def _score(model: Any, examples: Sequence[Example], token_budget: int, tokenizer: Any) -> list[dict[str, Any]]:
     """Per example: summed loss, number of labelled tokens, and whether all of them are the argmax."""
+    check_ids(examples, embedding_rows(model), tokenizer, "evaluation")
     way = way_of(model)
     scores: list[dict[str, Any]] = [{} for _ in examples]
     # Alike lengths side by side: little padding where sequences are padded, few attention calls where packed.

@@ -13,6 +13,7 @@ from .config import TrainConfig
 from .data.pack import epoch_order
 from .data.records import check_records
 from .data.template import EncodeReport, Example, encode, require_examples
+from .data.tokens import check_ids
 from .planner import Demand
 
 
@@ -67,6 +68,10 @@ class LocalClient:
         tokens = mean * min(self.config.batch_size, len(lengths))
         return Demand(self.name, self.config, tokens, lengths[0], parameters)
 
+    def check_ids(self, rows: int, tokenizer: Any) -> None:
+        """Refuse tokens that the model has no embedding for."""
+        check_ids(self.examples, rows, tokenizer, f"client {self.name!r}")
+
     def check_lengths(self, limit: int | None) -> None:
         """Refuse sequences longer than the model allows."""
         longest = max(len(example.input_ids) for example in self.examples)
@@ -84,21 +89,25 @@ def examples_of(spec: ClientSpec, config: TrainConfig, tokenizer: Any, warn: Cal
         spec: Its data are a path, records, or encoded already.
         config: Its own settings.
         tokenizer: For what is not encoded.
-        warn: Told of examples that were cut or left out.
+        warn: Gets what is to be reported: examples that were cut or left out, unknown fields, what a template left out.
     Raises:
-        ValueError: For missing data, data without a tokenizer, or a client that is left without examples.
+        ValueError: With the client's name and the record's place, for missing data, data without a tokenizer, records
+            that cannot be trained on, or a client that is left without examples.
     """
     data: Any = spec.data
     require(data is not None, f"client {spec.name!r} has no data: pass a JSONL path, records or encoded examples")
-    report = None
+    report = EncodeReport()
     if not (isinstance(data, (list, tuple)) and data and isinstance(data[0], Example)):
-        data = check_records(data, f"client {spec.name!r}", warn=warn)
         require(tokenizer is not None, f"tokenizer must be given: client {spec.name!r} has plain records")
-        report = EncodeReport()
-        length, loss_on, template = config.max_length, config.loss_on, config.template
-        data = encode(data, tokenizer, max_length=length, loss_on=loss_on, template=template, report=report)
+        settings = {"max_length": config.max_length, "loss_on": config.loss_on, "template": config.template}
+        try:
+            records = check_records(data, f"client {spec.name!r}", warn=warn)
+            data = encode(records, tokenizer, report=report, **settings)
+        except ValueError as error:
+            named = str(error).startswith(f"client {spec.name!r}")
+            raise ValueError(str(error) if named else f"client {spec.name!r}: {error}") from error
     require_examples(spec.name, data, report)
-    if report is not None and (report.truncated or report.dropped):
+    if report:
         warn(str(report))
     return list(data)
 

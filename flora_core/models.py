@@ -117,6 +117,12 @@ def sequence_limit(model: Any) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def embedding_rows(model: Any) -> int:
+    """Return the number of tokens that a model has an embedding for."""
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])
+
+
 @torch.no_grad()
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module computes ``x W^T + b`` and nothing else: ``nn.Linear`` or a subclass that was seen to."""
@@ -137,4 +143,13 @@ def is_linear(module: nn.Module) -> bool:
     return bool((got - expected).abs().max() <= bound * expected.abs().max().clamp_min(1e-30))
 
 
-__all__ = ["as_tokenizer", "check_model", "decoder_of", "is_linear", "is_peft_model", "sequence_limit", "to_evaluate"]
+__all__ = [
+    "as_tokenizer",
+    "check_model",
+    "decoder_of",
+    "embedding_rows",
+    "is_linear",
+    "is_peft_model",
+    "sequence_limit",
+    "to_evaluate",
+]

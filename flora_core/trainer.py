@@ -17,7 +17,7 @@ from .cohort import ClientSpec, Cohort
 from .config import TrainConfig
 from .forward import evaluation_mode
 from .local import LocalClient, examples_of
-from .models import as_tokenizer, sequence_limit
+from .models import as_tokenizer, embedding_rows, sequence_limit
 from .optimizer import CohortAdamW
 from .pausing import CrowdedError, Paused, State, client_state, crowded_text, is_out_of_memory, restore_client
 from .penalty import TailPenalty
@@ -80,10 +80,13 @@ class CohortTrainer:
         for client in self.clients.values():
             check_training(cohort.model, client.config, client.name)
             client.check_lengths(sequence_limit(cohort.model))
+            client.check_ids(embedding_rows(cohort.model), self.tokenizer)
 
     def _client(self, spec: ClientSpec) -> LocalClient:
         def warn(text: str) -> None:
             self._emit("warning", message=text, client=spec.name)
+            if not self.callbacks:
+                warnings.warn(f"client {spec.name!r}: {text}", stacklevel=4)
 
         config = self.config.overridden(spec.train)
         return LocalClient(spec.name, config, examples_of(spec, config, self.tokenizer, warn), self.round)

@@ -40,8 +40,8 @@ THINK = (
 )
 # No special token after an answer.
 PLAIN_CHAT = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 # Like Phi 3: a turn's end, then the end of the text.
 TWO_ENDS = (
@@ -103,15 +103,15 @@ def test_prompt_template():
 @pytest.mark.parametrize(
     ("template", "text", "answers"),
     [
-        (CHATML, "<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\ncat<|im_end|>", "cat<|im_end|>"),
+        (CHATML, "<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\ncat<|im_end|>\n", "cat<|im_end|>"),
         (LLAMA2, "<s>[INST] say it [/INST] cat </s>", " cat </s>"),
         (
             THINK,
-            "<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ncat<|im_end|>",
+            "<|im_start|>user\nsay it<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\ncat<|im_end|>\n",
             "<think>\n\n</think>\n\ncat<|im_end|>",
         ),
-        (PLAIN_CHAT, "user: say it\nassistant: cat<|im_end|>", "cat<|im_end|>"),
-        (TWO_ENDS, "user\nsay it<|im_end|>\nassistant\ncat<|im_end|>", "cat<|im_end|>"),
+        (PLAIN_CHAT, "user:\nsay it\nassistant:\ncat\n<|im_end|>", "cat\n<|im_end|>"),
+        (TWO_ENDS, "user\nsay it<|im_end|>\nassistant\ncat<|im_end|>\n</s>", "cat<|im_end|>"),
     ],
     ids=["chatml", "llama2", "think", "plain", "two-ends"],
 )
@@ -128,7 +128,7 @@ def test_chat_template(template, text, answers):
         (CHATML, "cat<|im_end|>|dog cat<|im_end|>"),
         (LLAMA2, " cat </s>| dog cat </s>"),
         (THINK, "cat<|im_end|>|<think>\n\n</think>\n\ndog cat<|im_end|>"),
-        (PLAIN_CHAT, "cat|dog cat<|im_end|>"),
+        (PLAIN_CHAT, "cat|dog cat\n<|im_end|>"),
         (TWO_ENDS, "cat<|im_end|>|dog cat<|im_end|>"),
     ],
     ids=["chatml", "llama2", "think", "plain", "two-ends"],
@@ -138,26 +138,26 @@ def test_every_answer_of_a_chat_carries_loss(template, answers):
     (example,) = encode([{"messages": TURNS}], tokenizer, max_length=200)
     assert learned(tokenizer, example) == answers
     rendered = tokenizer.apply_chat_template(TURNS, tokenize=False)
-    assert rendered.startswith(tokenizer.decode(example.input_ids).removesuffix("<|im_end|>"))
+    assert tokenizer.decode(example.input_ids) == rendered + "<|im_end|>" * (template == PLAIN_CHAT)
 
 
 def test_answer_that_looks_like_its_surroundings():
     # "think" stands inside the thought, "im_end" inside the end mark, "assistant" inside the prompt.
     tokenizer = make_tokenizer(THINK)
     for answer in ("think", "im_end", "assistant", "", "\n\n"):
-        (example,) = encode([{**SHORT, "output": answer}], tokenizer, max_length=200)
+        (example,) = encode([{**SHORT, "output": answer}], tokenizer, max_length=200, report=EncodeReport())
         assert learned(tokenizer, example) == f"<think>\n\n</think>\n\n{answer.strip()}<|im_end|>"
 
 
 @pytest.mark.parametrize("template", [None, CHATML, LLAMA2, THINK, PLAIN_CHAT])
 def test_training_and_generation_share_the_prompt(template):
     tokenizer = make_tokenizer(template, bos="<s>")
-    records = [ALPACA, SHORT, {"messages": TURNS}, {**SHORT, "output": "\ncat"}, {**SHORT, "output": " cat"}]
+    records = [ALPACA, SHORT, {"messages": TURNS}, {**SHORT, "output": " cat"}]
     prompts = encode_prompts(records, tokenizer)
     for prompt, example in zip(prompts, encode(records, tokenizer, max_length=200), strict=True):
         assert example.input_ids[: len(prompt)] == prompt
         assert example.labels[len(prompt) - 1] == -100
-        assert -100 not in example.labels[len(prompt) :]
+        assert example.labels[len(prompt)] != -100
     if template:
         question = [{"role": "user", "content": "say it"}]
         rendered = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
@@ -265,7 +265,9 @@ def test_chat_template_that_refuses_or_rewrites():
     refused = [SHORT, {**SHORT, "system": "be brief"}]
     with pytest.raises(ValueError, match=r"record 1: the chat template refuses it \(no system role\).*use template="):
         encode(refused, make_tokenizer(NO_SYSTEM), max_length=99)
-    with pytest.raises(ValueError, match="record 0: the chat template does not render message 1 as the continuation"):
+    with pytest.raises(
+        ValueError, match="record 0: the chat template does not render message 1 so that its answer can be found"
+    ):
         encode([{"messages": TURNS}], make_tokenizer(LAST_ONLY), max_length=99)
 
 

@@ -1,66 +1,84 @@
-"""Records to token ids and labels, through a prompt template or the tokenizer's own chat template.
+"""Records to token ids and labels, through the tokenizer's own chat template or a plain prompt template.
 
-Prompt and answer are tokenized apart, so the ids before an answer are those that generation starts from.
-An answer ends with an end mark that carries loss: the chat template's own, or the tokenizer's eos.
+A conversation is laid out as one text (``chat``) and tokenised once, so the ids are those of ``apply_chat_template``.
+An answer's labels reach from where generation starts to its end mark: the template's own, the next role's token where a
+template ends turns so, or the tokenizer's eos. ``docs/data.md`` has the rules.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..checks import check_choice, check_number
+from .chat import EMPTY, Chat, Layout, Plain
 from .records import Record, normalise
+from .tokens import Tokens, eos_id, ids_of, last_mark, start_ids
 
 IGNORE = -100
 TEMPLATES = ("auto", "prompt", "chat")
 LOSS_ON = ("answer", "all")
-_HEADINGS = {"system": "### Background", "user": "### Task", "assistant": "### Answer"}
-_SENTINEL = "\u241eanswer\u241e"
-_EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<eos>", "[EOS]", "[SEP]")
+_BATCH = 4096
+MERGED = "a token reaches over the start of an answer, so generation starts from other ids"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One tokenized record. Labels stand at their own token (unshifted), -100 where there is no loss."""
+    """One tokenized record. Labels stand at their own token (unshifted), -100 where there is no loss.
+
+    Attributes:
+        record: Its number in what was encoded.
+        place: File and line of the record, if it has one.
+    """
 
     input_ids: list[int]
     labels: list[int]
     record: int
+    place: str = field(default="", compare=False)
 
 
 @dataclass
 class EncodeReport:
-    """Count over one or more calls of ``encode`` what did not fit into ``max_length``."""
+    """Count over calls of ``encode`` what did not fit into ``max_length``, and note what a template could not do.
+
+    Attributes:
+        notes: What was noticed -> the places of the records.
+    """
 
     records: int = 0
     truncated: int = 0
     dropped: int = 0
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return (
-            f"{self.truncated} of {self.records} records were longer than max_length and cut from the right; "
-            f"{self.dropped} had no answer token left and were dropped"
-        )
+        return "; ".join(self._lines()) or "nothing was cut or dropped"
+
+    def __bool__(self) -> bool:
+        return bool(self._lines())
+
+    def _lines(self) -> list[str]:
+        lines = [f"{text} (records: {len(places)}; {_first(places)})" for text, places in self.notes.items()]
+        if self.truncated or self.dropped:
+            cut = f"{self.truncated} of {self.records} records were longer than max_length and cut from the right"
+            lines.insert(0, f"{cut}; {self.dropped} had no answer token left and were dropped; raise max_length")
+        return lines
+
+    def note(self, text: str, place: str) -> None:
+        """Note something about the record at a place, once."""
+        places = self.notes.setdefault(text, [])
+        if place not in places[-1:]:
+            places.append(place)
 
     def warn(self, stacklevel: int = 2) -> None:
-        """Warn once, and only if something was cut or dropped."""
-        if self.truncated or self.dropped:
-            warnings.warn(f"{self}; raise max_length to keep them whole", stacklevel=stacklevel + 1)
-
-
-class Piece(NamedTuple):
-    """A text tokenized by itself; ``end`` puts the end mark after it."""
-
-    text: str
-    loss: bool
-    end: bool = False
+        """Warn once, and only if there is something to report."""
+        if self:
+            warnings.warn(str(self), stacklevel=stacklevel + 1)
 
 
 def encode(
-    records: Sequence[Record],
+    records: Sequence[Mapping[str, Any]],
     tokenizer: Any,
     *,
     max_length: int,
@@ -71,41 +89,46 @@ def encode(
     """Tokenize records for training.
 
     Args:
-        records: As ``load_records`` gives them; forms may be mixed.
+        records: As ``load_records`` gives them, or plain dicts; forms may be mixed.
         tokenizer: A transformers tokenizer; it needs an eos token unless its chat template has an end mark.
         max_length: Longer examples lose their right end; without a label left they are dropped.
-        loss_on: "answer": every assistant message with its end mark (all of a plain text); "all": every token.
+        loss_on: "answer": every assistant turn that is not masked, with its end mark (all of a plain text); "all":
+            every token.
         template: "chat" (the tokenizer's), "prompt" (a plain one), or "auto": chat where there is one.
-        report: Counts what was cut and dropped, and leaves the warning to the caller; None: warn here, once.
+        report: Collects what was cut, dropped and noticed, and leaves the warning to the caller; None: warn once.
     Returns:
         One ``Example`` for each record that has something to learn, in the order of the records.
     Raises:
-        ValueError: If a record has no known form, the chat template refuses it, or nothing can end an answer.
+        ValueError: With the record's place, if it has no known form, the chat template refuses it, or nothing can end
+            an answer.
+
+    Example:
+        ``encode([{"question": "1+1?", "answer": "2"}], tokenizer, max_length=512)[0].labels``
     """
     check_choice("loss_on", loss_on, LOSS_ON)
     check_number("max_length", max_length, 2, whole=True)
-    counts = report if report is not None else EncodeReport()
-    examples = []
-    for index, parts in enumerate(_tokenize(records, tokenizer, template)):
-        ids = [token for tokens, _ in parts for token in tokens]
-        labels = [token if loss or loss_on == "all" else IGNORE for tokens, loss in parts for token in tokens]
-        counts.records += 1
-        counts.truncated += len(ids) > max_length
-        # The first token has nothing before it to be predicted from.
-        if all(label == IGNORE for label in labels[1:max_length]):
-            counts.dropped += 1
-        else:
-            examples.append(Example(ids[:max_length], labels[:max_length], index))
+    encoder = _Encoder(tokenizer, template, loss_on, EncodeReport() if report is None else report)
+    checked = [normalise(record, f"record {index}") for index, record in enumerate(records)]
+    examples: list[Example] = []
+    for first in range(0, len(checked), _BATCH):
+        for index, (ids, labels) in enumerate(encoder.rows(checked[first : first + _BATCH]), start=first):
+            encoder.report.records += 1
+            encoder.report.truncated += len(ids) > max_length
+            # The first token has nothing before it to be predicted from.
+            if all(label == IGNORE for label in labels[1:max_length]):
+                encoder.report.dropped += 1
+            else:
+                examples.append(Example(ids[:max_length], labels[:max_length], index, checked[index].place))
     if report is None:
-        counts.warn(stacklevel=2)
+        encoder.report.warn(stacklevel=2)
     return examples
 
 
-def encode_prompts(records: Sequence[Record], tokenizer: Any, *, template: str = "auto") -> list[list[int]]:
-    """Tokenize what stands before each record's last answer: where generation starts; ids as in ``encode``."""
-    # Every record ends with its answer and the answer's end mark.
-    rows = _tokenize(records, tokenizer, template)
-    return [[token for tokens, _ in parts[:-2] for token in tokens] for parts in rows]
+def encode_prompts(records: Sequence[Mapping[str, Any]], tokenizer: Any, *, template: str = "auto") -> list[list[int]]:
+    """Tokenize what generation of each record's last answer starts from; where a template allows, as in ``encode``."""
+    checked = [normalise(record, f"record {index}") for index, record in enumerate(records)]
+    encoder = _Encoder(tokenizer, template, "answer", EncodeReport())
+    return encoder.prompts(checked) if checked else []
 
 
 def require_examples(client: str, examples: Sequence[Example], report: EncodeReport | None = None) -> None:
@@ -136,121 +159,125 @@ def uses_chat(tokenizer: Any, template: str) -> bool:
     return template != "prompt" and has_chat
 
 
-def _tokenize(records: Sequence[Record], tokenizer: Any, template: str) -> list[list[tuple[list[int], bool]]]:
-    """Give each record as its parts, each a list of ids with or without loss; all texts go in one batch."""
-    if not records:
-        return []
-    chat = _Chat(tokenizer) if uses_chat(tokenizer, template) else None
-    plain = []
-    pieces: list[list[Piece]] = []
-    for index, raw in enumerate(records):
-        record = normalise(raw, f"record {index}")
-        plain.append(record.messages is None or chat is None)
-        pieces.append(_plain_pieces(record) if plain[-1] or chat is None else chat.pieces(record, record.place))
-    texts = [piece.text for row in pieces for piece in row]
-    tokens = iter(_ids(tokenizer, texts))
-    start, end = (_start_ids(tokenizer), [_eos_id(tokenizer)]) if any(plain) else ([], [])
-    rows = []
-    for is_plain, row in zip(plain, pieces, strict=True):
-        mark = end if is_plain or chat is None else chat.end_ids
-        parts = [(start, False)] if is_plain else []
-        for piece in row:
-            parts += [(next(tokens), piece.loss), *([(mark, True)] if piece.end else [])]
-        rows.append(parts)
-    return rows
+class _Encoder:
+    """Records to ids and labels, with one tokenizer and one template."""
 
+    def __init__(self, tokenizer: Any, template: str, loss_on: str, report: EncodeReport):
+        self.tokenizer, self.loss_on, self.report = tokenizer, loss_on, report
+        self.chat = uses_chat(tokenizer, template)
+        self._template: Chat | Plain | None = None
+        self._start: list[int] | None = None
 
-def _plain_pieces(record: Record) -> list[Piece]:
-    """Lay out a record in the plain prompt template; a text record is one answer without a prompt."""
-    if record.messages is None:
-        return [Piece(record.text or "", loss=True, end=True)]
-    pieces, before = [], ""
-    for message in record.messages:
-        before += f"{_HEADINGS[message['role']]}\n"
-        if message["role"] == "assistant":
-            pieces += [Piece(before, loss=False), Piece(message["content"], loss=True, end=True)]
-            before = "\n\n"
-        else:
-            before += f"{message['content']}\n\n"
-    return pieces
+    @property
+    def template(self) -> Chat | Plain:
+        """The template, made when a conversation first asks for it: texts need none."""
+        if self._template is None:
+            if not self.chat:
+                eos_id(self.tokenizer)
+            self._template = Chat(self.tokenizer) if self.chat else Plain(self.tokenizer)
+        return self._template
 
+    def start(self, record: Record) -> list[int]:
+        """The ids that the tokenizer puts before a text; a chat template writes its own."""
+        if self.chat and record.messages is not None:
+            return []
+        if self._start is None:
+            self._start = start_ids(self.tokenizer)
+        return self._start
 
-class _Chat:
-    """The tokenizer's chat template, and the end mark that it puts after an answer."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        example = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _SENTINEL}]
-        self.tail = self._render(example, "an example").rpartition(_SENTINEL)[2]
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        ends = [
-            self.tail.find(token) + len(token)
-            for token in special | set(tokenizer.all_special_tokens)
-            if token in self.tail
+    def rows(self, records: Sequence[Record]) -> list[tuple[list[int], list[int]]]:
+        """The ids and labels of records, tokenized in one batch."""
+        layouts = [self._layout(record) for record in records]
+        tokens = Tokens(self.tokenizer, [layout.text for layout in layouts])
+        spans = [[tokens.span(row, answer) for answer in layout.answers] for row, layout in enumerate(layouts)]
+        self._note_merged(records, layouts, tokens, spans)
+        return [
+            self._text_row(record, tokens.ids[row])
+            if record.messages is None
+            else self._row(record, layouts[row], tokens.ids[row], spans[row])
+            for row, record in enumerate(records)
         ]
-        # Without a special token in its tail a template marks no end that generation could stop at.
-        self.end_text = self.tail[: min(ends)] if ends else ""
-        self.end_ids = _ids(tokenizer, [self.end_text])[0] if ends else [_eos_id(tokenizer)]
 
-    def pieces(self, record: Record, place: str) -> list[Piece]:
-        """Cut the rendered conversation at every answer's start and end."""
-        messages = record.messages or []
-        whole, pieces, done = self._render(messages, place), [], 0
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            last = turn == len(messages) - 1
-            prompt = self._render(messages[:turn], place, add_generation_prompt=True)
-            after = self.tail if last else self._after(messages, turn, place)
-            stop = len(whole) - len(after)
-            if not (whole.startswith(prompt) and whole.endswith(after) and done <= len(prompt) <= stop):
-                raise ValueError(
-                    f"{place}: the chat template does not render message {turn} as the continuation of the messages "
-                    "before it, so its answer cannot be found; use template='prompt'"
-                )
-            ended = last or (bool(self.end_text) and whole.startswith(self.end_text, stop))
-            pieces += [Piece(whole[done : len(prompt)], loss=False), Piece(whole[len(prompt) : stop], True, ended)]
-            done = stop + len(self.end_text) * ended
-        return pieces
+    def prompts(self, records: Sequence[Record]) -> list[list[int]]:
+        """The ids that generation of each record's last answer starts from."""
+        for record in records:
+            self._check_trains(record)
+        texts = ["" if record.messages is None else self.template.prompt(record) for record in records]
+        ids = ids_of(self.tokenizer, texts)
+        return [self.start(record) + row for record, row in zip(records, ids, strict=True)]
 
-    def _after(self, messages: list[dict[str, str]], turn: int, place: str) -> str:
-        """Find what follows an answer in the middle of a conversation."""
-        marked = [*messages]
-        marked[turn] = {**messages[turn], "content": _SENTINEL}
-        return self._render(marked, place).rpartition(_SENTINEL)[2]
+    def _check_trains(self, record: Record) -> None:
+        if record.choices is not None:
+            raise ValueError(f"{record.place}: a multiple-choice question (choices) is for evaluation only")
 
-    def _render(self, messages: list[dict[str, str]], place: str, **options: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except TemplateError as error:
+    def _layout(self, record: Record) -> Layout:
+        """Lay a record out as text, with its answers."""
+        self._check_trains(record)
+        if record.messages is None:
+            return Layout(record.text or "", [])
+        roles = [message["role"] == "assistant" for message in record.messages]
+        masked = roles != record.loss
+        if masked and self.loss_on == "all":
             raise ValueError(
-                f"{place}: the chat template refuses it ({error}); change its messages or use template='prompt'"
-            ) from error
+                f"{record.place}: loss_on='all' trains every token, and the record leaves turns out; use 'answer'"
+            )
+        answers = [message for message, loss in zip(record.messages, record.loss, strict=True) if loss]
+        if not any(map(_says, answers)):
+            self.report.note(EMPTY, record.place)
+        return self.template.layout(record, lambda text: self.report.note(text, record.place))
+
+    def _row(
+        self, record: Record, layout: Layout, ids: list[int], spans: list[tuple[int, int]]
+    ) -> tuple[list[int], list[int]]:
+        """Labels for a conversation."""
+        ids = ids if layout.ended else [*ids, eos_id(self.tokenizer)]
+        if self.loss_on == "all":
+            ids = self.start(record) + ids
+            return ids, list(ids)
+        labels = [IGNORE] * len(ids)
+        for answer, (start, stop) in zip(layout.answers, spans, strict=True):
+            # Where the text ends without an end mark, the one that was added is the last answer's.
+            stop = len(ids) if not layout.ended and answer is layout.answers[-1] else stop
+            if answer.loss:
+                labels[start:stop] = ids[start:stop]
+        before = self.start(record)
+        return before + ids, [IGNORE] * len(before) + labels
+
+    def _text_row(self, record: Record, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Labels for a plain text, all of which is learned; one that was rendered keeps its own marks."""
+        start = self.start(record)
+        whole = ids if ids[: len(start)] == start else start + ids
+        end = last_mark(self.tokenizer, record.text or "", whole)
+        if end is None:
+            whole = [*whole, eos_id(self.tokenizer)]
+        learned = len(whole) if end is None else end + 1
+        if self.loss_on == "all":
+            return whole, list(whole)
+        return whole, [IGNORE] * len(start) + whole[len(start) : learned] + [IGNORE] * (len(whole) - learned)
+
+    def _note_merged(
+        self, records: Sequence[Record], layouts: Sequence[Layout], tokens: Tokens, spans: list[list[tuple[int, int]]]
+    ) -> None:
+        """Note answers before which the ids are not the generation prompt's, for the tokenizer joins both."""
+        found: dict[str, list[tuple[int, list[int]]]] = {}
+        for row, layout in enumerate(layouts):
+            for answer, (start, _) in zip(layout.answers, spans[row], strict=True):
+                if answer.agrees and answer.loss:
+                    text, first = tokens.before(row, answer, start)
+                    found.setdefault(text, []).append((row, tokens.ids[row][first:start]))
+        for ids, places in zip(ids_of(self.tokenizer, list(found)), found.values(), strict=True):
+            for row, got in places:
+                if got != ids:
+                    self.report.note(MERGED, records[row].place)
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Tokenize texts in one batch, without special tokens of the tokenizer's own."""
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+def _says(message: Mapping[str, Any]) -> bool:
+    """Tell whether an answer has content, thoughts or tool calls."""
+    return any(str(value).strip() for key, value in message.items() if key != "role" and value)
 
 
-def _start_ids(tokenizer: Any) -> list[int]:
-    """Find what the tokenizer puts before a text (bos, or nothing)."""
-    bare, full = _ids(tokenizer, ["a"])[0], list(tokenizer("a")["input_ids"])
-    starts = [at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare]
-    return full[: starts[0]] if bare and starts else []
-
-
-def _eos_id(tokenizer: Any) -> int:
-    """Give the eos id, without which a model never learns where an answer ends."""
-    if tokenizer.eos_token_id is None:
-        known = [name for name in _EOS_NAMES if name in tokenizer.get_vocab()]
-        name = known[0] if known else "a token of its vocabulary"
-        raise ValueError(
-            f"the tokenizer has no eos token, so answers would have no end; set tokenizer.eos_token = {name!r}"
-        )
-    return tokenizer.eos_token_id
+def _first(places: Sequence[str], most: int = 3) -> str:
+    return ", ".join(places[:most]) + (", ..." if len(places) > most else "")
 
 
 __all__ = ["IGNORE", "EncodeReport", "Example", "encode", "encode_prompts", "require_examples", "uses_chat"]
