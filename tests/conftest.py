@@ -50,6 +50,11 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name long bytes by their argument: what gzip packs holds the time, and workers must collect the same names."""
+    return argname if isinstance(val, bytes) and len(val) > 40 else None
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
