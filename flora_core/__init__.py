@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     )
     from .optimizer import CohortAdamW
     from .peft_io import load_peft_adapter, save_peft_adapter
+    from .rebase import RebaseReport, rebase_adapter
     from .segments import Segments
     from .streaming import MergeReport, export_adapter, merge_into_checkpoint
     from .trainer import CohortTrainer
@@ -51,6 +52,7 @@ _HOMES = {
     "ops": "LoraWeights MergeItem cohort_adamw_ lora_linear lora_linears stacked_merge_ stacked_merge_many_",
     "optimizer": "CohortAdamW",
     "peft_io": "load_peft_adapter save_peft_adapter",
+    "rebase": "RebaseReport rebase_adapter",
     "segments": "Segments",
     "streaming": "MergeReport export_adapter merge_into_checkpoint",
     "config": "TrainConfig",
@@ -99,6 +101,7 @@ __all__ = [
     "LoraWeights",
     "MergeItem",
     "MergeReport",
+    "RebaseReport",
     "RoundResult",
     "Segments",
     "TrainConfig",
@@ -115,6 +118,7 @@ __all__ = [
     "merge_adapter_",
     "merge_into_checkpoint",
     "ops",
+    "rebase_adapter",
     "save_peft_adapter",
     "stacked_merge_",
     "stacked_merge_many_",

@@ -20,6 +20,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ It was trained on the base after round {base.round} of this run. On the run's or
 `flora_base.safetensors` holds values of the right weights, by which `flora aggregate` knows them.
 This writes the adapter for the original base, exactly:
 
-    flora adapter RUN --round {number} --client {client} --out DIR
+    flora adapter RUN --round {number} --client {words} --out DIR
 """
 
 
@@ -235,7 +236,8 @@ class RunFolder:
                 place, mine = new / self.client_folder(update.client), replace(update, trained_on=base)
                 save_peft_adapter(mine, place, base_model=base.label, fan_in_fan_out=fan_in_fan_out)
                 if base.round:
-                    text = _ADAPTER_NOTE.format(client=update.client, base=base, number=number)
+                    words = shlex.quote(update.client)
+                    text = _ADAPTER_NOTE.format(client=update.client, words=words, base=base, number=number)
                     (place / "README.md").write_text(text, encoding="utf-8")
             write_snapshot(new, number, *taken, events)
         self.drop_superfluous(number)
@@ -348,7 +350,12 @@ class RunFolder:
 
     def save_adapter(self, adapter: ClientUpdate, fan_in_fan_out: bool = False) -> None:
         """Save the global adapter in PEFT form."""
-        save_peft_adapter(adapter, self.path / "adapter", fan_in_fan_out=fan_in_fan_out)
+        save_peft_adapter(adapter, self.adapter, fan_in_fan_out=fan_in_fan_out)
+
+    @property
+    def adapter(self) -> Path:
+        """Where the global adapter lies."""
+        return self.path / "adapter"
 
     def save_model(
         self, model: Any, tokenizer: Any = None, card: str = "", state: Mapping[str, torch.Tensor] | None = None

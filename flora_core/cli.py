@@ -1,4 +1,4 @@
-"""The `flora` command: run, aggregate, report, bench, doctor.
+"""The `flora` command: run, adapter, aggregate, report, bench, doctor.
 
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one paragraph, no traceback), 130 stopped by
 Ctrl-C. This module and the parsers of its commands import nothing heavy: torch takes seconds, so each command imports
@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, aggregate_command, deploy_command, extras
+from . import __version__, adapter_command, aggregate_command, deploy_command, extras
 from .checks import nearest
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _EXAMPLES = """examples:
   flora run quickstart data=my.jsonl clients.ranks=[8,4]    your own examples
   torchrun --nproc-per-node 2 -m flora_core.cli run RECIPE  the clients spread over processes, each with its GPU
   flora aggregate --base DIR --adapter A=2 --adapter B=1 --out DIR  merge adapters into a checkpoint on disk
+  flora adapter runs/quickstart --out DIR                   the result as one PEFT adapter on the original base
   flora report runs/quickstart                              plots and report.html again
   flora bench --list                                        what can be measured against PEFT, from a checkout
   flora doctor                                              what this machine has
@@ -95,7 +96,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         formatter_class=shape,
     )
     parser.add_argument("--version", action="version", version=f"flora-core {__version__}")
-    commands = parser.add_subparsers(metavar="run | aggregate | deploy | report | bench | doctor")
+    commands = parser.add_subparsers(metavar="run | adapter | aggregate | deploy | report | bench | doctor")
     run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)
     run.add_argument("recipe", help="a YAML file, or the bare name of a packaged recipe (quickstart, dolly)")
     run.add_argument(
@@ -104,6 +105,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     run.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate; train nothing")
     run.add_argument("--out", metavar="DIR", help="folder of the results (short for out=DIR)")
     run.set_defaults(command=_run, extras=("train", "cli"))
+    adapter_command.add_parser(commands)
     aggregate_command.add_parser(commands)
     deploy_command.add_parser(commands)
     report = commands.add_parser("report", help="write plots and report.html of a run")

@@ -32,6 +32,7 @@ from .incoming import Remote
 from .models import as_tokenizer, check_model
 from .pausing import Paused, Stopped, stopping
 from .privacy import Privacy, PrivateSum
+from .rebase import rebase_adapter
 from .resuming import Resuming
 from .server import Server
 from .sharding import hold_base
@@ -362,7 +363,7 @@ class Federation(Resuming):
     def _finish(self, began: float) -> None:
         adapter = self.server.adapter()
         if self.folder is not None and adapter is not None:
-            self.folder.save_adapter(adapter, self.server.fan_in_fan_out)
+            self._save_adapter(self.folder, adapter)
         if self.config.out is not None and self.config.save_model:
             with self.server.merged() as model:
                 state = None if self.server.base is None else self.server.base.state_dict()
@@ -379,6 +380,18 @@ class Federation(Resuming):
         )
         if self.folder is not None:
             self.folder.finish()
+
+    def _save_adapter(self, folder: RunFolder, adapter: ClientUpdate) -> None:
+        """Save the global adapter as one that fits the original base."""
+        if not self.server.log.changed:
+            folder.save_adapter(adapter, self.server.fan_in_fan_out)
+            return
+        # The strategy changed the base too, which no adapter beside the original one would have.
+        try:
+            rebase_adapter(folder.path, folder.adapter)
+        except ValueError as error:
+            text = f"adapter/ is not written, the result is in model/: {error}"
+            self._emit("warning", round=self.round, message=text)
 
     def _result(self) -> FederationResult:
         evaluations = {event["round"]: event for event in self.events if event["event"] == "evaluated"}

@@ -98,10 +98,15 @@ class Base:
 
 def values(weight_NK: torch.Tensor) -> torch.Tensor:
     """At most 256 evenly spaced values of a weight, on the CPU."""
-    N, K = weight_NK.shape
+    row, column = (index.to(weight_NK.device) for index in place_of(*weight_NK.shape))
+    return weight_NK.detach()[row, column].cpu()
+
+
+def place_of(N: int, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the values that ``values`` takes of an N x K weight."""
     # An odd step: an even one may stay in one column.
-    place = torch.arange(0, N * K, (N * K // _VALUES) | 1, device=weight_NK.device)
-    return weight_NK.detach()[place // K, place % K].cpu()
+    place = torch.arange(0, N * K, (N * K // _VALUES) | 1)
+    return place // K, place % K
 
 
 def values_of(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -136,4 +141,4 @@ def check_base(
     )
 
 
-__all__ = ["Base", "check_base", "values", "values_of"]
+__all__ = ["Base", "check_base", "place_of", "values", "values_of"]

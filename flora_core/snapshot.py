@@ -66,10 +66,8 @@ def read_snapshot(folder: Path, device: torch.device | str) -> Snapshot:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    body = _body(folder)
-    for name, digest in body["files"].items():
-        require((folder / name).is_file(), f"{name} is not there")
-        require(_sha256(folder / name) == digest, f"{name} is not what was saved")
+    body = read_body(folder)
+    _check_all(folder, body["files"])
     read_header(folder / STATE)
     # Copies: the mapped file's addresses are aligned otherwise, which products may round differently for.
     try:
@@ -85,10 +83,31 @@ def read_events(folder: Path) -> list[Event]:
     Raises:
         OSError, ValueError, KeyError, TypeError: If they are not what was saved (``DAMAGE``).
     """
-    return _body(folder)["events"]
+    return read_body(folder)["events"]
 
 
-def _body(folder: Path) -> dict[str, Any]:
+def check_files(folder: Path, part: str) -> None:
+    """Check the files in one folder of a state's against what was saved.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: If one is missing or another (``DAMAGE``).
+    """
+    files = read_body(folder)["files"]
+    _check_all(folder, {name: digest for name, digest in files.items() if name.startswith(f"{part}/")})
+
+
+def _check_all(folder: Path, files: Mapping[str, str]) -> None:
+    for name, digest in files.items():
+        require((folder / name).is_file(), f"{name} is not there")
+        require(_sha256(folder / name) == digest, f"{name} is not what was saved")
+
+
+def read_body(folder: Path) -> dict[str, Any]:
+    """Read a state's JSON, with names in the tensors' places; none of its files.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: If it is not what was saved (``DAMAGE``).
+    """
     body = parse_json(folder / ROUND, (folder / ROUND).read_bytes())
     require(body.pop("sha256") == _sha256_of(body), f"{ROUND} is not what was saved")
     return body
@@ -160,9 +179,11 @@ __all__ = [
     "ROUND",
     "STATE",
     "Snapshot",
+    "check_files",
     "finite",
     "on_device",
     "put_in",
+    "read_body",
     "read_events",
     "read_snapshot",
     "take_out",

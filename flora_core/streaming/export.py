@@ -85,7 +85,10 @@ def export_adapter(
             stacks[module] = _wide(applied)
         (progress or (lambda *_: None))("export", count + 1, len(sums.modules))
     if layout == "vllm":
-        stacks = _of_one_rank(stacks)
+        advice = (
+            "recompress with strategy='flora_svd' and a tau below 1, give fewer adapters, or merge them into the base"
+        )
+        stacks = of_one_rank(stacks, advice)
     save_stacked_adapter(
         RoundResult(stacks),
         out,
@@ -102,14 +105,18 @@ def _wide(stack: Stack) -> Stack:
     return A_PK.to(dtype), B_PN.to(dtype), coef_P
 
 
-def _of_one_rank(stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+def of_one_rank(stacks: Mapping[str, Stack], advice: str) -> dict[str, Stack]:
+    """Pad stacks with zero rows to the smallest rank that vLLM serves and that holds all of them.
+
+    Raises:
+        ValueError: If one has more rows than vLLM serves; with the advice.
+    """
     largest = max((stack[0].shape[0] for stack in stacks.values()), default=0)
     rank = next((rank for rank in VLLM_RANKS if rank >= largest), None)
     module = next((m for m, stack in stacks.items() if stack[0].shape[0] == largest), None)
     require(
         rank is not None,
-        f"module {module!r} needs rank {largest}, and vLLM serves at most {VLLM_RANKS[-1]}: recompress with"
-        " strategy='flora_svd' and a tau below 1, give fewer adapters, or merge them into the base",
+        f"module {module!r} needs rank {largest}, and vLLM serves at most {VLLM_RANKS[-1]}: {advice}",
     )
     return {m: _padded(stack, rank or 0) for m, stack in stacks.items()}
 
@@ -128,4 +135,4 @@ def _base_name(adapters: list[Adapter], base: Path) -> str:
     return only or base.resolve().name
 
 
-__all__ = ["LAYOUTS", "VLLM_RANKS", "ExportReport", "export_adapter"]
+__all__ = ["LAYOUTS", "VLLM_RANKS", "ExportReport", "export_adapter", "of_one_rank"]

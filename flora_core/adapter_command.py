@@ -1,0 +1,58 @@
+"""`flora adapter`: one PEFT adapter on a run's original base, of a client's round or of the global model."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+_EXAMPLES = """examples:
+  flora adapter runs/demo --out served                            the global model as one adapter on the original base
+  flora adapter runs/demo --out served --layout vllm              of one rank that vLLM serves
+  flora adapter runs/demo --round 3 --client clinic-a --out a3    what clinic-a had after round 3
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command's arguments."""
+    parser = commands.add_parser(
+        "adapter",
+        help="write one PEFT adapter of a run's result, or of a client's round",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dir", help="the out= folder of a run, finished or not")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder of the adapter")
+    parser.add_argument("--round", type=int, metavar="N", help="the round; the newest unless given")
+    parser.add_argument("--client", metavar="NAME", help="whose adapter; the global model's unless given")
+    parser.add_argument("--layout", default="peft", metavar="peft|vllm", help="vllm: one rank that vLLM serves")
+    parser.add_argument(
+        "--strategy", metavar="FILE.py:NAME", help="where the run's strategy is defined, if it is one of your own"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the arguments say."""
+    from .aggregate import load_strategy
+    from .history import show_bytes
+    from .progress import print_tables
+    from .rebase import rebase_adapter
+
+    if options.strategy:
+        load_strategy(options.strategy)
+    report = rebase_adapter(options.run_dir, options.out, options.round, options.client, layout=options.layout)
+    ranks = sorted(set(report.ranks.values()))
+    rows = [
+        ["adapter", str(report.out)],
+        ["base", report.base or "the model that the run began with; it has no name"],
+        ["modules", str(len(report.ranks))],
+        ["rank", ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")],
+        ["size", show_bytes(report.size_bytes)],
+    ]
+    if report.error is not None:
+        rows.append(["from the run's weights", f"{report.error:.1e} of their change, by rounding"])
+    print_tables([("Adapter", ["", ""], rows)])
+    return 0
+
+
+__all__ = ["add_parser", "run"]
