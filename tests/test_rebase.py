@@ -23,20 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futu
 HELD_OUT = make_records("b held out", 6)
 # Every built-in one; the tests of other files register more.
 NAMES = sorted(name for name, one in STRATEGIES.items() if type(one).__module__.startswith("flora_core."))
-# Beyond one rank for all, where the strategy takes it; each is a fault that another case would hide.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    # One client trains fewer modules, and two of three take part in a round.
-    "unequal": {"fraction": 0.7},
-    "bfloat16": {"dtype": torch.bfloat16},
-}
+# Ranks are mixed where the strategy takes it. mixed: rsLoRA, one client trains fewer modules, two of three take part.
+VARIANTS: dict[str, dict[str, Any]] = {"mixed": {"fraction": 0.7}, "bfloat16": {"dtype": torch.bfloat16}}
 
 
 def clients_of(strategy: str, variant: str) -> list[flora.ClientSpec]:
     rule = STRATEGIES[strategy]
-    clients = make_clients((4, 2, 3) if rule.mixed_ranks else (3, 3, 3), use_rslora=variant == "rslora")
-    if variant == "unequal" and rule.mixed_modules:
+    clients = make_clients((4, 2, 3) if rule.mixed_ranks else (3, 3, 3), use_rslora=variant == "mixed")
+    if variant == "mixed" and rule.mixed_modules:
         clients[1] = replace(clients[1], adapter=replace(clients[1].adapter, target_modules=["q_proj"]))
     return clients
 
@@ -136,7 +130,7 @@ def test_a_round_that_was_not_applied_and_a_refused_client_are_not_in_the_sum(tm
     assert all("c" in one["refused"] for one in result.history)
     flora.rebase_adapter(tmp_path / "out", tmp_path / "whole")
     assert loss_by_config(tmp_path / "whole") == pytest.approx(result.after["loss"], abs=1e-5)
-    with pytest.raises(ValueError, match="round 2 of .* has no update of client 'c'; it has those of 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"round 2 of .* has no update of client 'c'; it has those of 'a', 'b'"):
         flora.rebase_adapter(tmp_path / "out", tmp_path / "c2", round=2, client="c")
 
 
@@ -152,10 +146,10 @@ def test_a_dropped_round_changes_nothing(tmp_path):
 
 
 def test_rounding_to_nearest_is_reported_as_the_difference(tmp_path):
-    with pytest.warns(RuntimeWarning, match="rounding='nearest' lost") as _:
-        make_model(torch.bfloat16).save_pretrained(tmp_path / "base")
-        federation = make_federation(tmp_path / "out", model=load(tmp_path / "base"), rounding="nearest", lr=1e-3)
-        federation.callbacks = ()
+    make_model(torch.bfloat16).save_pretrained(tmp_path / "base")
+    federation = make_federation(tmp_path / "out", model=load(tmp_path / "base"), rounding="nearest", lr=1e-3)
+    federation.callbacks = ()
+    with pytest.warns(RuntimeWarning, match="rounding='nearest' lost"):
         federation.run()
     report = flora.rebase_adapter(tmp_path / "out", tmp_path / "whole")
     assert report.error is not None
@@ -217,7 +211,7 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(finished, tmp
     with pytest.raises(ValueError, match=r"0001/a is not what the run saved .*put it back"):
         flora.rebase_adapter(copy, tmp_path / "x")
     shutil.rmtree(copy / ROUNDS / "0001")
-    with pytest.raises(ValueError, match="round 1 of .* is missing"):
+    with pytest.raises(ValueError, match=r"round 1 of .* is missing"):
         flora.rebase_adapter(copy, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
