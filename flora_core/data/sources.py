@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data_paths import KINDS, data_files, is_path, kind_of
+from ..extras import install_command, missing
 
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = {
@@ -302,7 +303,7 @@ def _require_pyarrow(path: Path) -> None:
     except ImportError as error:
         raise ImportError(
             f"{path} is a {kind_of(path).lstrip('.') or 'parquet or arrow'} file, which needs pyarrow ({error}): run "
-            "pip install datasets, or export it as JSON lines"
+            f"{install_command(missing('data'))}, or export it as JSON lines"
         ) from error
 
 
