@@ -37,9 +37,9 @@ def clients_of(strategy: str, variant: str) -> list[flora.ClientSpec]:
 
 def run(folder: Path, strategy: str = "flora", variant: str = "plain", **changes: Any) -> Any:
     """Three rounds on a base that lies on the disk; the result."""
-    dtype = VARIANTS[variant].get("dtype", torch.float32)
+    dtype = VARIANTS.get(variant, {}).get("dtype", torch.float32)
     make_model(dtype).save_pretrained(folder / "base")
-    options = {"fraction": VARIANTS[variant]["fraction"]} if "fraction" in VARIANTS[variant] else {}
+    options = {name: value for name, value in VARIANTS.get(variant, {}).items() if name == "fraction"}
     options |= {"rounds": 3, "clients": clients_of(strategy, variant), "eval_data": HELD_OUT, **changes}
     return make_federation(folder / "out", model=load(folder / "base"), strategy=strategy, **options).run()
 
