@@ -4,11 +4,12 @@
 2. A training step of a small Llama on the Triton backend against PEFT, client by client, and its bits a second time.
    Steps replayed from CUDA graphs against the same steps called, bit for bit, and against float64.
 3. The CUDA C++ kernels (tests/gpu_check.py), where nvcc is.
-4. Only if these are green: AdamW against torch's; LoRA linears, each checked by itself, against the frozen linear, PEFT
-   and grouped_mm; and a verdict on each thing that must be shown.
+4. Whatever these say: AdamW against torch's; LoRA linears, each checked by itself, against the frozen linear, PEFT and
+   grouped_mm; and a verdict on each thing that must be shown.
 
 Without a GPU the first two run under Triton's interpreter (--few for a selection), and --trial goes through the fourth.
-Results go to gpu_check_triton.json in $OUT, or the folder named with --out, after every step; needs no network.
+Results go to gpu_check_triton.json in $OUT, or the folder named with --out, after every step; needs no network and no
+installation (PYTHONPATH=.:kernels). For a GPU that is lent for minutes, see ``bench.gpu_call`` and docs/gpu.md.
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
 """
 
@@ -106,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             checks.append(step("CUDA C++", lambda: run_cuda(options.out)))
         if GPU and not options.skip_cuda:
             checks.append(step("CUDA merge", gpu_merge.run))
-    # What is timed is Triton's; a red check of C++ does not keep its times back. Each case is checked again by itself.
-    green = options.stage == "time" or all(results[name]["green"] for name in ("ops", "training step"))
-    if options.stage != "check" and green and (GPU or options.trial):
+    # No red check keeps a time back but its own: each case that is timed is checked again by itself.
+    if options.stage != "check" and (GPU or options.trial):
         bandwidth = step("copy bytes/s", gpu_times.copy_bandwidth)
         step("adamw", lambda: gpu_times.time_adamw(bandwidth))
         models, tokens = options.models.split(","), [int(number) for number in options.tokens.split(",")]
@@ -122,8 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         results["verdicts"] = gpu_times.verdicts(results)
         save()
         print(json.dumps(results["verdicts"], indent=1))
-    elif GPU and not green:
-        print("a check is red, so nothing is timed")
     print("sound" if all(check["green"] for check in checks) else "NOT SOUND")
     return 0 if all(check["green"] for check in checks) else 1
 

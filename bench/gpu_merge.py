@@ -66,9 +66,7 @@ class Library:
     """flora_merge_many of the installed library, prepared once, so that a call costs what it costs a C program."""
 
     def __init__(self, device: str):
-        from flora_kernels import native
-
-        self.c = ctypes.CDLL(str(native.prefix() / "lib/libflora_kernels.so"))
+        self.c = ctypes.CDLL(os.environ.get("FLORA_LIBRARY") or installed())
         self.c.flora_last_error.restype = ctypes.c_char_p
         self.device = int(device == "cuda")
         self.require(self.c.flora_device_available(self.device, 0))
@@ -86,6 +84,13 @@ class Library:
         self.workspace = torch.empty(need.value + 256, dtype=torch.uint8, device=self.workspace.device)
         setup.workspace, setup.workspace_bytes = -(-self.workspace.data_ptr() // 256) * 256, need.value
         return lambda: self.require(self.c.flora_merge_many(byref(setup), layers.table, count, byref(options)))
+
+
+def installed() -> str:
+    """The library of this installation; FLORA_LIBRARY names one that was compiled on another machine."""
+    from flora_kernels import native
+
+    return str(native.prefix() / "lib/libflora_kernels.so")
 
 
 def addmm_loop(layers: Layers) -> Callable[[], None]:
@@ -197,7 +202,7 @@ def run(device: str = "cuda", cases: Mapping[str, Shapes] | None = None) -> dict
     """All of it; {"green": whether everything is right, ...}. Red: nothing is timed."""
     cases = cases or CASES
     found: dict[str, Any] = {"green": True}
-    if device == "cuda":
+    if device == "cuda" and not os.environ.get("FLORA_LIBRARY"):
         build()
     library = Library(device)
     if device == "cuda":
@@ -206,8 +211,8 @@ def run(device: str = "cuda", cases: Mapping[str, Shapes] | None = None) -> dict
         library, [shape for one in cases.values() for shape in one], device
     )
     reports = [found.get("tests on the device"), *found.get("compute-sanitizer", {}).values()]
-    found["green"] = ratio <= 1 and all(report["green"] for report in reports if isinstance(report, dict))
-    if not found["green"]:
+    found["green"] = ratio <= 1 and all(report.get("green", True) for report in reports if isinstance(report, dict))
+    if not ratio <= 1:  # a merge that is wrong is not timed; other red tests keep no time back
         return found
     found["copy bytes/s"] = bandwidth = copy_bandwidth()
     for name, shapes in cases.items():

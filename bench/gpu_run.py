@@ -6,6 +6,8 @@
    the others from being measured; the end is red all the same.
 3. Linears on every way to fuse, from CUDA graphs, with the time that is left.
 
+``--call a``, ``b`` or ``c`` asks the questions of a GPU that is lent for minutes instead (``bench.gpu_call``).
+
 Every file is written as it grows, what runs past its time is stopped with that reason, and a table of what must be
 shown ends it. ``python -m bench.gpu_check`` alone has all checks, those of the CUDA C++ kernels too.
 """
@@ -30,6 +32,11 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Check and measure; 0 if everything is green, 130 if it was stopped. Words go to ``bench.gpu_check``."""
     began = time.monotonic()
+    given = list(sys.argv[1:] if argv is None else argv)
+    if any(word.split("=")[0] == "--call" for word in given):
+        from bench import gpu_call
+
+        return gpu_call.main(given)
     if not torch.cuda.is_available():
         print(
             f"bench-gpu needs a CUDA GPU, and torch {torch.__version__} sees none here. On a machine without one: "
@@ -37,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    folder, words = RESULTS / "gpu", list(sys.argv[1:] if argv is None else argv)
+    folder, words = RESULTS / "gpu", given
     folder.mkdir(parents=True, exist_ok=True)
     code = stages(folder, words, lambda minutes: f"{max(0.0, minutes - (time.monotonic() - began) / 60):.2f}")
     print(f"checked and measured in {(time.monotonic() - began) / 60:.1f} minutes")

@@ -160,4 +160,41 @@ def check_graphs(device: str) -> dict[str, Any]:
     return {"green": green, "replays are calls bit for bit": same, "error / budget": ratio, "graphs": told}
 
 
-__all__ = ["check", "check_graphs"]
+def check_repeats(device: str) -> dict[str, Any]:
+    """Whether the same training gives the same bits twice, over sequences of many key blocks, replayed and called.
+
+    Attention's backward is where it would differ: a sequence of more than one block of keys sums dQ from several.
+    """
+    full = device == "cuda"
+    found: dict[str, Any] = {"green": True}
+    for wanted in ("auto", False) if full else (False,):
+        (one, told), (two, _) = (_train_llama(device, full, wanted) for _ in range(2))
+        same = all(torch.equal(one[key], two[key]) for key in one)
+        found["replayed" if wanted else "called"] = {"repeats bit for bit": same, "how": told}
+        found["green"] &= same
+    return found
+
+
+def _train_llama(device: str, full: bool, cuda_graphs: Any) -> tuple[Factors, str]:
+    """Train two layers of TinyLlama's shapes on 10 x 1,024 tokens for four steps (or tiny ones); factors, and how."""
+    dtype, lengths, ranks = (torch.bfloat16, (512, 512), RANKS * 3 + (4,)) if full else (torch.float32, (7,), (2,))
+    sizes = (2048, 5632, 32, 4) if full else (32, 48, 2, 2)
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    fields: dict[str, Any] = dict(zip(names, sizes, strict=True))
+    model = models.tiny("llama", dtype, num_hidden_layers=2 if full else 1, **fields).to(device)
+    clients = [
+        flora.ClientSpec(f"c{i}", models.examples(i, lengths * 4), flora.AdapterConfig(rank, 2 * rank, dropout=0.1))
+        for i, rank in enumerate(ranks)
+    ]
+    targets = LINEARS if full else ["v_proj"]
+    cohort = flora.attach(model, clients, targets, backend="triton", fuse="separate")
+    config = flora.TrainConfig(lr=1e-2, batch_size=len(lengths), cuda_graphs=cuda_graphs, token_budget=1 << 14)
+    trainer = flora.CohortTrainer(cohort, config)
+    updates = trainer.run()
+    factors = {
+        f"{u.client} {path} {'AB'[i]}": t for u in updates for path, ab in u.adapters.items() for i, t in enumerate(ab)
+    }
+    return factors, f"{flora.explain(model).notes[0]}; graphs {trainer.cuda_graphs}"
+
+
+__all__ = ["check", "check_graphs", "check_repeats"]

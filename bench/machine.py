@@ -173,7 +173,11 @@ def forget() -> None:
 
 @functools.cache
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """What git answers; nothing in a tree that came without its history, or where git is missing."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
     return done.stdout.rstrip() if done.returncode == 0 else ""
 
 
