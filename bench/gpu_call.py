@@ -164,8 +164,8 @@ def call_b(record: Record) -> None:
     record.step("warm", warm(record), WARM + 5)
     for model, group, M, dropout in linear_cases():
 
-        def run(found: Found, case: Any = (group, M, dropout)) -> None:
-            found.update(gpu_times.time_group(*case, bandwidth(record)))
+        def run(found: Found, group: gpu_times.Group = group, M: int = M, dropout: float = dropout) -> None:
+            found.update(gpu_times.time_group(group, M, dropout, bandwidth(record)))
 
         record.step(gpu_times.name_of(model, group, M, dropout), run, 40)
         record.data["verdicts"] = gpu_times.verdicts(record.data["steps"])

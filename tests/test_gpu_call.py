@@ -138,6 +138,28 @@ def test_all_calls_run_without_a_gpu(tmp_path):
     assert "NOT GREEN" in done.stdout
 
 
+def test_red_checks_of_the_one_command_keep_no_time_back(tmp_path):
+    code = """
+import sys
+from bench import gpu_check, gpu_step, gpu_times
+
+gpu_check.run_tests = lambda few, seconds=None: {"green": False, "summary": "1 failed"}
+gpu_step.check = lambda device: 1 / 0
+gpu_step.check_graphs = lambda device: {"green": False}
+gpu_times.Targets.contenders = lambda self: [("frozen", self.frozen), ("flora auto", lambda: self.flora("auto"))]
+cases = gpu_times.cases
+gpu_times.cases = lambda models, tokens: [case for case in cases(models, tokens) if case[3] == 0.0][:1]
+sys.exit(gpu_check.main(["--skip-cuda", "--trial", "--out", sys.argv[1]]))
+"""
+    done = run(code, str(tmp_path))
+    assert done.returncode == 1, done.stderr[-3000:]
+    found = read(tmp_path, "gpu_check_triton")
+    assert not any(found[name]["green"] for name in ("ops", "training step", "CUDA graphs"))
+    assert found["adamw"]["green"]
+    (linear,) = [value for name, value in found.items() if name.startswith("trial")]
+    assert linear["times"]["flora auto"]["backward"]["us"] > 0
+
+
 def test_a_call_without_a_gpu_or_with_an_unknown_name_says_what_to_do():
     code = """
 from bench import gpu_run
