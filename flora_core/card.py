@@ -42,6 +42,12 @@ def model_card(model: Any, strategy: str, config: FederationConfig, train: Train
     totals = history.totals()
     if totals["aggregation_error"] is not None:
         facts.append(f"- Aggregation error against the exact weighted sum, at most: {totals['aggregation_error']:.1e}")
+    saved = history.converted
+    if saved:
+        error = f"{saved['rounding_error']:.1e} of the weights' norm"
+        facts.append(
+            f"- Saved in {saved['dtype']}, after the evaluation below: rounding changed the weights by {error}"
+        )
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [federated-learning, lora, flora]\n---",
         f"# {name}, fine-tuned by {len(ranks)} clients",

@@ -49,6 +49,7 @@ from .history import Event, show_bytes
 from .identity import ROUNDS as NUM_ROUNDS
 from .identity import check_rounds, differences
 from .peft_io import save_peft_adapter
+from .saving import write_dtype
 from .snapshot import DAMAGE, ROUND, STATE, Snapshot, finite, read_events, read_snapshot, taken_apart, write_snapshot
 from .update import ClientUpdate
 
@@ -166,6 +167,11 @@ class RunFolder:
         """Whether the run in the folder is over."""
         return bool(self.facts.get("finished"))
 
+    @property
+    def kept(self) -> dict[str, Any] | None:
+        """The settings of what the finished run left; None if it does not say."""
+        return self.facts.get("kept") or None
+
     def _write_facts(self, **facts: Any) -> None:
         self.facts = {**self.facts, **facts}
         atomic_write_json(self.path / RUN, self.facts)
@@ -177,7 +183,8 @@ class RunFolder:
             lists = [kept["identity"], *kept["environments"]]
             require(len(lists) > 1 and all(isinstance(one, dict) for one in lists), "these are mappings")
             folders = facts.get("folders") or {name: name for name in kept["identity"].get("clients", [])}
-            return {**kept, "folders": dict(folders), "fuse": dict(facts.get("fuse", {}))}
+            what = dict(facts.get("kept") or {})
+            return {**kept, "folders": dict(folders), "fuse": dict(facts.get("fuse", {})), "kept": what}
         except (ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{self.path / RUN} is damaged, or of another program: choose another out, or put it back"
@@ -358,22 +365,29 @@ class RunFolder:
         return self.path / "adapter"
 
     def save_model(
-        self, model: Any, tokenizer: Any = None, card: str = "", state: Mapping[str, torch.Tensor] | None = None
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        card: str = "",
+        state: Mapping[str, torch.Tensor] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Save a model, its tokenizer and its card as transformers does, whole or not at all.
 
-        ``state`` has the tensors of a model that is not whole here.
+        ``state`` has the tensors of a model that is not whole here, or that were converted to ``dtype``.
         """
         folder = self.path / "model"
         with atomic_dir(folder, replaceable=_names(folder)) as new, system_errors(new), _without_bars():
             model.save_pretrained(new, **({} if state is None else {"state_dict": dict(state)}))
+            if dtype is not None:
+                write_dtype(new / "config.json", model.dtype, dtype)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)
             (new / "README.md").write_text(card, encoding="utf-8")
 
-    def finish(self) -> None:
-        """Mark the run as over."""
-        self._write_facts(finished=True)
+    def finish(self, kept: Mapping[str, Any] | None = None) -> None:
+        """Mark the run as over; ``kept`` are the settings of what it left."""
+        self._write_facts(finished=True, kept=dict(kept or {}))
 
     def check_room(self, needed_bytes: int) -> None:
         """Refuse to start where the disk has too little room.

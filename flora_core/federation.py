@@ -34,6 +34,7 @@ from .pausing import Paused, Stopped, stopping
 from .privacy import Privacy, PrivateSum
 from .rebase import rebase_adapter
 from .resuming import Resuming
+from .saving import converted, dtype_to_save
 from .server import Server
 from .sharding import hold_base
 from .trainer import CohortTrainer
@@ -88,6 +89,7 @@ class Federation(Resuming):
             raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
         check_model(model)
         self.model, self.tokenizer = model, as_tokenizer(tokenizer)
+        self.save_dtype = dtype_to_save(config.save_dtype, model) if config.save_model and config.out else None
         self.config, self.train = config, train or TrainConfig()
         self.strategy, self.target_modules, self.backend, self.fuse = (
             get_strategy(strategy),
@@ -256,7 +258,8 @@ class Federation(Resuming):
 
     def _bytes_to_save(self) -> int:
         model = self.model.parameters() if self.config.save_model else []
-        whole = sum(parameter.numel() * parameter.element_size() for parameter in model)
+        width = 0 if self.save_dtype is None else self.save_dtype.itemsize
+        whole = sum(parameter.numel() * max(width, parameter.element_size()) for parameter in model)
         return whole + (self.server.size_bytes if self.round < self.config.rounds else 0)
 
     def _run_round(self) -> None:
@@ -368,8 +371,9 @@ class Federation(Resuming):
             with self.server.merged() as model:
                 state = None if self.server.base is None else self.server.base.state_dict()
                 if self.folder is not None:
+                    state = self._converted(model, state)
                     card = model_card(model, self.strategy.name, self.config, self.train, self.events)
-                    self.folder.save_model(model, self.tokenizer, card, state)
+                    self.folder.save_model(model, self.tokenizer, card, state, self.save_dtype)
         self._emit(
             "run_end",
             rounds=self.config.rounds,
@@ -379,7 +383,16 @@ class Federation(Resuming):
             **self._cost(),
         )
         if self.folder is not None:
-            self.folder.finish()
+            self.folder.finish(self._kept)
+
+    def _converted(self, model: Any, state: Any) -> Any:
+        """The tensors to save, in the dtype that they are to have."""
+        if self.save_dtype is None:
+            return state
+        state, error = converted(model.state_dict() if state is None else state, model, self.save_dtype)
+        dtype = str(self.save_dtype).removeprefix("torch.")
+        self._emit("converted", round=self.round, dtype=dtype, rounding_error=error)
+        return state
 
     def _save_adapter(self, folder: RunFolder, adapter: ClientUpdate) -> None:
         """Save the global adapter as one that fits the original base."""

@@ -45,6 +45,10 @@ class Privacy:
         require(self.delta < 1, f"privacy.delta must be below 1, got {self.delta}")
 
 
+# What a model can be saved in: as it is held, as its checkpoint has it, or in a dtype by name (``saving``).
+SAVE_DTYPES = ("auto", "base", "float32", "bfloat16", "float16", "float64")
+
+
 @dataclass(frozen=True)
 class FederationConfig:
     """Settings of a federated run.
@@ -73,6 +77,8 @@ class FederationConfig:
         privacy: Differential privacy of the global model towards every client (``flora_core.privacy``).
         keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay (``save_adapters``).
         save_model: Save the global model as a whole at the end.
+        save_dtype: In which dtype: ``auto`` as the model is held, ``base`` as its checkpoint has it (a bfloat16 base is
+            held in float32 on a CPU), or float32, bfloat16, float16, float64. The report has the rounding error.
         save_adapters: Save what every client trained in every round.
         base: How several ranks hold the model (``docs/distributed.md``): ``replicated``, each whole; ``sharded``, each
             a part of every decoder layer; ``auto`` shards where it would take more than 0.6 of a rank's memory.
@@ -100,6 +106,7 @@ class FederationConfig:
     privacy: Privacy | None = None
     keep_snapshots: int = 2
     save_model: bool = True
+    save_dtype: Literal["auto", "base", "float32", "bfloat16", "float16", "float64"] = "auto"
     save_adapters: bool = True
     base: Literal["auto", "replicated", "sharded"] = "auto"
     strategy_options: Mapping[str, Any] = field(default_factory=dict)
@@ -112,6 +119,7 @@ class FederationConfig:
         check_number("fraction", self.fraction, 0, 1)
         require(self.fraction > 0, "fraction must be above 0, got 0; 1 takes every client in every round")
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("save_dtype", self.save_dtype, SAVE_DTYPES)
         check_choice("base", self.base, ("auto", "replicated", "sharded"))
         check_choice("eval_template", self.eval_template, ("auto", "chat", "prompt"))
         if self.eval_max_length is not None:

@@ -22,6 +22,7 @@ class History:
     evaluated: dict[int, Event] = field(default_factory=dict)
     round_ends: dict[int, Event] = field(default_factory=dict)
     warnings: list[Event] = field(default_factory=list)
+    converted: Event = field(default_factory=dict)
     end: Event = field(default_factory=dict)
 
     @classmethod
@@ -43,6 +44,8 @@ class History:
             self.round_ends[number] = event
         elif kind == "run_start":
             self.start = event
+        elif kind == "converted":
+            self.converted = event
         elif kind == "run_end":
             self.end = event
         elif kind == "warning":
@@ -237,12 +240,13 @@ def _traffic_rows(history: History) -> list[list[str]]:
 
 
 def _total_rows(history: History) -> list[list[str]]:
-    totals = history.totals()
+    totals, saved = history.totals(), history.converted
     costs = [show_cost(event).lstrip(", ") for _, event in sorted(history.aggregated.items()) if event.get("privacy")]
     return [
         *([["privacy spent", costs[-1]]] if costs else []),
         ["aggregation error (largest)", show_error(totals["aggregation_error"])],
         [f"application error (largest{_rows_checked(history)})", show_error(totals["application_error"])],
+        *([[f"rounding to {saved['dtype']}, saved", show_error(saved["rounding_error"])]] if saved else []),
         ["sent up, all rounds", show_bytes(totals["bytes_up"])],
         ["sent down, all rounds", show_bytes(totals["bytes_down"])],
         ["time in rounds", show_seconds(totals["seconds"])],

@@ -26,6 +26,8 @@ evaluated       round, examples, seconds, loss?, exact_match? (0..1), accuracy? 
                 groups?: {skill: {examples, loss?, exact_match?, accuracy?}}: what `evaluate` returns
 round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes,
                 checkpoint?: path
+converted       round, dtype: that in which the model is saved, rounding_error: the norm of what was rounded off over
+                that of the weights
 run_end         rounds, seconds, peak_memory_bytes, out?, privacy?
 warning         message, round?, client?
 
@@ -120,6 +122,11 @@ def _say_round_end(event: Event) -> str:
     return text + (", saved" if event.get("checkpoint") else "")
 
 
+def _say_converted(event: Event) -> str:
+    error = show_error(event["rounding_error"])
+    return f"saving the model as {event['dtype']}: rounding changes it by {error} of its norm"
+
+
 def _say_end(event: Event) -> str:
     text = f"finished in {show_seconds(event['seconds'])}, peak memory {show_bytes(event['peak_memory_bytes'])}"
     return text + show_cost(event)
@@ -133,6 +140,7 @@ _SENTENCES = {
     "aggregated": _say_aggregated,
     "evaluated": _say_evaluated,
     "round_end": _say_round_end,
+    "converted": _say_converted,
     "run_end": _say_end,
     "warning": lambda event: f"warning: {event['message']}",
 }

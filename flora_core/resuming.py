@@ -32,6 +32,11 @@ class Resuming(TrainingRound):
         raise NotImplementedError
 
     @property
+    def _kept(self) -> dict[str, Any]:
+        """What the settings ask to be kept at the end; a finished run that kept something else saves its model anew."""
+        return {"save_model": self.config.save_model, "save_dtype": self.config.save_dtype}
+
+    @property
     def _over(self) -> bool:
         return self.finished and self.round == self.config.rounds
 
@@ -77,7 +82,7 @@ class Resuming(TrainingRound):
         notes += folder.extend(mine)
         self.paused, torn = folder.pause(self.round + 1, self.server.device)
         folder.drop_superfluous(self.round, pause=not self.paused)
-        self.finished = folder.finished
+        self.finished = folder.finished and not (self.config.save_model and folder.kept not in (None, self._kept))
         self.events = folder.events() if self._over else folder.restore_metrics(snapshot)
         return notes + damaged + torn
 
@@ -121,7 +126,7 @@ class Resuming(TrainingRound):
     def _identity(self) -> dict[str, Any]:
         ours = asdict(replace(self.config, out=None))
         # These change what is kept, and nothing that is computed.
-        for name in ("base", "out", "keep_snapshots", "save_model", "save_adapters"):
+        for name in ("base", "out", "keep_snapshots", "save_model", "save_dtype", "save_adapters"):
             ours.pop(name)
         base, targets = self.server.base, {f"{module}.weight" for module in self.server.weights}
         parameters = self.model.named_parameters() if base is None else base.parameters()

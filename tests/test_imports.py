@@ -19,7 +19,10 @@ FLOORS = [
     "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty",
     "ops",
     "models linear attention optimizer loss data forward cohort attach planner",
-    "steps trainer evaluate aggregate validate privacy peft_io merge checkpoint identity demo_model device testing",
+    (
+        "steps trainer evaluate aggregate validate privacy peft_io saving merge checkpoint identity demo_model "
+        "device testing"
+    ),
     "loading",
     "federation distributed report",
     "recipes splits build dry_run flower",
