@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   flora aggregate --base llama --adapter a=120 --adapter b=80 --out merged            weights are relative: 0.6 and 0.4
   flora aggregate --base llama --adapter a --adapter b --out merged --verify          read everything again, certify it
+  flora aggregate --base llama --adapter a --out half --scale 0.5                     one adapter at half strength
   flora aggregate --base llama --adapter a --adapter b --out stacked --as-adapter     one PEFT adapter instead
   flora aggregate --base llama --adapter a --adapter b --out served --as-adapter vllm one that vLLM serves
   flora aggregate ... --strategy flora_svd --option tau=0.99 --as-adapter             recompressed, 1% of energy lost
@@ -49,13 +50,28 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="KEY=VALUE", help="an option of the strategy, such as tau=0.99"
     )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        metavar="NUMBER",
+        help="factor of the weighted sum: 0.5 merges at half strength, -1 subtracts (1 unless given)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        choices=("base", "adapter"),
+        help="whose tokenizer and chat template the merged model gets (the base's unless given)",
+    )
+    parser.add_argument(
+        "--partial", action="store_true", help="merge what is there of an adapter that lacks modules of its config"
+    )
     parser.add_argument("--verify", action="store_true", help="read everything again and certify it before it appears")
     parser.add_argument(
         "--as-adapter",
         nargs="?",
         const="peft",
         metavar="peft|vllm",
-        help="write one PEFT adapter instead of a merged base; vllm: of one rank that vLLM serves",
+        help="write one PEFT adapter instead of a merged base; vllm: of one rank, as vLLM and llama.cpp read it",
     )
     parser.add_argument(
         "--mixed-dtypes", action="store_true", help="allow weights of several dtypes among those that are merged into"
@@ -67,9 +83,13 @@ def run(options: argparse.Namespace) -> int:
     """Do what the arguments say."""
     if options.verify and options.as_adapter:
         raise ValueError("--verify certifies a merged base, and --as-adapter writes none; leave one out")
+    if options.tokenizer and options.as_adapter:
+        raise ValueError("--tokenizer chooses files of a merged model, and --as-adapter writes none; leave one out")
     common: dict[str, Any] = {
         "strategy": options.strategy,
         "options": dict(parse_option(word) for word in options.option),
+        "scale": options.scale,
+        "partial": options.partial,
         "mixed_dtypes": options.mixed_dtypes,
     }
     adapters = parse_adapters(options.adapter)
@@ -88,7 +108,13 @@ def run(options: argparse.Namespace) -> int:
             else:
                 tables = _merge_tables(
                     merge_into_checkpoint(
-                        options.base, adapters, options.out, verify=options.verify, progress=bar, **common
+                        options.base,
+                        adapters,
+                        options.out,
+                        tokenizer=options.tokenizer,
+                        verify=options.verify,
+                        progress=bar,
+                        **common,
                     )
                 )
     except KeyboardInterrupt:
@@ -123,7 +149,8 @@ def _weight(word: str, path: str, text: str) -> float:
         weight = float("nan")
     if not (0 <= weight < float("inf") and path):
         raise ValueError(
-            f"--adapter {word}: expected DIR or DIR=WEIGHT, the weight a finite number of at least 0, got {text!r}"
+            f"--adapter {word}: expected DIR or DIR=WEIGHT, the weight a finite number of at least 0, got {text!r};"
+            " weights are relative: --scale merges at a stated strength, a negative one too"
         )
     return weight
 
@@ -142,6 +169,7 @@ def parse_option(word: str) -> tuple[str, Any]:
 def _merge_tables(report: MergeReport) -> list[Table]:
     rows = [
         ["merged model", str(report.out)],
+        *_share_rows(report),
         ["weights changed", f"{report.modules}, {show_bytes(report.merged_bytes)} of {show_bytes(report.size_bytes)}"],
         ["aggregation error", f"{report.aggregation_error:.1e}"],
         ["time", f"{show_seconds(report.seconds)}, {show_bytes(_rate(report))}/s"],
@@ -160,7 +188,27 @@ def _merge_tables(report: MergeReport) -> list[Table]:
             ["", "every other byte is the base's"],
             ["error of the change", f"{show_number(found['error'], '.1e')} of the exact sum, by rounding alone"],
         ]
-    return [("Aggregated", ["", ""], rows)]
+    return [("Aggregated", ["", ""], rows + _note_rows(report))]
+
+
+def _share_rows(report: MergeReport | ExportReport) -> list[list[str]]:
+    """What of each adapter is in the result: its share of the weights, times alpha / r, times the scale."""
+    rows = []
+    for one in report.adapters:
+        ranks, scaling = (_span(one[key]) for key in ("ranks", "scaling"))
+        rows.append([f"share of {one['name']}", f"{one['share']:.4g} (rank {ranks}, alpha / r {scaling})"])
+    if report.scale != 1:
+        rows.append(["scale of the sum", f"{report.scale:g}"])
+    return rows
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = (f"{value:.4g}" for value in (values[0], values[-1]))
+    return low if low == high else f"{low} to {high}"
+
+
+def _note_rows(report: MergeReport | ExportReport) -> list[list[str]]:
+    return [["note", note] for note in report.notes]
 
 
 def _rate(report: MergeReport) -> float:
@@ -171,12 +219,13 @@ def _export_tables(report: ExportReport) -> list[Table]:
     ranks = sorted(set(report.ranks.values()))
     rows = [
         ["adapter", str(report.out)],
+        *_share_rows(report),
         ["modules", str(len(report.ranks))],
         ["rank", ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")],
         ["size", show_bytes(report.size_bytes)],
         ["aggregation error", f"{report.aggregation_error:.1e}"],
     ]
-    return [("Aggregated", ["", ""], rows)]
+    return [("Aggregated", ["", ""], rows + _note_rows(report))]
 
 
 __all__ = ["add_parser", "parse_adapters", "parse_option", "run"]

@@ -188,7 +188,7 @@ def test_weights_of_several_dtypes(case):
 
 def test_a_quantised_weight(case):
     case.rewrite(2, lambda tensors: {n: t.to(torch.int8) if t.dim() == 2 else t for n, t in tensors.items()})
-    case.refused("quantised, as I8, which would lose the update; give the base in BF16, F16 or F32")
+    case.refused("quantised: it stores .* as I8, which would lose the update; give the base in BF16, F16 or F32")
 
 
 def test_a_weight_that_overflows(case):

@@ -26,16 +26,39 @@ from .shards import DTYPES, Entry, read_shard, read_tensor
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter's layout: what to call it, its weight, and where its factors lie."""
+    """A PEFT adapter's layout.
+
+    Args:
+        name: What to call it.
+        folder: Where it lies.
+        weight: Its weight, relative to the others.
+        config: Its ``adapter_config.json``.
+        scaling: Module path -> s.
+        shapes: Module path -> (R, K, N).
+        factors: Module path -> where lora_A and lora_B lie.
+        halves: Modules of which one factor is missing, left out.
+        copies: Tensors of the base that lie beside the factors: name in the file -> (name in the base, where).
+    """
 
     name: str
     folder: Path
     weight: float
+    config: Mapping[str, Any]
     scaling: Mapping[str, float]
     shapes: Mapping[str, tuple[int, int, int]]
     factors: Mapping[str, tuple[Entry, ...]]
-    fan_in_fan_out: bool
-    base: str | None
+    halves: tuple[str, ...]
+    copies: Mapping[str, tuple[str, Entry]]
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether its config says that weights are stored K x N."""
+        return self.config.get("fan_in_fan_out") is True
+
+    @property
+    def base(self) -> str | None:
+        """The base that its config names."""
+        return self.config.get("base_model_name_or_path") or None
 
     def update(self, modules: Sequence[str]) -> ClientUpdate:
         """Read some modules; those that it does not adapt are left out."""
@@ -49,15 +72,18 @@ class Adapter:
         return ClientUpdate(self.name, pairs, {module: self.scaling[module] for module in mine}, self.weight)
 
 
-def open_adapters(weights: Mapping[Any, float]) -> list[Adapter]:
+def open_adapters(weights: Mapping[Any, float], *, partial: bool = False) -> list[Adapter]:
     """Read the configs and headers of adapters; the factors stay on disk.
 
+    Args:
+        weights: Folder of an adapter -> its weight.
+        partial: Leave out modules of which one factor is missing.
     Raises:
         FileNotFoundError, ValueError: As ``load_peft_adapter``; besides for an adapter that is given twice, and for
             weights that are no numbers of at least 0, or all 0.
     """
     require(len(weights) > 0, "adapters must name at least one PEFT adapter, got none")
-    adapters = [_open(os.fspath(path), weight) for path, weight in weights.items()]
+    adapters = [_open(os.fspath(path), weight, partial) for path, weight in weights.items()]
     for i, one in enumerate(adapters):
         for other in adapters[:i]:
             same = _same_bytes(one.folder / WEIGHTS, other.folder / WEIGHTS)
@@ -70,11 +96,12 @@ def open_adapters(weights: Mapping[Any, float]) -> list[Adapter]:
     return adapters
 
 
-def _open(path: str, weight: float) -> Adapter:
+def _open(path: str, weight: float, partial: bool) -> Adapter:
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     require(
         number and math.isfinite(weight) and weight >= 0,
-        f"the weight of adapter {path} must be a finite number of at least 0, got {weight!r}",
+        f"the weight of adapter {path} must be a finite number of at least 0, got {weight!r}; to subtract an adapter,"
+        " merge it alone with a negative scale (--scale)",
     )
     folder = Path(path)
     config = read_config(folder)
@@ -87,13 +114,19 @@ def _open(path: str, weight: float) -> Adapter:
         )
     meta = {e.name: torch.empty(e.shape, dtype=DTYPES[e.dtype], device="meta") for e in shard.entries}
     keys = sort_keys(shard.path, meta)
-    refuse_other_tensors(folder, keys.rest)
-    pairs = pair_factors(folder, config, keys, meta)
+    copies = {key: (name.replace(".base_layer.", "."), entries[key]) for key, name in keys.rest.items()}
+    refuse_other_tensors(folder, [key for key in copies if not _may_be_a_copy(key)])
+    pairs = pair_factors(folder, config, keys, meta, partial=partial)
     shapes = {module: (A.shape[0], A.shape[1], B.shape[0]) for module, (A, B) in pairs.items()}
     scaling = {module: scaling_of(config, module, shape[0]) for module, shape in shapes.items()}
-    base = config.get("base_model_name_or_path")
     factors = {module: tuple(entries[keys.factors[module][factor]] for factor in "AB") for module in pairs}
-    return Adapter(path, folder, float(weight), scaling, shapes, factors, config.get("fan_in_fan_out") is True, base)
+    halves = tuple(module for module in keys.factors if module not in pairs)
+    return Adapter(path, folder, float(weight), config, scaling, shapes, factors, halves, copies)
+
+
+def _may_be_a_copy(key: str) -> bool:
+    """Whether a tensor that is no factor may be one of the base's, as a state dict of the whole model has them."""
+    return key.endswith((".weight", ".bias")) and "lora_" not in key and "modules_to_save" not in key
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
@@ -115,14 +148,22 @@ class Sum:
         adapters: From ``open_adapters``.
         strategy: A name from the table of strategies.
         options: The strategy's own options.
+        scale: Factor of the sum; 1 adds all of it, 0.5 half, -1 subtracts it.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], strategy: str, options: Mapping[str, Any]):
-        self.adapters, self.options = list(adapters), dict(options)
+    def __init__(self, adapters: Sequence[Adapter], strategy: str, options: Mapping[str, Any], scale: float = 1.0):
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        require(
+            number and math.isfinite(scale) and scale != 0,
+            f"scale must be a finite number other than 0, got {scale!r}; 1 merges the weighted sum as it is",
+        )
+        self.adapters, self.options, self.scale = list(adapters), dict(options), float(scale)
         self.strategy: Strategy = get_strategy(strategy)
         self.strategy.check(self.options)
         self.modules = list(dict.fromkeys(module for one in self.adapters for module in one.shapes))
         self.errors: dict[str, Deviation] = {}
+        # Adapter -> modules whose product is 0, found by check.
+        self.dead: dict[str, list[str]] = {}
 
     @property
     def shares(self) -> dict[str, float]:
@@ -144,13 +185,26 @@ class Sum:
         self.strategy.check_fits(everything)
         with _one_thread():
             for module in self.modules:
-                check_updates(self.updates(module))
+                updates = self.updates(module)
+                check_updates(updates)
+                for one in updates:
+                    if module in one.adapters and _is_zero(one, module):
+                        self.dead.setdefault(one.client, []).append(module)
 
     def stacks(self, module: str) -> tuple[Stack, Stack]:
         """One module's change by the strategy, and the exact sum; the same object where the strategy is exact as such.
 
-        The strategy's distance from the exact sum is kept in ``errors``.
+        Both are multiplied by the scale. The strategy's distance from the exact sum is kept in ``errors``.
         """
+        applied, exact = self._unscaled(module)
+        if self.scale == 1:
+            return applied, exact
+        error = self.errors[module]
+        self.errors[module] = Deviation(error.difference * abs(self.scale), error.exact * abs(self.scale))
+        scaled = _scaled(exact, self.scale)
+        return (scaled if applied is exact else _scaled(applied, self.scale)), scaled
+
+    def _unscaled(self, module: str) -> tuple[Stack, Stack]:
         with _one_thread():
             updates = self.updates(module)
             exact = _exact(updates, module)
@@ -195,6 +249,16 @@ def _exact(updates: Sequence[ClientUpdate], module: str) -> Stack:
     # Only adapters of weight 0 have this module.
     A_RK, B_RN = next(one.adapters[module] for one in updates if module in one.adapters)
     return A_RK[:0], B_RN[:0], torch.zeros(0, dtype=torch.float64)
+
+
+def _scaled(stack: Stack, scale: float) -> Stack:
+    A_PK, B_PN, coef_P = stack
+    return A_PK, B_PN, coef_P.double() * scale
+
+
+def _is_zero(update: ClientUpdate, module: str) -> bool:
+    A_RK, B_RN = update.adapters[module]
+    return update.scaling[module] == 0 or not A_RK.any() or not B_RN.any()
 
 
 def _joined(parts: Sequence[Stack]) -> Stack:

@@ -20,6 +20,7 @@ from ..peft_io import save_stacked_adapter
 from ..update import RoundResult
 from .adapters import Adapter, Sum, open_adapters
 from .bases import check_bases
+from .findings import adapter_facts, find_notes
 from .merge import Progress, check_places
 from .plan import match_targets
 from .shards import open_checkpoint
@@ -31,12 +32,23 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: where, each module's rank, its bytes, and the strategy's distance from the exact sum."""
+    """What was written.
+
+    Args:
+        out: The adapter.
+        ranks: Module -> rank.
+        size_bytes: Its bytes.
+        aggregation_error: Relative distance of what the strategy made from the exact sum.
+        adapters, scale, notes: As in ``MergeReport``.
+    """
 
     out: Path
     ranks: Mapping[str, int]
     size_bytes: int
     aggregation_error: float
+    adapters: tuple[Mapping[str, Any], ...]
+    scale: float
+    notes: tuple[str, ...]
 
 
 def export_adapter(
@@ -46,6 +58,8 @@ def export_adapter(
     *,
     strategy: str = "flora",
     options: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
+    partial: bool = False,
     layout: str = "peft",
     mixed_dtypes: bool = False,
     progress: Progress | None = None,
@@ -61,8 +75,11 @@ def export_adapter(
         out_dir: A new folder, or one that holds an adapter and nothing else, which is replaced.
         strategy: A name from the table of strategies.
         options: The strategy's own options.
-        layout: ``peft`` (r = alpha = P of each module, with patterns where it differs) or ``vllm``, which ignores
-            patterns: all modules are padded with zero rows to one rank that vLLM serves, r = alpha = that rank.
+        scale: Factor of the weighted sum, folded into B like the weights.
+        partial: As in ``merge_into_checkpoint``.
+        layout: ``peft`` (r = alpha = P of each module, with patterns where it differs) or ``vllm``, for readers that
+            ignore patterns (vLLM, llama.cpp): all modules are padded with zero rows to one rank that vLLM serves,
+            r = alpha = that rank.
         mixed_dtypes: As in ``merge_into_checkpoint``.
         progress: Called with ``export``, modules done and modules in all.
     Raises:
@@ -73,10 +90,11 @@ def export_adapter(
     check_choice("layout", layout, LAYOUTS)
     base, out = Path(base_dir), Path(out_dir)
     check_places(base, adapters, out)
-    checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
-    sums = Sum(opened, strategy, options or {})
-    targets = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes)
-    check_bases(base, opened, targets)
+    checkpoint, opened = open_checkpoint(base), open_adapters(adapters, partial=partial)
+    sums = Sum(opened, strategy, options or {}, scale)
+    # A quantised base is as good as any: nothing is written into it.
+    plan = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes, partial=partial, into=False)
+    check_bases(base, opened, plan.targets)
     sums.check()
     stacks = {}
     for count, module in enumerate(sums.modules):
@@ -93,10 +111,18 @@ def export_adapter(
         RoundResult(stacks),
         out,
         base_model=_base_name(opened, base),
-        fan_in_fan_out=any(target.transposed for target in targets.values()),
+        fan_in_fan_out=any(target.transposed for target in plan.targets.values()),
     )
     size = sum(path.stat().st_size for path in out.iterdir())
-    return ExportReport(out, {m: stack[0].shape[0] for m, stack in stacks.items()}, size, sums.aggregation_error)
+    ranks = {module: stack[0].shape[0] for module, stack in stacks.items()}
+    notes = find_notes(checkpoint, sums, plan.fits)
+    if len(set(ranks.values())) > 1:
+        notes.append(
+            "ranks differ by module, so that rank_pattern and alpha_pattern are needed: readers that ignore them (vLLM,"
+            " llama.cpp) would scale modules wrongly; write those layout='vllm' (--as-adapter vllm), one rank for all"
+        )
+    facts = tuple(adapter_facts(sums, plan.fits))
+    return ExportReport(out, ranks, size, sums.aggregation_error, facts, sums.scale, tuple(notes))
 
 
 def _wide(stack: Stack) -> Stack:

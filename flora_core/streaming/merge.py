@@ -22,15 +22,16 @@ from ..aggregate import Deviation
 from ..checks import require
 from ..files import SaveError, atomic_write_bytes, atomic_write_json
 from ..headers import parse_json
-from .adapters import Adapter, Sum, open_adapters
+from .adapters import Sum, open_adapters
 from .bases import check_bases
-from .plan import match_targets
-from .shards import INDEX, Checkpoint, open_checkpoint
+from .findings import adapter_facts, find_notes
+from .plan import Plan, match_targets
+from .shards import INDEX, RECORD, Checkpoint, open_checkpoint
 from .staging import Staging
+from .tokenizer import choose_tokenizer
 from .verify import certify_files
 from .write import write_shard
 
-RECORD = "flora_merge.json"
 CARD = "README.md"
 Progress = Callable[[str, int, int], None]
 
@@ -48,7 +49,11 @@ class MergeReport:
         seconds: Time of this attempt, without the verification.
         aggregation_error: Relative distance of what the strategy made from the exact sum, 0 for flora.
         certificate: What the verification found, see ``streaming.verify``; None if it was not asked for.
-        left_out: Files of the base that were not copied, for they hold weights or tell of the base.
+        left_out: Files of the base that were not copied, for they hold weights or describe the base, its training or
+            an adapter.
+        adapters: Each adapter's name, share, ranks, scalings, the base that its config names, and missing modules.
+        scale: Factor of the weighted sum.
+        notes: What may not be meant: dead or partial adapters, other bases, another tokenizer.
     """
 
     out: Path
@@ -60,6 +65,9 @@ class MergeReport:
     aggregation_error: float
     certificate: Mapping[str, Any] | None
     left_out: tuple[str, ...]
+    adapters: tuple[Mapping[str, Any], ...]
+    scale: float
+    notes: tuple[str, ...]
 
 
 def merge_into_checkpoint(
@@ -69,16 +77,19 @@ def merge_into_checkpoint(
     *,
     strategy: str = "flora",
     options: Mapping[str, Any] | None = None,
+    scale: float = 1.0,
+    tokenizer: str | None = None,
+    partial: bool = False,
     verify: bool = False,
     mixed_dtypes: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge PEFT adapters of any ranks into a copy of a safetensors checkpoint, without loading it.
 
-    ``W += sum_k p_k s_k B_k A_k`` with p_k = weight_k / sum of weights, summed in float32 (float64 for float64 weights)
-    and rounded once. Memory is bounded by one block of rows and one module's factors. All other bytes are copied, and
-    all shards keep their names, order, metadata and sizes. ``out_dir`` appears when it is whole; a merge that was
-    killed goes on where it stopped when it is called again, and ends with the same bytes.
+    ``W += scale * sum_k p_k s_k B_k A_k`` with p_k = weight_k / sum of weights, summed in float32 (float64 for float64
+    weights) and rounded once. Memory is bounded by one block of rows and one module's factors. All other bytes are
+    copied, and all shards keep their names, order, metadata and sizes. ``out_dir`` appears when it is complete; a merge
+    that was killed goes on where it stopped when it is called again, and ends with the same bytes.
 
     Args:
         base_dir: A checkpoint of transformers with safetensors, in one file or in shards.
@@ -86,6 +97,11 @@ def merge_into_checkpoint(
         out_dir: A new or empty folder, outside of the base and the adapters.
         strategy: A name from the table of strategies.
         options: The strategy's own options.
+        scale: Factor of the weighted sum: 0.5 merges at half strength, -1 subtracts. Weights are relative, so that one
+            adapter's weight alone changes nothing.
+        tokenizer: ``base`` or ``adapter``: whose tokenizer files the result gets; the base's unless given, with a note
+            where an adapter's own differs.
+        partial: Merge what is there of an adapter that lacks modules which its config names.
         verify: Read base and result again before ``out_dir`` appears; every weight must lie within its rounding bound
             of the exact sum, every other byte must be the base's.
         mixed_dtypes: Allow weights of several floating-point dtypes among those that are merged into.
@@ -93,8 +109,9 @@ def merge_into_checkpoint(
     Returns:
         What was done. The same facts, without times, are in ``flora_merge.json`` of the result.
     Raises:
-        ValueError: If an adapter does not fit the base, index and shards disagree, a file is damaged, or a weight is
-            not a number of at least 0; nothing is written then. If the verification fails; then nothing appears.
+        ValueError: If an adapter does not fit the base or lacks modules that its config names, index and shards
+            disagree, a file is damaged, a weight is not a number of at least 0, scale is 0, or the tokenizer does not
+            fit; nothing is written then. If the verification fails; then nothing appears.
         FileNotFoundError, FileExistsError: If an input is missing, or the output holds anything else.
         BlockingIOError: If another process makes the same output.
         SaveError: If the system refuses to write; what is done is kept.
@@ -102,14 +119,16 @@ def merge_into_checkpoint(
     """
     began, base, out = time.perf_counter(), Path(base_dir), Path(out_dir)
     check_places(base, adapters, out)
-    checkpoint, opened = open_checkpoint(base), open_adapters(adapters)
-    sums = Sum(opened, strategy, options or {})
-    targets = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes)
-    check_bases(base, opened, targets)
-    job = _Job(checkpoint, sums, targets, Staging(out), progress or (lambda *_: None))
+    checkpoint, opened = open_checkpoint(base), open_adapters(adapters, partial=partial)
+    sums = Sum(opened, strategy, options or {}, scale)
+    plan = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes, partial=partial)
+    check_bases(base, opened, plan.targets)
+    copies, notes = choose_tokenizer(checkpoint, opened, tokenizer)
+    job = _Job(checkpoint, sums, plan, copies, notes, Staging(out), progress or (lambda *_: None))
     done = _find_done(out, job.inputs)
     if done is None:
         sums.check()
+        job.notes += find_notes(checkpoint, sums, plan.fits)
         _check_room(checkpoint, job.staging)
         with job.staging.opened({"inputs": job.inputs}):
             job.write()
@@ -119,6 +138,7 @@ def merge_into_checkpoint(
     else:
         job.staging.clear()
         job.resumed, seconds = checkpoint.size_bytes, time.perf_counter() - began
+        job.notes = list(done.get("notes", []))
         sums.errors = {"": Deviation(done["aggregation_error"], 1.0)}
         certificate = done.get("certificate")
         if verify:
@@ -126,22 +146,35 @@ def merge_into_checkpoint(
             atomic_write_json(out / RECORD, {**done, "certificate": certificate})
     return MergeReport(
         out=out,
-        modules=len(targets),
+        modules=len(plan.targets),
         size_bytes=checkpoint.size_bytes,
-        merged_bytes=sum(one.entry.stop - one.entry.start for one in targets.values()),
+        merged_bytes=sum(one.entry.stop - one.entry.start for one in plan.targets.values()),
         resumed_bytes=job.resumed,
         seconds=seconds,
         aggregation_error=sums.aggregation_error,
         certificate=certificate,
         left_out=checkpoint.left_out,
+        adapters=tuple(adapter_facts(sums, plan.fits)),
+        scale=sums.scale,
+        notes=tuple(job.notes),
     )
 
 
 class _Job:
     """One merge: what goes in, where it is made, and what is noted on the way."""
 
-    def __init__(self, checkpoint: Checkpoint, sums: Sum, targets: Any, staging: Staging, progress: Progress):
-        self.checkpoint, self.sums, self.targets = checkpoint, sums, targets
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sums: Sum,
+        plan: Plan,
+        copies: Mapping[str, Path],
+        notes: list[str],
+        staging: Staging,
+        progress: Progress,
+    ):
+        self.checkpoint, self.sums, self.plan = checkpoint, sums, plan
+        self.copies, self.notes = copies, notes
         self.staging, self.progress = staging, progress
         self.resumed = 0
 
@@ -150,7 +183,7 @@ class _Job:
         """A hash of everything that the result's bytes depend on; files by name, size and time of change."""
         one = {
             "base": [_stamp(shard.path) for shard in self.checkpoint.shards],
-            "others": [(name, *_stamp(self.checkpoint.folder / name)) for name in self.checkpoint.others],
+            "others": [(name, *_stamp(path)) for name, path in sorted(self.copies.items())],
             "adapters": [
                 (
                     adapter.weight,
@@ -158,16 +191,18 @@ class _Job:
                 )
                 for adapter in self.sums.adapters
             ],
-            "strategy": [self.sums.strategy.name, self.sums.options],
+            "strategy": [self.sums.strategy.name, self.sums.options, self.sums.scale],
         }
         return hashlib.sha256(json.dumps(one, sort_keys=True).encode()).hexdigest()
 
     def write(self) -> None:
         """Make all files but the record, going on where an earlier attempt stopped."""
         model = self.staging.model
-        for name in [*self.checkpoint.others, *([INDEX] if (self.checkpoint.folder / INDEX).is_file() else [])]:
+        for name, path in self.copies.items():
             (model / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.checkpoint.folder / name, model / name)
+            shutil.copyfile(path, model / name)
+        if self.checkpoint.index is not None:
+            atomic_write_bytes(model / INDEX, self.checkpoint.index)
         self._recall()
         advance = self._counter("merge")
         with open(self.staging.notes, "a", encoding="utf-8") as notes:
@@ -180,7 +215,7 @@ class _Job:
                 return applied
 
             for shard in self.checkpoint.shards:
-                self.resumed += write_shard(shard, model / shard.path.name, self.targets, stack, advance)
+                self.resumed += write_shard(shard, model / shard.path.name, self.plan.targets, stack, advance)
 
     def _counter(self, what: str) -> Callable[[int], None]:
         done, whole = 0, self.checkpoint.size_bytes
@@ -205,40 +240,39 @@ class _Job:
     def verify(self, model: Path) -> dict[str, Any]:
         """Read base and result again."""
         errors = dict(self.sums.errors)
-        found = certify_files(self.checkpoint, model, self.targets, self.sums.stacks, self._counter("verify"))
+        found = certify_files(
+            self.checkpoint, model, self.plan.targets, self.copies, self.sums.stacks, self._counter("verify")
+        )
         self.sums.errors = errors
         return found
 
     def finish(self, certificate: Mapping[str, Any] | None) -> None:
         """Write record and card, and let the result appear."""
-        shares = self.sums.shares
         record = {
             "inputs": self.inputs,
             "base": self.checkpoint.folder.resolve().name,
-            "adapters": [_told(one, shares[one.name]) for one in self.sums.adapters],
+            "adapters": adapter_facts(self.sums, self.plan.fits),
+            "scale": self.sums.scale,
             "strategy": self.sums.strategy.name,
             "options": self.sums.options,
-            "modules": sorted(target.module for target in self.targets.values()),
+            "modules": sorted(target.module for target in self.plan.targets.values()),
             "aggregation_error": self.sums.aggregation_error,
             "certificate": certificate,
+            "notes": self.notes,
         }
         atomic_write_json(self.staging.model / RECORD, record)
         atomic_write_bytes(self.staging.model / CARD, _card(record).encode())
         self.staging.publish()
 
 
-def _told(adapter: Adapter, share: float) -> dict[str, Any]:
-    ranks = sorted({shape[0] for shape in adapter.shapes.values()})
-    return {"name": adapter.folder.resolve().name, "share": share, "ranks": ranks}
-
-
 def _card(record: Mapping[str, Any]) -> str:
     ranks = ", ".join("/".join(map(str, one["ranks"])) for one in record["adapters"])
+    times = "" if record["scale"] == 1 else f"{record['scale']:g} times "
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [lora, flora, merge]\n---\n\n"
         f"# {record['base']} with {len(record['adapters'])} LoRA adapters merged\n\n"
-        f"The base's weights plus the weighted sum of adapters of ranks {ranks}, made by `flora aggregate` (strategy"
-        f" {record['strategy']}) in {len(record['modules'])} modules; every other weight is the base's, byte for byte."
+        f"The base's weights plus {times}the weighted sum of adapters of ranks {ranks}, made by `flora aggregate`"
+        f" (strategy {record['strategy']}) in {len(record['modules'])} modules; every other weight is the base's, byte for byte."
         f" Details: `{RECORD}`. It was not evaluated. The base model's licence and limits hold.\n"
     )
 

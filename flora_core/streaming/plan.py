@@ -9,13 +9,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..adapter_config import matches_target
 from ..checks import listed, require
+from ..peft_config import is_target
+from ..peft_io import refuse_other_tensors
 from .adapters import Adapter
-from .shards import DTYPES, Checkpoint, Entry
+from .names import PACKED, BaseNames, Reading, exact_readings, find_reading, shortened
+from .shards import DTYPES, Checkpoint, Entry, same_values
 
 # Model types of transformers whose linears are Conv1D, with weights stored K x N.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}
 _HEADS = ("lm_head", "embed_out")
+# What stands beside a weight that has to be multiplied or unpacked before it is the weight.
+_SCALES = ("weight_scale", "weight_scale_inv", "SCB", "scales", "weight.absmax", "weight_scale_2", "g_idx", "meta")
 
 
 @dataclass(frozen=True)
@@ -27,25 +33,66 @@ class Target:
     transposed: bool
 
 
+@dataclass(frozen=True)
+class Fit:
+    """What of an adapter fits a base, beyond its factors.
+
+    Args:
+        reading: How its module paths are read; empty where they are the base's own.
+        missing: Modules that its config names and it has no factors of.
+        copies: Tensors beside the factors that are equal to the base's.
+        unchecked: Why missing modules could not be found; empty where they could.
+    """
+
+    reading: str
+    missing: tuple[str, ...]
+    copies: tuple[str, ...]
+    unchecked: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tensor name -> target, and adapter name -> fit."""
+
+    targets: Mapping[str, Target]
+    fits: Mapping[str, Fit]
+
+
 def match_targets(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], *, mixed_dtypes: bool = False
-) -> dict[str, Target]:
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    *,
+    mixed_dtypes: bool = False,
+    partial: bool = False,
+    into: bool = True,
+) -> Plan:
     """Find the tensor of every module that an adapter has.
 
-    Returns:
-        Tensor name -> target.
+    Args:
+        checkpoint: The base.
+        adapters: From ``open_adapters``.
+        mixed_dtypes: Allow weights of several floating-point dtypes.
+        partial: Allow adapters that lack modules which their config names.
+        into: Whether the weights are merged into; a quantised weight is refused then.
     Raises:
-        ValueError: If an adapter does not fit the checkpoint, with the modules or shapes that disagree; or if a weight
-            is tied, quantised, or of another floating-point dtype than the rest (unless ``mixed_dtypes``).
+        ValueError: If an adapter does not fit the checkpoint, with the modules or shapes that disagree, or lacks
+            modules; or if a weight is tied, quantised, or of another floating-point dtype than the rest.
     """
-    tensors = checkpoint.tensors
+    base = BaseNames(checkpoint)
+    tensors = base.tensors
     targets: dict[str, Target] = {}
+    fits: dict[str, Fit] = {}
     for adapter in adapters:
-        names = _tensor_names(checkpoint, tensors, adapter)
+        reading = _reading(base, adapter)
+        names = {module: str(reading.tensor(module)) for module in adapter.shapes}
         _check_tied(checkpoint, tensors, adapter, names)
-        _check_kinds(checkpoint, tensors, adapter, names)
-        _check_shapes(checkpoint, tensors, adapter, names)
-        flipped = _flipped(checkpoint, tensors, adapter, names)
+        quantised = _quantised(tensors, names)
+        if into:
+            _refuse_quantised(checkpoint, tensors, adapter, quantised)
+        plain = {module: name for module, name in names.items() if module not in quantised}
+        _check_shapes(checkpoint, tensors, adapter, plain)
+        fits[adapter.name] = _fit(base, adapter, reading, partial)
+        flipped = _flipped(checkpoint, tensors, adapter, plain)
         for module, name in names.items():
             target = Target(module, tensors[name], module in flipped)
             known = targets.setdefault(name, target)
@@ -54,34 +101,101 @@ def match_targets(
                 f"adapter {adapter.name}: module {module!r} is the tensor {name!r}, which another adapter calls"
                 f" {known.module!r} or stores the other way round; train both from one model class",
             )
-    _check_dtypes(checkpoint, targets.values(), mixed_dtypes)
-    return targets
+    _check_dtypes(checkpoint, [one for one in targets.values() if one.entry.dtype in DTYPES], mixed_dtypes)
+    return Plan(targets, fits)
 
 
-def _tensor_names(checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter: Adapter) -> dict[str, str]:
-    """Module -> tensor. A base saved without its head, or an adapter trained on one, lacks the path's first part."""
-    modules = list(adapter.shapes)
-    ways = [{module: f"{module}.weight" for module in modules}]
-    if all("." in module for module in modules):
-        ways.append({module: f"{module.partition('.')[2]}.weight" for module in modules})
-    for prefix in sorted({name.partition(".")[0] for name in tensors}):
-        ways.append({module: f"{prefix}.{module}.weight" for module in modules})
-    fitting = [way for way in ways if all(name in tensors for name in way.values())]
-    if fitting:
-        return fitting[0]
-    best = max(ways, key=lambda way: sum(name in tensors for name in way.values()))
-    missing = [module for module, name in best.items() if name not in tensors]
+def _fit(base: BaseNames, adapter: Adapter, reading: Reading, partial: bool) -> Fit:
+    missing, unchecked = missing_modules(base, adapter, reading)
+    missing = (*missing, *(module for module in adapter.halves if module not in missing))
+    hint = f" ({unchecked})" if unchecked else ""
+    require(
+        partial or not missing,
+        f"adapter {adapter.name} lacks factors of {len(missing)} modules that its config names and base"
+        f" {base.checkpoint.folder} has: {listed(missing)}{hint}; save or copy it again, or merge what is there with"
+        " partial=True (--partial)",
+    )
+    copies = _copies(base, adapter, reading)
+    return Fit("" if not (reading.dropped or reading.added) else str(reading), missing, copies, unchecked)
+
+
+def missing_modules(base: BaseNames, adapter: Adapter, reading: Reading) -> tuple[tuple[str, ...], str]:
+    """Find the modules that peft would adapt by the adapter's config and that it has no factors of.
+
+    Stored names decide where they leave nothing open: every module is there, and every name of the config is one of
+    the base's. Else the modules of the model class are asked, for a stored tensor need not be a module.
+
+    Returns:
+        The modules, and why they are not certain.
+    """
+    wanted = adapter.config.get("target_modules")
+    if wanted is None:
+        return (), ""
+    modules = reading.modules()
+    missing = _missing(base, adapter, modules)
+    named = isinstance(wanted, str) or all(any(matches_target([one], module) for module in modules) for one in wanted)
+    if wanted != "all-linear" and named and not missing:
+        return (), ""
+    if base.model is None:
+        # Without classes a table of embeddings looks like a linear.
+        return ((), base.reason) if wanted == "all-linear" else (missing, base.reason)
+    kinds = base.model.linears if wanted == "all-linear" else base.model.adaptable
+    by_model = Reading(base.model.paths)
+    if by_model.fits(list(adapter.shapes)):
+        modules = by_model.modules()
+    real = {module: name for module, name in modules.items() if base.model.path_of.get(name) in kinds}
+    return _missing(base, adapter, real), ""
+
+
+def _missing(base: BaseNames, adapter: Adapter, modules: Mapping[str, str]) -> tuple[str, ...]:
+    rest = {m: name for m, name in modules.items() if m not in adapter.shapes and len(base.tensors[name].shape) > 1}
+    return tuple(module for module in rest if is_target(adapter.config, module))
+
+
+def _copies(base: BaseNames, adapter: Adapter, reading: Reading) -> tuple[str, ...]:
+    """The tensors beside the factors, each of which must be the base's own."""
+    for key, (name, entry) in adapter.copies.items():
+        module, _, last = name.rpartition(".")
+        stored = reading.tensor(module)
+        other = stored and base.tensors.get(f"{stored.rpartition('.')[0]}.{last}")
+        if other is None or not same_values(entry, other):
+            refuse_other_tensors(adapter.folder, [key])
+    return tuple(adapter.copies)
+
+
+def _reading(base: BaseNames, adapter: Adapter) -> Reading:
+    """How the adapter's module paths are the base's, or why they are not."""
+    modules, folder = list(adapter.shapes), base.checkpoint.folder
+    reading = find_reading(base, adapter.name, modules)
+    if reading is not None:
+        return reading
+    best = max(exact_readings(base), key=lambda one: sum(one.tensor(module) is not None for module in modules))
+    missing = [module for module in modules if best.tensor(module) is None]
     tied = [module for module in missing if module.rpartition(".")[2] in _HEADS]
     require(
         not tied,
-        f"adapter {adapter.name} adapts {listed(tied)}, of which base {checkpoint.folder} stores no weight of its own:"
-        f" it is tied to the embeddings (tie_word_embeddings), which the merge would change too; {_UNTIE}",
+        f"adapter {adapter.name} adapts {listed(tied)}, of which base {folder} stores no weight of its own: it is tied"
+        f" to the embeddings (tie_word_embeddings), which the merge would change too; {_UNTIE}",
     )
-    linears = sorted({name.removesuffix(".weight") for name, one in tensors.items() if _is_matrix(name, one)})
+    made_of = base.model.converted.get(missing[0]) if base.model is not None else None
+    require(
+        not made_of,
+        f"adapter {adapter.name}: transformers makes the weight of module {missing[0]!r} of other tensors of base"
+        f" {folder} as it loads them ({listed(made_of or [], 3)}): train without it, or save the base with modules of"
+        " that name",
+    )
+    linears = sorted({name.removesuffix(".weight") for name, one in base.tensors.items() if _is_matrix(name, one)})
+    other = shortened(base, modules)
+    tower = (
+        f"without its first part {modules[0]!r} would be {other.tensor(modules[0])!r}, which may be another tower: give"
+        " the adapter's tensors that path if it is not; "
+        if other is not None
+        else ""
+    )
     raise ValueError(
-        f"adapter {adapter.name} does not fit base {checkpoint.folder}: {len(missing)} of its {len(modules)} modules"
-        f" are not there: {listed(missing)}; {_of_fused(missing[0], linears)}the base has, for example,"
-        f" {listed(_kinds(linears))}; {_trained_on(adapter)}"
+        f"adapter {adapter.name} does not fit base {folder}: {len(missing)} of its {len(modules)} modules"
+        f" are not there: {listed(missing)}; {tower}{_of_fused(missing[0], linears)}the base has, for example,"
+        f" {listed(_kinds(linears))}; {_trained_on(adapter)}" + (f" ({base.reason})" if base.reason else "")
     )
 
 
@@ -130,39 +244,34 @@ def _check_tied(
 
 
 def _repeated(tensors: Mapping[str, Entry], name: str) -> bool:
-    """Whether another tensor has the very same bytes."""
+    """Whether another tensor has the very same values."""
     mine = tensors[name]
     like = [one for one in tensors.values() if one.name != name and (one.shape, one.dtype) == (mine.shape, mine.dtype)]
-    return any(_equal(mine, other) for other in like)
+    return any(same_values(mine, other) for other in like)
 
 
-def _equal(one: Entry, other: Entry) -> bool:
-    with open(one.path, "rb") as left, open(other.path, "rb") as right:
-        left.seek(one.start)
-        right.seek(other.start)
-        todo = one.stop - one.start
-        while todo:
-            size = min(todo, 1 << 22)
-            if left.read(size) != right.read(size):
-                return False
-            todo -= size
-    return True
+def _quantised(tensors: Mapping[str, Entry], names: Mapping[str, str]) -> dict[str, str]:
+    """Module -> how its weight is stored, for weights that are not plain floating-point numbers."""
+    found = {}
+    for module, name in names.items():
+        stem, _, last = name.rpartition(".")
+        beside = [f"{stem}.{scale}" for scale in _SCALES if f"{stem}.{scale}" in tensors]
+        if last in PACKED or tensors[name].dtype not in DTYPES or beside:
+            found[module] = f"{name!r} as {tensors[name].dtype}" + (f" with {beside[0]!r} beside it" if beside else "")
+    return found
 
 
-def _check_kinds(
-    checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter: Adapter, names: Mapping[str, str]
+def _refuse_quantised(
+    checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter: Adapter, quantised: Mapping[str, str]
 ) -> None:
-    for name in names.values():
-        entry = tensors[name]
-        require(
-            entry.dtype in DTYPES,
-            f"adapter {adapter.name}: base {checkpoint.folder} stores {name!r} quantised, as {entry.dtype}, which would"
-            " lose the update; give the base in BF16, F16 or F32, or keep the adapter beside it (--as-adapter)",
-        )
-        require(
-            len(entry.shape) == 2,
-            f"adapter {adapter.name}: {name!r} must be a matrix to be merged into, got shape {entry.shape}",
-        )
+    method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    told = f" ({method})" if method else ""
+    require(
+        not quantised,
+        f"adapter {adapter.name}: base {checkpoint.folder} is quantised{told}: it stores"
+        f" {next(iter(quantised.values()), '')}, which would lose the update; give the base in BF16, F16 or F32, or"
+        " keep the adapter beside it (--as-adapter)",
+    )
 
 
 def _fits(entry: Entry, shape: tuple[int, int, int]) -> tuple[bool, bool]:

@@ -23,7 +23,7 @@ from ..aggregate import Deviation, total
 from ..aggregate.inputs import Stack
 from ..checks import require
 from .plan import Target
-from .shards import DTYPES, Checkpoint, Shard, read_into, read_shard
+from .shards import DTYPES, INDEX, Checkpoint, Shard, read_into, read_shard
 from .write import Advance, blocks, sides
 
 # In float64, and several of them at a time.
@@ -35,6 +35,7 @@ def certify_files(
     checkpoint: Checkpoint,
     folder: Path,
     targets: Mapping[str, Target],
+    copies: Mapping[str, Path],
     stacks: Callable[[str], tuple[Stack, Stack]],
     advance: Advance,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def certify_files(
         checkpoint: The base.
         folder: The merged checkpoint.
         targets: Tensor name -> target.
+        copies: Name -> place of every other file that was copied.
         stacks: Module -> what was to be added, and the exact sum that the errors are told against.
         advance: Called with numbers of bytes that were read.
     Returns:
@@ -68,9 +70,11 @@ def certify_files(
                 deviations[target.module], shares[target.module] = found
             else:
                 _check_equal(shard, made.path, entry.start, entry.stop, entry.name, advance)
-    for name in checkpoint.others:
-        same = (checkpoint.folder / name).read_bytes() == (folder / name).read_bytes()
-        require(same, f"{folder / name} differs from that of the base; {_REMEDY}")
+    for name, path in copies.items():
+        require(_same_file(path, folder / name), f"{folder / name} differs from {path}; {_REMEDY}")
+    if checkpoint.index is not None:
+        same = (folder / INDEX).is_file() and (folder / INDEX).read_bytes() == checkpoint.index
+        require(same, f"{folder / INDEX} differs from the base's index; {_REMEDY}")
     return {
         "rule": RULE,
         "error": _json(total(deviations.values()).relative),
@@ -81,6 +85,10 @@ def certify_files(
 
 
 _REMEDY = "base, adapters or result changed since, or the disk or memory is faulty: remove the result and merge again"
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 def _json(value: float) -> float | None:
