@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from typing import Any
 
 import peft
 import pytest
@@ -23,7 +24,9 @@ MODULE = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module")
 def trained() -> peft.PeftModel:
     """A PEFT model with non-zero factors."""
-    sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    sizes: dict[str, Any] = dict(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     with warnings.catch_warnings():

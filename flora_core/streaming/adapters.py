@@ -199,8 +199,9 @@ class Sum:
         applied, exact = self._unscaled(module)
         if self.scale == 1:
             return applied, exact
-        error = self.errors[module]
-        self.errors[module] = Deviation(error.difference * abs(self.scale), error.exact * abs(self.scale))
+        error, factor = self.errors[module], abs(self.scale)
+        size = None if error.exact is None else error.exact * factor
+        self.errors[module] = Deviation(error.difference * factor, size)
         scaled = _scaled(exact, self.scale)
         return (scaled if applied is exact else _scaled(applied, self.scale)), scaled
 

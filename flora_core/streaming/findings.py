@@ -38,8 +38,8 @@ def find_notes(checkpoint: Checkpoint, sums: Sum, fits: Mapping[str, Fit]) -> li
             notes.append(f"{where}: module paths are read as the base's: {fit.reading}")
         if fit.missing:
             notes.append(f"{where} is partial: {len(fit.missing)} modules have no factors: {listed(fit.missing)}")
-        if fit.unchecked and not fit.missing:
-            notes.append(f"{where}: whether modules are missing was not checked: {fit.unchecked}")
+        if fit.doubt:
+            notes.append(f"{where}: {fit.doubt}")
         if fit.copies:
             notes.append(f"{where}: {listed(fit.copies, 3)} are equal to the base's and were not needed")
         dead = sums.dead.get(one.name, [])

@@ -272,8 +272,8 @@ def _card(record: Mapping[str, Any]) -> str:
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [lora, flora, merge]\n---\n\n"
         f"# {record['base']} with {len(record['adapters'])} LoRA adapters merged\n\n"
         f"The base's weights plus {times}the weighted sum of adapters of ranks {ranks}, made by `flora aggregate`"
-        f" (strategy {record['strategy']}) in {len(record['modules'])} modules; every other weight is the base's, byte for byte."
-        f" Details: `{RECORD}`. It was not evaluated. The base model's licence and limits hold.\n"
+        f" (strategy {record['strategy']}) in {len(record['modules'])} modules; every other weight is the base's, byte"
+        f" for byte. Details: `{RECORD}`. It was not evaluated. The base model's licence and limits hold.\n"
     )
 
 

@@ -72,7 +72,7 @@ class BaseNames:
     def model(self) -> ModelNames | None:
         """The names of its transformers class; None where it is not available, with ``reason``."""
         try:
-            return _ask_transformers(self.checkpoint.config, self.tensors)
+            return _ask_transformers(self.checkpoint, self.tensors)
         except Exception as error:  # whatever a model class of any version raises at being built
             self.reason = f"transformers does not name its modules ({type(error).__name__}: {str(error)[:120]})"
             return None
@@ -190,7 +190,7 @@ def _of_tail(names: Mapping[str, str], modules: Sequence[str], dropped: str) -> 
             yield Reading(names, dropped, path[: -len(tail) - 1])
 
 
-def _ask_transformers(config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> ModelNames:
+def _ask_transformers(checkpoint: Checkpoint, tensors: Mapping[str, Entry]) -> ModelNames:
     """Rename every tensor as ``from_pretrained`` of the config's class does; no weight is made.
 
     Facts are those of transformers 5 (``conversion_mapping``, ``core_model_loading``).
@@ -199,12 +199,12 @@ def _ask_transformers(config: Mapping[str, Any], tensors: Mapping[str, Entry]) -
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, rename_source_key
 
-    kind = getattr(transformers, (config.get("architectures") or ["none"])[0])
+    kind = getattr(transformers, (checkpoint.config.get("architectures") or ["none"])[0])
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # of the library about the base's config
-        model = kind(kind.config_class.from_dict(dict(config)))
+        model = kind(kind.config_class.from_pretrained(checkpoint.folder, local_files_only=True))
     mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if not isinstance(one, WeightConverter)]
+    renamings: list[Any] = [one for one in mapping if not isinstance(one, WeightConverter)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     state = model.state_dict()
     paths: dict[str, str] = {}

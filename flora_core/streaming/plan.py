@@ -41,13 +41,13 @@ class Fit:
         reading: How its module paths are read; empty where they are the base's own.
         missing: Modules that its config names and it has no factors of.
         copies: Tensors beside the factors that are equal to the base's.
-        unchecked: Why missing modules could not be found; empty where they could.
+        doubt: What of the config's names could not be checked, and why; empty where all could.
     """
 
     reading: str
     missing: tuple[str, ...]
     copies: tuple[str, ...]
-    unchecked: str
+    doubt: str
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def match_targets(
 
 
 def _fit(base: BaseNames, adapter: Adapter, reading: Reading, partial: bool) -> Fit:
-    missing, unchecked = missing_modules(base, adapter, reading)
+    missing, doubt = missing_modules(base, adapter, reading)
     missing = (*missing, *(module for module in adapter.halves if module not in missing))
-    hint = f" ({unchecked})" if unchecked else ""
+    hint = f" ({doubt})" if doubt else ""
     require(
         partial or not missing,
         f"adapter {adapter.name} lacks factors of {len(missing)} modules that its config names and base"
@@ -116,7 +116,7 @@ def _fit(base: BaseNames, adapter: Adapter, reading: Reading, partial: bool) -> 
         " partial=True (--partial)",
     )
     copies = _copies(base, adapter, reading)
-    return Fit("" if not (reading.dropped or reading.added) else str(reading), missing, copies, unchecked)
+    return Fit("" if not (reading.dropped or reading.added) else str(reading), missing, copies, doubt)
 
 
 def missing_modules(base: BaseNames, adapter: Adapter, reading: Reading) -> tuple[tuple[str, ...], str]:
@@ -126,7 +126,7 @@ def missing_modules(base: BaseNames, adapter: Adapter, reading: Reading) -> tupl
     the base's. Else the modules of the model class are asked, for a stored tensor need not be a module.
 
     Returns:
-        The modules, and why they are not certain.
+        The modules, and what is doubtful about them.
     """
     wanted = adapter.config.get("target_modules")
     if wanted is None:
@@ -138,13 +138,16 @@ def missing_modules(base: BaseNames, adapter: Adapter, reading: Reading) -> tupl
         return (), ""
     if base.model is None:
         # Without classes a table of embeddings looks like a linear.
-        return ((), base.reason) if wanted == "all-linear" else (missing, base.reason)
+        missing = () if wanted == "all-linear" else missing
+        return missing, f"whether modules are missing is not certain: {base.reason}"
     kinds = base.model.linears if wanted == "all-linear" else base.model.adaptable
     by_model = Reading(base.model.paths)
     if by_model.fits(list(adapter.shapes)):
         modules = by_model.modules()
     real = {module: name for module, name in modules.items() if base.model.path_of.get(name) in kinds}
-    return _missing(base, adapter, real), ""
+    others = [module for module in missing if module not in modules or modules[module] not in base.model.path_of]
+    doubt = f"its config also names {listed(others)}, stored weights that are no modules of the model class"
+    return _missing(base, adapter, real), doubt if others and wanted != "all-linear" else ""
 
 
 def _missing(base: BaseNames, adapter: Adapter, modules: Mapping[str, str]) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ def _copies(base: BaseNames, adapter: Adapter, reading: Reading) -> tuple[str, .
     for key, (name, entry) in adapter.copies.items():
         module, _, last = name.rpartition(".")
         stored = reading.tensor(module)
-        other = stored and base.tensors.get(f"{stored.rpartition('.')[0]}.{last}")
+        other = base.tensors.get(f"{stored.rpartition('.')[0]}.{last}") if stored else None
         if other is None or not same_values(entry, other):
             refuse_other_tensors(adapter.folder, [key])
     return tuple(adapter.copies)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -217,10 +217,23 @@ def _shard_names(folder: Path) -> list[str]:
                 f"base {folder}: {INDEX} names {len(names)} shards, and {len(missing)} of them are missing: "
                 f"{listed(missing)} (there are: {listed(found)}); fetch the checkpoint again"
             )
+        _check_all_named(folder, names)
         return names
     if single.is_file():
         return [SINGLE]
     return _numbered_shards(folder) or _refuse_other_formats(folder)
+
+
+def _check_all_named(folder: Path, names: Collection[str]) -> None:
+    """Check that the index names every shard of its series: what is in another would be lost."""
+    series = {(match["stem"], match["count"]) for name in names if (match := _NUMBERED.fullmatch(name))}
+    there = [match for path in folder.glob("*.safetensors") if (match := _NUMBERED.fullmatch(path.name))]
+    unnamed = sorted(m.string for m in there if (m["stem"], m["count"]) in series and m.string not in names)
+    require(
+        not unnamed,
+        f"base {folder}: {INDEX} names {len(names)} shards and not {listed(unnamed)}, whose tensors would be lost;"
+        " fetch the checkpoint again, or remove the index and let it be made of the shards' headers",
+    )
 
 
 def _numbered_shards(folder: Path) -> list[str]:
