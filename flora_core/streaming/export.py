@@ -94,7 +94,7 @@ def export_adapter(
     sums = Sum(opened, strategy, options or {}, scale)
     # A quantised base is as good as any: nothing is written into it.
     plan = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes, partial=partial, into=False)
-    check_bases(base, opened, plan.targets)
+    check_bases(base, opened, plan.plain)
     sums.check()
     stacks = {}
     for count, module in enumerate(sums.modules):

@@ -122,7 +122,7 @@ def merge_into_checkpoint(
     checkpoint, opened = open_checkpoint(base), open_adapters(adapters, partial=partial)
     sums = Sum(opened, strategy, options or {}, scale)
     plan = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes, partial=partial)
-    check_bases(base, opened, plan.targets)
+    check_bases(base, opened, plan.plain)
     copies, notes = choose_tokenizer(checkpoint, opened, tokenizer)
     job = _Job(checkpoint, sums, plan, copies, notes, Staging(out), progress or (lambda *_: None))
     done = _find_done(out, job.inputs)

@@ -52,10 +52,16 @@ class Fit:
 
 @dataclass(frozen=True)
 class Plan:
-    """Tensor name -> target, and adapter name -> fit."""
+    """Tensor name -> target, those of them that are quantised, and adapter name -> fit."""
 
     targets: Mapping[str, Target]
+    quantised: frozenset[str]
     fits: Mapping[str, Fit]
+
+    @property
+    def plain(self) -> dict[str, Target]:
+        """The targets whose stored numbers are the weight."""
+        return {name: target for name, target in self.targets.items() if name not in self.quantised}
 
 
 def match_targets(
@@ -82,6 +88,7 @@ def match_targets(
     tensors = base.tensors
     targets: dict[str, Target] = {}
     fits: dict[str, Fit] = {}
+    packed: set[str] = set()
     for adapter in adapters:
         reading = _reading(base, adapter)
         names = {module: str(reading.tensor(module)) for module in adapter.shapes}
@@ -89,6 +96,7 @@ def match_targets(
         quantised = _quantised(tensors, names)
         if into:
             _refuse_quantised(checkpoint, tensors, adapter, quantised)
+        packed.update(names[module] for module in quantised)
         plain = {module: name for module, name in names.items() if module not in quantised}
         _check_shapes(checkpoint, tensors, adapter, plain)
         fits[adapter.name] = _fit(base, adapter, reading, partial)
@@ -101,8 +109,9 @@ def match_targets(
                 f"adapter {adapter.name}: module {module!r} is the tensor {name!r}, which another adapter calls"
                 f" {known.module!r} or stores the other way round; train both from one model class",
             )
-    _check_dtypes(checkpoint, [one for one in targets.values() if one.entry.dtype in DTYPES], mixed_dtypes)
-    return Plan(targets, fits)
+    plan = Plan(targets, frozenset(packed), fits)
+    _check_dtypes(checkpoint, plan.plain.values(), mixed_dtypes)
+    return plan
 
 
 def _fit(base: BaseNames, adapter: Adapter, reading: Reading, partial: bool) -> Fit:

@@ -229,6 +229,7 @@ def _check_all_named(folder: Path, names: Collection[str]) -> None:
     series = {(match["stem"], match["count"]) for name in names if (match := _NUMBERED.fullmatch(name))}
     there = [match for path in folder.glob("*.safetensors") if (match := _NUMBERED.fullmatch(path.name))]
     unnamed = sorted(m.string for m in there if (m["stem"], m["count"]) in series and m.string not in names)
+    unnamed = [name for name in unnamed if read_header(folder / name)]
     require(
         not unnamed,
         f"base {folder}: {INDEX} names {len(names)} shards and not {listed(unnamed)}, whose tensors would be lost;"
