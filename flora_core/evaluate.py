@@ -6,8 +6,9 @@ Letters: M labelled positions, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
+import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def evaluate(
     loss_on: str = "answer",
     token_budget: int = 2048,
     label: str = "category",
+    clients: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, or one client's adapter inside ``cohort.use``.
 
@@ -50,38 +52,72 @@ def evaluate(
         template, loss_on: As in training.
         token_budget: Tokens in flight.
         label: The field by which results are grouped.
+        clients: Client -> its own held-out records, as ``data``; a record that is one object in both runs once.
     Returns:
         ``loss`` (mean over labelled tokens), ``exact_match`` (share of records whose every labelled token, end mark
         included, is the argmax: equal to greedy decoding), ``examples``, ``tokens``, and ``groups``: the same by label.
-        For multiple choice ``accuracy`` and ``examples``, and ``groups``.
+        For multiple choice ``accuracy`` and ``examples``, and ``groups``. With ``clients`` also ``clients``: the same
+        of each client's own records, and ``over_clients``: of each number ``mean``, ``weighted_mean`` (by examples)
+        and ``std`` over the clients.
     Raises:
         ValueError: If there is nothing to evaluate, or a record has no known form.
     """
     model, tokenizer = to_evaluate(model), as_tokenizer(tokenizer)
     records = check_records(data, "data", known=(label,))
-    choices = [record.choices is not None for record in records]
+    own = {
+        name: check_records(part, f"data of client {name!r}", known=(label,)) for name, part in (clients or {}).items()
+    }
+    # A record that stands in several places is run once.
+    every = list({id(record): record for part in (records, *own.values()) for record in part}.values())
+    choices = [record.choices is not None for record in every]
     require(
         all(choices) or not any(choices),
-        f"data must be all multiple choice or none, got {sum(choices)} of {len(records)} records with 'choices'",
+        f"data must be all multiple choice or none, got {sum(choices)} of {len(every)} records with 'choices'",
     )
     settings = {"max_length": max_length, "template": template, "loss_on": loss_on}
     with torch.no_grad(), evaluation_mode(model):
-        if choices[0]:
-            return _multiple_choice(model, tokenizer, records, token_budget, label, settings)
-        report = EncodeReport()
-        examples = encode(records, tokenizer, report=report, **settings)
-        require_examples("evaluation", examples, report)
-        scores = _score(model, examples, token_budget, tokenizer)
+        measure = _choose if choices[0] else _predict
+        scores = measure(model, tokenizer, every, token_budget, settings)
+    found = dict(zip(map(id, every), scores, strict=True))
+    scored = [(record, found[id(record)]) for record in records if found[id(record)]]
+    require(bool(scored), "no record of data has an answer token within max_length; raise it or shorten the prompts")
+    result = _summary([score for _, score in scored])
     groups: dict[str, list[dict[str, Any]]] = {}
-    for example, score in zip(examples, scores, strict=True):
-        groups.setdefault(str(records[example.record].get(label, "all")), []).append(score)
-    result = _summary(scores)
-    if set(groups) != {"all"}:
+    for record, score in scored:
+        groups.setdefault(_group(record, label), []).append(score)
+    if choices[0] or set(groups) != {"all"}:
         result["groups"] = {name: _summary(group) for name, group in sorted(groups.items())}
-    return result
+    return {**result, **_by_client({name: [found[id(record)] for record in part] for name, part in own.items()})}
+
+
+def _group(record: Record, label: str) -> str:
+    """The group of a record: its label; a subject of multiple choice; or all."""
+    columns = (label, "subject") if record.choices is not None else (label,)
+    return next((str(record[column]) for column in columns if record.get(column) is not None), "all")
+
+
+def _by_client(scores: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Summaries of the clients that have scores, and of each number over them."""
+    clients = {name: _summary(part) for name, found in scores.items() if (part := [score for score in found if score])}
+    if not clients:
+        return {}
+    weights = [one["examples"] for one in clients.values()]
+    over: dict[str, dict[str, float]] = {}
+    for metric in ("loss", "exact_match", "accuracy"):
+        values = [one[metric] for one in clients.values() if metric in one]
+        if values:
+            mean = math.fsum(values) / len(values)
+            over[metric] = {
+                "mean": mean,
+                "weighted_mean": math.fsum(map(operator.mul, weights, values)) / sum(weights),
+                "std": math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values)),
+            }
+    return {"clients": clients, "over_clients": over}
 
 
 def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if "right" in scores[0]:
+        return {"accuracy": sum(score["right"] for score in scores) / len(scores), "examples": len(scores)}
     tokens = sum(score["tokens"] for score in scores)
     return {
         "loss": math.fsum(score["loss_sum"] for score in scores) / tokens,
@@ -89,6 +125,19 @@ def _summary(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "examples": len(scores),
         "tokens": tokens,
     }
+
+
+def _predict(
+    model: Any, tokenizer: Any, records: Sequence[Record], token_budget: int, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Each record's score; nothing for one of which no answer fits."""
+    report = EncodeReport()
+    examples = encode(records, tokenizer, report=report, **settings)
+    require_examples("evaluation", examples, report)
+    scores: list[dict[str, Any]] = [{} for _ in records]
+    for example, score in zip(examples, _score(model, examples, token_budget, tokenizer), strict=True):
+        scores[example.record] = score
+    return scores
 
 
 def way_of(model: Any) -> Way:
@@ -138,14 +187,10 @@ def _rows(way: Way, hidden_MH: torch.Tensor, target_M: torch.Tensor) -> tuple[to
     return torch.cat(losses), torch.cat(hits)
 
 
-def _multiple_choice(
-    model: Any,
-    tokenizer: Any,
-    records: Sequence[Record],
-    token_budget: int,
-    label: str,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
+def _choose(
+    model: Any, tokenizer: Any, records: Sequence[Record], token_budget: int, settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Whether each question's likeliest letter is the right one."""
     asked: list[Record] = []
     for record in records:
         choices = record.choices or []
@@ -154,22 +199,13 @@ def _multiple_choice(
         asked += [normalise(one, record.place) for one in fields]
     scores = _score(model, encode(asked, tokenizer, **settings), token_budget, tokenizer)
     require(len(scores) == len(asked), f"{len(asked) - len(scores)} choices do not fit max_length; raise it")
-    groups: dict[str, list[bool]] = {}
     right, start = [], 0
     for record in records:
         count = len(record.choices or [])
         losses = [score["loss_sum"] for score in scores[start : start + count]]
-        right.append(losses.index(min(losses)) == record.correct)
-        groups.setdefault(str(record.get(label, record.get("subject", "all"))), []).append(right[-1])
+        right.append({"right": losses.index(min(losses)) == record.correct})
         start += count
-    return {
-        "accuracy": sum(right) / len(right),
-        "examples": len(right),
-        "groups": {
-            name: {"accuracy": sum(group) / len(group), "examples": len(group)}
-            for name, group in sorted(groups.items())
-        },
-    }
+    return right
 
 
 __all__ = ["evaluate"]

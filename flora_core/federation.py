@@ -21,7 +21,7 @@ from .checkpoint import RunFolder
 from .checks import require
 from .cohort import ClientSpec
 from .config import TrainConfig
-from .data.records import check_records
+from .data.records import Record, check_records
 from .device import peak_memory_bytes
 from .distributed import ranks
 from .evaluate import evaluate
@@ -56,7 +56,8 @@ class Federation(Resuming):
         config: Rounds, sampling, weights, folder, ...
         train: Settings of local training.
         target_modules: As in ``attach``.
-        eval_data: Held-out records, or the path of a JSONL file.
+        eval_data: Held-out records, as ``load_records`` takes them; None: those of all clients. Each client's own
+            (``ClientSpec.eval_data``) are evaluated as a group too.
         callbacks: Called with every event (``flora_core.progress`` lists them).
         backend: auto, reference, triton or native.
         fuse: As in ``attach``.
@@ -97,12 +98,11 @@ class Federation(Resuming):
             backend,
             fuse,
         )
-        labels = (config.eval_label,)
-        self.eval_data = None if eval_data is None else check_records(eval_data, "eval_data", known=labels)
+        clients = list(clients)
+        self.own_data, self.eval_data = held_out(clients, eval_data, config.eval_label)
         self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
         self.paused, self.found, self.heard, self.sums, self.stop = {}, {}, [], {}, lambda: False
         self.ranks = ranks()
-        clients = list(clients)
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
         out = config.out if self.ranks.first else None
@@ -357,6 +357,7 @@ class Federation(Resuming):
                     max_length=config.eval_max_length or self.train.max_length,
                     template=config.eval_template,
                     label=config.eval_label,
+                    clients=self.own_data,
                 )
         self._run_along()
         self.ranks.meet()
@@ -417,6 +418,20 @@ class Federation(Resuming):
             out=None if self.config.out is None else Path(self.config.out),
             events=self.events,
         )
+
+
+def held_out(
+    clients: Sequence[ClientSpec], eval_data: Any, label: str
+) -> tuple[dict[str, list[Record]], list[Record] | None]:
+    """Read the clients' own held-out records, and what is evaluated together: ``eval_data``, or all clients' own."""
+    own = {
+        spec.name: check_records(spec.eval_data, f"eval_data of client {spec.name!r}", known=(label,))
+        for spec in clients
+        if spec.eval_data is not None
+    }
+    if eval_data is not None:
+        return own, check_records(eval_data, "eval_data", known=(label,))
+    return own, [record for part in own.values() for record in part] or None
 
 
 __all__ = ["Federation", "FederationConfig", "FederationResult"]

@@ -181,6 +181,7 @@ def summary_tables(history: History) -> list[Table]:
         ("Clients", ["client", "rank", "examples", "rounds", "loss before", "loss after", "tokens/s"], clients),
         ("Traffic", ["client", "up", "down", "caught up"], _traffic_rows(history)),
         ("Held-out data", *_evaluation_table(history)),
+        ("Held-out data of each client", *_client_evaluation_table(history)),
         _certificate_table(history),
         ("The whole run", ["quantity", "value"], _total_rows(history)),
     ]
@@ -206,25 +207,53 @@ def _certificate_cells(row: dict[str, Any]) -> list[str]:
     return [*cells, *sizes, row["forms"] or "-", show_seconds(row["seconds"]), show_bytes(row["peak_memory_bytes"])]
 
 
+_METRICS = (("loss", "loss", ".3f"), ("exact_match", "exact", ".1%"), ("accuracy", "accuracy", ".1%"))
+
+
 def _evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
     if not history.evaluated:
         return [], []
-    first, last = (history.evaluated[pick(history.evaluated)] for pick in (min, max))
-    before, after = (f"round {event['round']}" if event["round"] else "before" for event in (first, last))
+    first, last = _ends(history)
     groups = {"all": (first, last)}
     groups |= {
         name: ((first.get("groups") or {}).get(name, {}), end) for name, end in (last.get("groups") or {}).items()
     }
-    columns, rows = ["skill", "examples"], [[name, str(end["examples"])] for name, (_, end) in groups.items()]
-    for key, word, spec in (
-        ("loss", "loss", ".3f"),
-        ("exact_match", "exact", ".1%"),
-        ("accuracy", "accuracy", ".1%"),
-    ):
+    return _before_and_after("skill", groups, first, last)
+
+
+def _client_evaluation_table(history: History) -> tuple[list[str], list[list[str]]]:
+    """Each client's own held-out records, then mean, weighted mean and spread over the clients."""
+    if not history.evaluated or not _ends(history)[1].get("clients"):
+        return [], []
+    first, last = _ends(history)
+    pairs = {name: ((first.get("clients") or {}).get(name, {}), end) for name, end in last["clients"].items()}
+    columns, rows = _before_and_after("client", pairs, first, last)
+    for word, kind in (("mean", "mean"), ("mean, by examples", "weighted_mean"), ("standard deviation", "std")):
+        row = [word, str(len(pairs))]
+        for key, _, spec in _METRICS:
+            if last.get(key) is not None:
+                over = [(event.get("over_clients") or {}).get(key, {}) for event in (first, last)]
+                row += [show_number(one.get(kind), spec) for one in over]
+        rows.append(row)
+    return columns, rows
+
+
+def _ends(history: History) -> tuple[Event, Event]:
+    """The first and the last evaluation."""
+    return history.evaluated[min(history.evaluated)], history.evaluated[max(history.evaluated)]
+
+
+def _before_and_after(
+    kind: str, pairs: dict[str, tuple[Event, Event]], first: Event, last: Event
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of what is evaluated, at the beginning and at the end."""
+    before, after = (f"round {event['round']}" if event["round"] else "before" for event in (first, last))
+    columns, rows = [kind, "examples"], [[name, str(end["examples"])] for name, (_, end) in pairs.items()]
+    for key, word, spec in _METRICS:
         if last.get(key) is None:
             continue
         columns += [f"{word} {before}", f"{word} {after}"]
-        for row, pair in zip(rows, groups.values(), strict=True):
+        for row, pair in zip(rows, pairs.values(), strict=True):
             row += [show_number(event.get(key), spec) for event in pair]
     return columns, rows
 

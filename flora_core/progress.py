@@ -23,7 +23,8 @@ aggregated      round, strategy, clients: number of updates used, aggregation_er
                 privacy?: {epsilon, delta, releases, noise_multiplier, clip}: what the run has cost so far,
                 seconds, seconds_of?: {aggregate, certify, write}, peak_memory_bytes?
 evaluated       round, examples, seconds, loss?, exact_match? (0..1), accuracy? (0..1; multiple choice has only this),
-                groups?: {skill: {examples, loss?, exact_match?, accuracy?}}: what `evaluate` returns
+                groups?: {skill: {examples, loss?, exact_match?, accuracy?}}, clients?: {client: the same of its own
+                held-out records}, over_clients?: {number: {mean, weighted_mean, std}}: what `evaluate` returns
 round_end       round, rounds, applied: False if too few updates were good, seconds, peak_memory_bytes,
                 checkpoint?: path
 converted       round, dtype: that in which the model is saved, rounding_error: the norm of what was rounded off over

@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import shlex
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,10 @@ def write_report(run_dir: str | Path) -> Path:
     for name, plot in plots.items() if without is None else ():
         figure = plot(history)
         if figure is not None:
-            figure.savefig(run_dir / f"{name}.png", dpi=110)
+            with warnings.catch_warnings():
+                # Names in other scripts show as boxes, which is no reason for a line on the terminal for each sign.
+                warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+                figure.savefig(run_dir / f"{name}.png", dpi=110)
             images.append(run_dir / f"{name}.png")
     path = run_dir / "report.html"
     path.write_text(_page(history, images, _read_facts(run_dir), without), "utf-8")
@@ -102,7 +106,7 @@ def plot_loss(history: History) -> Figure | None:
             # The first point is the loss before the client's first step, at the round it started from.
             rounds = [done[0]["round"] - 1, *(event["round"] for event in done)]
             losses = [done[0]["loss_first"], *(event["loss_last"] for event in done)]
-            label = None if many else f"{client['name']} (rank {client['rank']})"
+            label = None if many else _label(f"{client['name']} (rank {client['rank']})")
             axes.plot(rounds, losses, label=label, color=_color(number, len(rows)), linewidth=1, alpha=0.8, marker=".")
     points = [(at, e["loss"]) for at, e in sorted(history.evaluated.items()) if e.get("loss") is not None]
     if points:
@@ -124,7 +128,11 @@ def plot_accuracy(history: History) -> Figure | None:
         points = [(at, 100 * rate) for at, rate in found.items() if rate is not None]
         if points:
             axes.plot(
-                *zip(*points, strict=True), label=name, color=_color(number, len(groups)), linewidth=1, marker="."
+                *zip(*points, strict=True),
+                label=_label(name),
+                color=_color(number, len(groups)),
+                linewidth=1,
+                marker=".",
             )
     axes.plot(list(rounds), [100 * (hit_rate(event) or 0.0) for event in rounds.values()], label="all", **_GLOBAL)
     axes.set_ylim(-2, 102)
@@ -229,6 +237,11 @@ def _finish(figure: Figure, axes: Axes, legend_title: str) -> Figure:
         # Outside, so that it never covers a line.
         figure.legend(loc="outside right upper", title=legend_title or None, fontsize=9, frameon=False)
     return figure
+
+
+def _label(name: str) -> str:
+    """A name as matplotlib shows it, which reads formulas between dollars and leaves out labels that begin with _."""
+    return f"{' ' * name.startswith('_')}{name}".replace("$", r"\$")
 
 
 def _color(number: int, count: int) -> Any:

@@ -23,6 +23,7 @@ class Resuming(TrainingRound):
     names: list[str]
     events: list[Event]
     eval_data: Any
+    own_data: Any
     strategy: Any
     found: dict[str, Any]
     finished = False
@@ -123,6 +124,12 @@ class Resuming(TrainingRound):
             )
             self._emit("warning", round=number, message=text)
 
+    def _own_eval_data(self) -> dict[str, str]:
+        """A digest of the clients' own held-out records that are not among ``eval_data``."""
+        known = set(map(id, self.eval_data or ()))
+        more = {name: [dict(r) for r in part if id(r) not in known] for name, part in self.own_data.items()}
+        return {"eval_data.clients": json_digest(more)} if any(more.values()) else {}
+
     def _identity(self) -> dict[str, Any]:
         ours = asdict(replace(self.config, out=None))
         # These change what is kept, and nothing that is computed.
@@ -137,6 +144,7 @@ class Resuming(TrainingRound):
             "backend": self.backend,
             "fuse": self.fuse,
             "eval_data": None if self.eval_data is None else json_digest([dict(record) for record in self.eval_data]),
+            **self._own_eval_data(),
             "model.class": type(self.model).__name__,
             "model.dtype": str(self.model.dtype),
             "model.weights": tensor_digest(rest),
