@@ -49,7 +49,8 @@ class Federation(Resuming):
     """Fine-tune one model on many clients' data.
 
     Args:
-        model: Any transformers causal LM, not wrapped; its weights are changed in place.
+        model: Any transformers causal LM, not wrapped. `flora` and `flora_svd` write the result into its weights; other
+            strategies keep an adapter beside it: ``FederationResult.apply_to`` gives the result of either.
         tokenizer: Its tokenizer, or the folder or hub name of it; None if all data are encoded.
         clients: One ``ClientSpec`` each.
         strategy: A name from the table of ``flora_core.aggregate``.
@@ -373,7 +374,7 @@ class Federation(Resuming):
                 state = None if self.server.base is None else self.server.base.state_dict()
                 if self.folder is not None:
                     state = self._converted(model, state)
-                    card = model_card(model, self.strategy.name, self.config, self.train, self.events)
+                    card = model_card(model, self.tokenizer, self.strategy.name, self.config, self.train, self.events)
                     self.folder.save_model(model, self.tokenizer, card, state, self.save_dtype)
         self._emit(
             "run_end",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -197,12 +198,17 @@ class FederationConfig:
 class FederationResult:
     """What a run leaves.
 
+    Strategies differ in where the global model is. ``flora`` and ``flora_svd`` write it into the weights of the model
+    that ``Federation`` was given. The others keep an adapter beside the base: that model alone is then *not* the result
+    (for most of them it is the untouched base), and must be evaluated and run inside ``apply_to``, which is right for
+    every strategy. ``out/model/`` is the whole global model in every case.
+
     Args:
         history: A dict per round: ``round``, ``applied``, ``clients`` {name: its ``client_done`` event}, ``refused``
             {name: reason}, errors, bytes and seconds, and ``evaluation`` where there was one.
         before, after: The evaluations before the first and after the last round; None without ``eval_data``.
         adapter: The global adapter (scalings 1), for strategies that keep one beside the base: the global model is
-            base + adapter then, and the base is as it was.
+            the model of the ``Federation``, as the run left it, plus this.
         state: What the strategy would carry to the next round.
         out: The run's folder, None if nothing was saved.
         events: All events of the run (``flora_core.progress``), those before a resume too.
@@ -215,6 +221,27 @@ class FederationResult:
     state: dict[str, Any]
     out: Path | None
     events: list[Event]
+
+    @contextmanager
+    def apply_to(self, model: Any) -> Iterator[Any]:
+        """Give the global model inside the block, whatever the strategy; the weights are not touched.
+
+        Args:
+            model: That of the ``Federation``, after the run; for strategies that leave the base as it is, also the same
+                base loaded anew.
+        Raises:
+            ValueError: If the adapter was trained on another base.
+        Example:
+            >>> with result.apply_to(model) as whole:  # doctest: +SKIP
+            ...     flora.evaluate(whole, tokenizer, "own.jsonl")
+        """
+        if self.adapter is None:
+            yield model
+            return
+        from .beside import adapter_beside
+
+        with adapter_beside(model, self.adapter) as whole:
+            yield whole
 
 
 def history(events: Sequence[Event]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ Letters: K in_features, N out_features, R one client's rank.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,13 @@ from typing import Any
 
 import torch
 
-from .adapter_config import AdapterConfig
 from .aggregate import Certificate, Deviation, aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
 from .aggregate.inputs import Stack
 from .aggregate.strategy import BOTH
-from .attach import attach, detach
+from .beside import adapter_beside
 from .checks import require
-from .cohort import ClientSpec, Cohort
+from .cohort import Cohort
 from .exchange import dense_stack, light
 from .fingerprint import Base, values, values_of
 from .identity import tensor_digest
@@ -274,15 +272,9 @@ class Server:
         if adapter is None:
             yield self.model
             return
-        ranks = {f"^{re.escape(module)}": rank for module, rank in adapter.ranks.items()}
-        config = AdapterConfig(1, 1, rank_pattern=ranks, alpha_pattern=ranks, target_modules=list(adapter.adapters))
-        cohort = attach(self.model, [ClientSpec("global", adapter=config)], list(adapter.adapters))
-        try:
-            cohort.load("global", adapter.adapters)
-            with cohort.use("global") as model:
-                yield model
-        finally:
-            detach(self.model)
+        # The base is its own: nothing is to be compared.
+        with adapter_beside(self.model, replace(adapter, trained_on=None)) as model:
+            yield model
 
     @contextmanager
     def merged(self) -> Iterator[Any]:

@@ -21,7 +21,7 @@ CASES: dict[tuple[str, ...], tuple[int, str]] = {
     (): (2, "flora: a command is required"),
     ("-x",): (2, "unknown arguments: -x"),
     ("rnu",): (2, "unknown command 'rnu'; did you mean 'run'?"),
-    ("train",): (2, "unknown command 'train'; known: aggregate, bench, deploy, doctor, report, run"),
+    ("train",): (2, "unknown command 'train'; known: adapter, aggregate, bench, deploy, doctor, report, run"),
     ("run", "--help"): (0, "key=value"),
     ("aggregate", "--help"): (0, "--as-adapter"),
     ("deploy", "--help"): (0, "--nodes"),

@@ -74,6 +74,26 @@ def test_factors_that_are_averaged_apart_start_from_one_adapter(strategy, tmp_pa
         assert torch.equal(first[name], first["a"][:rank])
 
 
+@pytest.mark.parametrize("strategy", ["flora", "flexlora", "fedex", "flora_warm"])
+def test_the_result_is_applied_to_the_model_whatever_the_strategy(strategy):
+    model, tokenizer = make_model(), make_tokenizer()
+    ranks = (3, 3, 3) if strategy == "fedex" else (4, 2, 3)
+    fed = make_federation(model=model, strategy=strategy, tokenizer=tokenizer, clients=make_clients(ranks))
+    result = fed.run()
+    assert result.after is not None
+    before = target_weights(model)
+    with result.apply_to(model) as whole:
+        own = flora.evaluate(whole, tokenizer, fed.eval_data, max_length=32)
+    assert own["loss"] == result.after["loss"]
+    assert all(torch.equal(weight, before[name]) for name, weight in target_weights(model).items())
+    if strategy in ("fedex", "flora_warm"):
+        with pytest.raises(ValueError, match="the global adapter was trained on"), result.apply_to(make_model()):
+            pass
+    if strategy == "flexlora":
+        with result.apply_to(make_model()) as whole:
+            assert flora.evaluate(whole, tokenizer, fed.eval_data, max_length=32) == own
+
+
 def test_clients_go_on_from_the_global_adapter(tmp_path):
     fed = make_federation(tmp_path, strategy="fedit", clients=make_clients((3, 3, 3)), fraction=0.7, rounds=3, lr=1e-2)
     state = fed.run().state

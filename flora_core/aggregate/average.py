@@ -29,6 +29,7 @@ class FedIT(AdapterStrategy):
     """Average A and B apart; equal ranks only; the base never changes (arXiv 2305.05644)."""
 
     name = "fedit"
+    paper = "FedIT, arXiv 2305.05644"
     mixed_ranks = False
     shared_start = True
 
@@ -46,6 +47,7 @@ class ZeroPad(FedIT):
     """
 
     name = "zero_pad"
+    paper = "the zero-padding baseline of arXiv 2409.05976"
     mixed_ranks = True
     # The rows that only the larger clients have shrink by those clients' share, in A and in B, every round.
     idle_safe = False
@@ -66,6 +68,7 @@ class HetLoRA(ZeroPad):
     """
 
     name = "hetlora"
+    paper = "HetLoRA, arXiv 2401.06432"
 
     def check_options(self, *, weigh: str = "norm", prune: float | None = None, penalty: float = 0.0) -> None:
         """Check the three options."""
@@ -162,6 +165,7 @@ class FedEx(AdapterStrategy):
     """
 
     name = "fedex"
+    paper = "FedEx-LoRA, arXiv 2410.09432"
     exact = True
     mixed_ranks = False
     mixed_modules = False

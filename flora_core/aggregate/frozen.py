@@ -59,6 +59,7 @@ class FFA(_Frozen):
     """
 
     name = "ffa"
+    paper = "FFA-LoRA, arXiv 2403.12313"
 
     def trainable(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """Always B alone."""
@@ -73,6 +74,7 @@ class RoLoRA(_Frozen):
     """
 
     name = "rolora"
+    paper = "RoLoRA, arXiv 2502.01755"
 
     def trainable(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         """B in the first of all rounds that were applied, then A, then B again."""

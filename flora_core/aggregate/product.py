@@ -24,6 +24,7 @@ class Flora(Strategy):
     """
 
     name = "flora"
+    paper = "FLoRA, arXiv 2409.05976"
     exact = True
 
     def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any]) -> RoundResult:
@@ -41,6 +42,7 @@ class FloraSVD(Strategy):
     """
 
     name = "flora_svd"
+    paper = "FLoRIST, arXiv 2506.09199"
     exact = True
 
     def check_options(self, *, tau: float = 1.0) -> None:

@@ -29,6 +29,7 @@ class FlexLoRA(AdapterStrategy):
     """
 
     name = "flexlora"
+    paper = "FlexLoRA, arXiv 2402.11505"
     # A client that cannot hold all triplets starts from less than the global model, and so does its next update.
     idle_safe = False
 
@@ -75,6 +76,7 @@ class RaFLoRA(FlexLoRA):
     """
 
     name = "raflora"
+    paper = "raFLoRA, arXiv 2602.13486"
 
     def coefficients(self, terms: Sequence[Term]) -> torch.Tensor:
         """Of each row j of the stack: p_k s_k, with shares normalised over the terms that have a row j."""

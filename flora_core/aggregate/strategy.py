@@ -42,6 +42,7 @@ class Strategy:
         mixed_modules: Whether clients may adapt different sets of modules.
         idle_safe: Whether a round in which nobody trains leaves every client's effective model as it is, at any
             ranks that the strategy takes.
+        paper: The name of the method and the paper that it is from; empty for one of your own.
         shared_start: Whether clients must start their first round from one common adapter (of which a smaller
             client takes the first rows), because factors are averaged apart.
     """
@@ -52,6 +53,7 @@ class Strategy:
     mixed_modules: ClassVar[bool] = True
     idle_safe: ClassVar[bool] = True
     shared_start: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
 
     def aggregate(self, updates: Sequence[ClientUpdate], state: Mapping[str, Any], **options: Any) -> RoundResult:
         """Combine updates that were checked already.
@@ -106,6 +108,16 @@ class Strategy:
             Module -> (A_RK, B_RN); a module that is not in it starts fresh; None if all do.
         """
         return None
+
+    @property
+    def rule(self) -> str:
+        """The docstring's first line."""
+        return (inspect.getdoc(self) or "").partition("\n")[0]
+
+    @property
+    def source(self) -> str:
+        """The strategy's own ``paper``, not that of a class which it extends."""
+        return vars(type(self)).get("paper", "")
 
     @property
     def options(self) -> list[str]:
@@ -164,9 +176,8 @@ def table() -> str:
     yes_no = {True: "yes", False: "no"}
     rows: list[tuple[str, ...]] = [("name", "exact", "mixed ranks", "mixed modules", "idle-safe", "rule")]
     for one in _listed():
-        rule = (inspect.getdoc(one) or "").partition("\n")[0]
         flags = (one.exact, one.mixed_ranks, one.mixed_modules, one.idle_safe)
-        rows.append((one.name, *(yes_no[flag] for flag in flags), rule))
+        rows.append((one.name, *(yes_no[flag] for flag in flags), one.rule))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -46,6 +46,7 @@ class FloraWarm(AdapterStrategy):
     """
 
     name = "flora_warm"
+    paper = "flora-core's own, exact as FLoRA, arXiv 2409.05976"
     exact = True
 
     def check_options(self, *, start: str = "shared", floor: Floor | int | None = None) -> None:
