@@ -45,6 +45,9 @@ def strict_backward(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> torch.
     Returns:
         ``out`` itself.
     """
+    # While a graph is compiled there are no nodes to hook, and torch.compile cannot trace the question of the mode.
+    if torch.compiler.is_compiling():
+        return out
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     if out.grad_fn is None or not torch.are_deterministic_algorithms_enabled() or not warns:
         return out

@@ -42,7 +42,9 @@ def test_rows_that_do_nothing_are_not_sent():
     A[1], B[2], coef[3] = 0, 0, 0
     kept, form = smallest_form((A, B, coef))
     assert form == ("stack", 3 * 70 * 4)
-    torch.testing.assert_close(dense(*kept), dense(A, B, coef), rtol=0, atol=0)
+    # The rows themselves: a library rounds the sum over six rows otherwise than that over three.
+    for part, every in zip(kept, (A, B, coef), strict=True):
+        assert torch.equal(part, every[[0, 4, 5]])
 
 
 def test_rows_that_depend_on_each_other_are_recompressed_without_loss():

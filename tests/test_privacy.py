@@ -347,7 +347,7 @@ def test_without_the_accountant_it_is_said_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
-    with pytest.raises(ImportError, match=r"pip install 'flora-core\[privacy\]'"):
+    with pytest.raises(ImportError, match="needs dp-accounting: pip install 'dp-accounting"):
         make_federation(None, **PRIVATE)
 
 

@@ -35,11 +35,13 @@ def test_every_spelling_of_a_product_is_the_plain_one():
     with plain_rounding():
         products = [x @ w.T, F.linear(x, w), (x[None] @ w.T)[0], torch.bmm(x[None], w.T[None])[0]]
         products += [torch.einsum("mk,nk->mn", x, w), torch.mm(x, w.T, out=torch.empty(4, 3))]
+        scaled = torch.addmm(bias, x, w.T, alpha=3)
         sums = [F.linear(x, w, bias), torch.addmm(bias, x, w.T), bias.repeat(4, 1).addmm_(x, w.T)]
-        with pytest.raises(NotImplementedError, match="beta = alpha = 1, got 2 and 1"):
+        with pytest.raises(NotImplementedError, match="with beta=1, got beta=2"):
             torch.addmm(bias, x, w.T, beta=2)
     assert all(torch.equal(product, want) for product in products)
     assert all(torch.equal(added, bias + want) for added in sums)
+    assert torch.equal(scaled, bias + 3 * want)
 
 
 def test_gradients_are_plain_products_too():

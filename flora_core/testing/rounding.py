@@ -32,11 +32,13 @@ def plain_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return total.to(dtype)
 
 
-def _added(start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    if (beta, alpha) != (1, 1):
-        raise NotImplementedError(f"plain rounding adds products with beta = alpha = 1, got {beta} and {alpha}")
+def _added(
+    start: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    if beta != 1:
+        raise NotImplementedError(f"plain rounding adds a product to what is there with beta=1, got beta={beta}")
     wide = torch.promote_types(left.dtype, torch.float32)
-    return (start.to(wide) + plain_product(left.to(wide), right.to(wide))).to(left.dtype)
+    return (start.to(wide) + alpha * plain_product(left.to(wide), right.to(wide))).to(left.dtype)
 
 
 def _root(value: torch.Tensor) -> torch.Tensor:
