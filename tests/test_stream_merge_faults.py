@@ -368,3 +368,32 @@ def test_memory_is_bounded_by_blocks_and_one_module_and_not_by_the_model(verify,
 
 if __name__ == "__main__":
     serve()
+
+
+def test_a_stopped_merge_with_scale_tokenizer_and_made_index_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(write, "BLOCK_BYTES", 1 << 10)
+    base, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
+    (base / "model.safetensors.index.json").unlink()
+    table = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": []}
+    (Path(paths[0]) / "tokenizer.json").write_text(json.dumps(table))
+    options: dict[str, Any] = {"scale": -0.5, "tokenizer": "adapter"}
+    adapters = dict.fromkeys(paths, 1)
+
+    def stop_late(what: str, done: int, whole: int) -> None:
+        if done > 0.7 * whole:
+            raise KeyboardInterrupt
+
+    flora.merge_into_checkpoint(base, adapters, tmp_path / "wanted", **options)
+    with pytest.raises(KeyboardInterrupt):
+        flora.merge_into_checkpoint(base, adapters, tmp_path / "out", progress=stop_late, **options)
+    assert not (tmp_path / "out").exists()
+    report = flora.merge_into_checkpoint(base, adapters, tmp_path / "out", **options)
+    assert report.resumed_bytes > 0
+    assert files(tmp_path / "out") == files(tmp_path / "wanted")
+    assert flora.merge_into_checkpoint(base, adapters, tmp_path / "out", verify=True, **options).certificate
+    for name, words in (("tokenizer.json", "differs from"), ("model.safetensors.index.json", "the base's index")):
+        good = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_bytes(good + b" ")
+        with pytest.raises(ValueError, match=words):
+            flora.merge_into_checkpoint(base, adapters, tmp_path / "out", verify=True, **options)
+        (tmp_path / "out" / name).write_bytes(good)
