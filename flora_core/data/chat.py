@@ -190,7 +190,7 @@ class Chat:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         record = view.record
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(
             conversations=[self._as_read(view.messages)],
             tools=record.tools,
             documents=record.documents,
@@ -198,9 +198,9 @@ class Chat:
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **record.template_kwargs},
         )
-        good = (
-            texts[0] == view.text and len(spans[0]) == len(view.turns) and all(start < stop for start, stop in spans[0])
-        )
+        texts, spans = rendered
+        fits = texts[0] == view.text and len(spans[0]) == len(view.turns)
+        good = fits and all(start < stop for start, stop in spans[0])
         return list(spans[0]) if good else None
 
 

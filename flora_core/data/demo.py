@@ -18,7 +18,6 @@ from random import Random
 from ..checks import check_number
 from ..files import atomic_dir
 from ..seeds import derive
-from .records import Record
 
 SYSTEM = "Answer briefly."
 # A client's share of its favourite skill, of its second one, and so on.
@@ -107,7 +106,7 @@ def make_demo(
     return DemoData({name: path for name, path in paths.items() if name != "test"}, paths["test"])
 
 
-def _questions(skill: str, seed: int) -> Iterator[Record]:
+def _questions(skill: str, seed: int) -> Iterator[dict[str, str]]:
     """Draw a skill's questions, each one once."""
     random, seen = Random(derive(seed, "demo", "questions", skill)), set()
     while True:
@@ -125,7 +124,7 @@ def _questions(skill: str, seed: int) -> Iterator[Record]:
         yield dict(id=f"{skill}-{number}", category=skill, system=SYSTEM, instruction=question, output=answer)
 
 
-def _take(questions: dict[str, Iterator[Record]], counts: dict[str, int]) -> list[Record]:
+def _take(questions: dict[str, Iterator[dict[str, str]]], counts: dict[str, int]) -> list[dict[str, str]]:
     """Draw as many new questions of each skill as asked for."""
     return [next(questions[skill]) for skill, count in counts.items() for _ in range(count)]
 

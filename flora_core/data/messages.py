@@ -129,7 +129,7 @@ def _turn(turn: Any, name: str) -> tuple[dict[str, Any], bool, list[str]]:
     role, calls = _ROLE_OF[spelled], _calls(given, spelled, name)
     if not calls and "content" not in given and "value" not in given:
         raise ValueError(f"{name} must have role and content, got {turn!r:.80}")
-    message = {"role": role, "content": "" if spelled == "function_call" else _content(given, name)}
+    message: dict[str, Any] = {"role": role, "content": "" if spelled == "function_call" else _content(given, name)}
     if calls:
         require(role == "assistant", f"{name} has tool_calls, and its role is {role}; only the assistant calls tools")
         message["tool_calls"] = calls
