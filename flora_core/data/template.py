@@ -62,7 +62,9 @@ class EncodeReport:
         lines = [f"{text} (records: {len(places)}; {_first(places)})" for text, places in self.notes.items()]
         if self.truncated or self.dropped:
             cut = f"{self.truncated} of {self.records} records were longer than max_length and cut from the right"
-            lines.insert(0, f"{cut}; {self.dropped} had no answer token left and were dropped; raise max_length")
+            lines.insert(
+                0, f"{cut}; {self.dropped} had no answer token left and were dropped; raise max_length to keep them"
+            )
         return lines
 
     def note(self, text: str, place: str) -> None:
@@ -141,9 +143,7 @@ def require_examples(client: str, examples: Sequence[Example], report: EncodeRep
         return
     if report is None or not report.records:
         raise ValueError(f"client {client!r} has no examples; give it data or leave it out")
-    raise ValueError(
-        f"client {client!r} has no examples left after tokenizing ({report}); raise max_length or shorten the prompts"
-    )
+    raise ValueError(f"client {client!r} has no examples left after tokenizing ({report}); or shorten the prompts")
 
 
 def uses_chat(tokenizer: Any, template: str) -> bool:
