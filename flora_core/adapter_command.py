@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .checks import check_choice
+
+LAYOUTS = ("peft", "vllm")
 _EXAMPLES = """examples:
   flora adapter runs/demo --out served                            the global model as one adapter on the original base
   flora adapter runs/demo --out served --layout vllm              of one rank that vLLM serves
@@ -28,11 +31,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--strategy", metavar="FILE.py:NAME", help="where the run's strategy is defined, if it is one of your own"
     )
-    parser.set_defaults(command=run)
+    parser.set_defaults(command=run, extras=("train",))
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the arguments say."""
+    check_choice("layout", options.layout, LAYOUTS)
     from .aggregate import load_strategy
     from .history import show_bytes
     from .progress import print_tables
@@ -55,4 +59,4 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-__all__ = ["add_parser", "run"]
+__all__ = ["LAYOUTS", "add_parser", "run"]

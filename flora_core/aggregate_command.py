@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .adapter_command import LAYOUTS
+from .checks import check_choice
 from .history import Table, show_bytes, show_number, show_seconds
 from .strategy_names import check_strategy_name
 
@@ -93,6 +95,8 @@ def run(options: argparse.Namespace) -> int:
         "mixed_dtypes": options.mixed_dtypes,
     }
     adapters = parse_adapters(options.adapter)
+    if options.as_adapter:
+        check_choice("layout", options.as_adapter, LAYOUTS)
     check_strategy_name(options.strategy)
     from .progress import Bar, print_tables
     from .streaming import export_adapter, merge_into_checkpoint

@@ -95,6 +95,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         epilog=_EXAMPLES + "\nFLORA_CACHE: folder of the demo model. FLORA_TRACEBACK=1: show where an error came from.",
         formatter_class=shape,
     )
+    parser.set_defaults(extras=())
     parser.add_argument("--version", action="version", version=f"flora-core {__version__}")
     commands = parser.add_subparsers(metavar="run | adapter | aggregate | deploy | report | bench | doctor")
     run = commands.add_parser("run", help="train by a recipe", epilog=_EXAMPLES, formatter_class=shape)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import flora_core
+from flora_core.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Importing any of these takes seconds on a slow disk; a command that does it although its arguments are wrong fails.
@@ -21,7 +22,9 @@ CASES: dict[tuple[str, ...], tuple[int, str]] = {
     (): (2, "flora: a command is required"),
     ("-x",): (2, "unknown arguments: -x"),
     ("rnu",): (2, "unknown command 'rnu'; did you mean 'run'?"),
-    ("train",): (2, "unknown command 'train'; known: adapter, aggregate, bench, deploy, doctor, report, run"),
+    ("train",): (2, "unknown command 'train'; known: adapter, aggregate, bench, deploy, doctor, report, run\n"),
+    ("adapter", "--help"): (0, "--layout"),
+    ("adapter",): (2, "flora adapter: error: the following arguments are required: "),
     ("run", "--help"): (0, "key=value"),
     ("aggregate", "--help"): (0, "--as-adapter"),
     ("deploy", "--help"): (0, "--nodes"),
@@ -51,6 +54,11 @@ CASES: dict[tuple[str, ...], tuple[int, str]] = {
     ("aggregate", "--base", "x", "--adapter", "a=-1", "--out", "y"): (2, "--adapter a=-1: expected DIR or DIR=WEIGHT"),
     ("aggregate", "--base", "x", "--adapter", "a", "--out", "y", "--strategy", "flroa"): (2, "did you mean 'flora'?"),
     ("aggregate", "--base", "x", "--adapter", "a", "--out", "y", "--verfy"): (2, "did you mean '--verify'?"),
+    ("aggregate", "--base", "x", "--adapter", "a", "--out", "y", "--as-adapter", "vlm"): (
+        2,
+        "layout must be one of peft",
+    ),
+    ("adapter", "x", "--out", "y", "--layout", "vlm"): (2, "layout must be one of peft, vllm, got 'vlm'"),
     ("deploy",): (2, "flora deploy needs a recipe"),
     ("deploy", "quickstart", "--out", "d"): (2, "flora deploy needs --host HOST"),
     ("doctor", "--jsn"): (2, "unknown arguments: --jsn; did you mean '--json'?"),
@@ -107,6 +115,13 @@ def test_a_correct_run_does_import_torch(tmp_path):
     command = [sys.executable, "-c", DRIVER, *map(json.dumps, parts)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert json.loads(done.stdout)[0][0].startswith("imported ")
+
+
+def test_every_command_names_its_packages():
+    from flora_core.cli import _parsers
+
+    for name, parser in _parsers()[1].items():
+        assert name == "bench" or set(parser.get_default("extras")) <= set(EXTRAS), name
 
 
 def test_the_names_of_strategies_are_those_that_are_registered():
