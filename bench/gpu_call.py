@@ -74,20 +74,17 @@ def warm(record: Record) -> Callable[[Found], None]:
     """Compile the kernels that are timed later, one process for each op, side by side."""
 
     def run(found: Found) -> None:
-        began, ops = time.monotonic(), list(gpu_kernels.OPS) if GPU else ["shrink"]
-        words = [sys.executable, "-m", "bench.gpu_kernels", "--warm"]
-        logs = {op: (record.folder / f"warm-{op}.txt").open("w") for op in ops}
-        running = {
-            op: subprocess.Popen([*words, op], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-            for op, log in logs.items()
-        }
-        for op, process in running.items():
-            try:
+        began, running = time.monotonic(), {}
+        try:
+            for op in list(gpu_kernels.OPS) if GPU else ["shrink"]:
+                words = [sys.executable, "-m", "bench.gpu_kernels", "--warm", op]
+                with (record.folder / f"warm-{op}.txt").open("w") as log:
+                    running[op] = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            for op, process in running.items():
                 found[op] = process.wait(max(1.0, WARM - (time.monotonic() - began)))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                found[op] = "stopped"
-            logs[op].close()
+        finally:
+            for process in running.values():
+                process.kill()  # one that has ended is left as it is
 
     return run
 
@@ -208,14 +205,15 @@ def time_steps(case: Case, layers: int, rounds: int, save: Callable[[], None]) -
 
 
 def peak(work: Callable[[], Any]) -> int | None:
-    """Bytes that a step allocates at most on the GPU, the base included."""
+    """Bytes of the GPU that a step takes at most beyond what everyone holds before it."""
     if not GPU:
         work()
         return None
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     work()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def check_steps(case: Case) -> Callable[[Found], None]:

@@ -240,10 +240,6 @@ def table(found: dict[str, Any], bandwidth: float, save: Callable[[], None] = la
         save()
 
 
-# Microseconds that were predicted from the compiled code, at 4096 -> 4096, M = 8192, without dropout.
-PREDICTED_US = {"shrink": 27.0, "expand_": 42.0, "wgrad": 49.0, "F.linear": 370.0}
-
-
 def decisions(rows: dict[str, Any]) -> list[dict[str, Any]]:
     """Which rebuilding the measured times ask for first; None where a time is missing."""
 
@@ -288,7 +284,7 @@ def main() -> int:
     return 0
 
 
-__all__ = ["OPS", "PREDICTED_US", "Operands", "decisions", "row", "table"]
+__all__ = ["OPS", "Operands", "decisions", "row", "table"]
 
 if __name__ == "__main__":
     raise SystemExit(main())
