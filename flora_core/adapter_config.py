@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .checks import check_flag, check_number, require
+from .other_names import ADAPTER_FIELDS, refuses_other_names
 
 Value = TypeVar("Value")
 
 
+@refuses_other_names(ADAPTER_FIELDS)
 @dataclass(frozen=True)
 class AdapterConfig:
     """One client's LoRA adapter; the fields mean what they mean in PEFT's ``LoraConfig``.

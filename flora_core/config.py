@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .checks import check_choice, check_flag, check_number, nearest, require
+from .checks import check_choice, check_flag, check_number, require
+from .other_names import RECIPE_KEYS, meant, refuses_other_names
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECOMPUTABLE = ("norms", "activations")
 
 
+@refuses_other_names(RECIPE_KEYS)
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of local training.
@@ -121,7 +123,7 @@ class TrainConfig:
             raise TypeError(f"train must be a TrainConfig or a mapping of its fields to values, got {train!r:.80}")
         known = [field.name for field in fields(self)]
         for name in train:
-            require(name in known, f"train: unknown field {name!r}; {nearest(name, known)}")
+            require(name in known, f"train: unknown field {name!r}; {meant(name, known)}")
         return replace(self, **dict(train))
 
     def learning_rate(self, step: int, total: int) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .checks import check_choice, check_flag, check_number, require
 from .history import Event
+from .other_names import RECIPE_KEYS, refuses_other_names
 
 if TYPE_CHECKING:
     from .update import ClientUpdate
@@ -50,6 +51,7 @@ class Privacy:
 SAVE_DTYPES = ("auto", "base", "float32", "bfloat16", "float16", "float64")
 
 
+@refuses_other_names(RECIPE_KEYS)
 @dataclass(frozen=True)
 class FederationConfig:
     """Settings of a federated run.

@@ -93,7 +93,8 @@ def site_of(values: Mapping[str, Any]) -> Site:
         # A process of Flower's simulation answers for many clients: one model at a time.
         _SITES.clear()
         # How many rounds there are is the server's business; a site's recipe need not say.
-        recipe = recipes.load(key[0], ["federation.rounds=1", *key[1].split()])
+        own = [word for word in key[1].split() if not word.startswith("federation.rounds=")]
+        recipe = recipes.load(key[0], ["federation.rounds=1", *own])
         spec = build_client(recipe, key[2])
         device, folder = pick_device(recipe.device), model_folder(recipe.model)
         model = load_model(folder, device, pick_dtype(recipe.dtype, device), recipe.trust_remote_code)

@@ -17,6 +17,7 @@ from .checks import check_name, check_number, nearest, require
 from .config import TrainConfig
 from .data_paths import data_files
 from .federation_config import FederationConfig
+from .other_names import ADAPTER_FIELDS, RECIPE_KEYS, meant
 from .strategy_names import check_strategy_name
 
 DEMO_DATA = "demo"
@@ -99,10 +100,13 @@ class ClientOverride:
     train: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for part, cls in (("adapter", AdapterConfig), ("train", TrainConfig)):
+        for part, cls, others in (
+            ("adapter", AdapterConfig, ADAPTER_FIELDS),
+            ("train", TrainConfig, RECIPE_KEYS),
+        ):
             values, hints = getattr(self, part), strict.hints_of(cls)
             for key in values:
-                require(key in hints, f"unknown key {part}.{key!r}; {nearest(key, hints)}")
+                require(key in hints, f"unknown key {part}.{key!r}; {meant(key, hints, others)}")
                 values[key] = strict.convert(hints[key], values[key], f"{part}.{key}")
 
 
@@ -220,6 +224,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} must hold a mapping of keys to values; it {'is empty' if raw is None else 'does not'}"
         )
     _expand(raw)
+    _check_once(overrides)
     for override in overrides:
         _apply(raw, override)
     raw.setdefault("out", f"runs/{path.stem}")
@@ -290,6 +295,16 @@ def _expand(raw: dict[str, Any]) -> None:
     """Write `data: PATH` out as `data: {path: PATH}`; of a list of paths too."""
     if isinstance(raw.get("data"), (str, list)):
         raw["data"] = {"path": raw["data"]}
+
+
+def _check_once(overrides: Sequence[str]) -> None:
+    """Refuse a key that is given twice, of which one would be dropped in silence, as in a file."""
+    seen: dict[str, str] = {}
+    for override in overrides:
+        key = override.partition("=")[0]
+        key = "data.path" if key == "data" else key
+        require(key not in seen, f"key {key!r} is given twice: {seen.get(key)!r} and {override!r}; give it once")
+        seen[key] = override
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

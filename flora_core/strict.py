@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .checks import nearest
+from .other_names import RECIPE_KEYS
 
 T = TypeVar("T")
 
@@ -80,6 +81,9 @@ def convert(hint: Any, value: Any, name: str, path: str = "", where: str = "") -
 
 def _nearest_path(path: str, known: list[str]) -> str:
     """Say which dotted path is meant: lr means train.lr; else list the keys that stand beside it."""
+    ours = RECIPE_KEYS.get(path.rpartition(".")[2])
+    if ours is not None:
+        return f"did you mean {ours!r}?"
     same_end = [other for other in known if other.rpartition(".")[2] == path.rpartition(".")[2]]
     if same_end:
         return f"did you mean {' or '.join(map(repr, same_end[:3]))}?"

@@ -86,7 +86,7 @@ def test_natural_follows_the_column():
     records = [{"text": "a", "client": name} for name in ("bob", "ann", "bob", 3)]
     assert partition(records, None, "natural", seed=0) == {"3": [3], "ann": [1], "bob": [0, 2]}
     assert partition(records, 3, "natural", seed=0) == partition(records, None, "natural", seed=9)
-    with pytest.raises(ValueError, match="column 'client' names 3 clients, got num_clients=2; leave num_clients out"):
+    with pytest.raises(ValueError, match="column 'client' names 3 clients, got num_clients=2; leave it out"):
         partition(records, 2, "natural", seed=0)
     with pytest.raises(ValueError, match=r"clients with fewer than min_examples=2 examples: 3 \(1\), ann \(1\)"):
         partition(records, None, "natural", seed=0, min_examples=2)
@@ -100,8 +100,8 @@ def test_natural_follows_the_column():
             "scheme must be one of iid, shard, dirichlet, natural, got 'dirichlett'",
             {"scheme": "dirichlett"},
         ),
-        (ValueError, r"num_clients=9 needs at least 9 examples \(1 each\), got 6", {"num_clients": 9}),
-        (ValueError, r"num_clients=3 needs at least 9 examples \(3 each\), got 6", {"min_examples": 3}),
+        (ValueError, r"9 clients need at least 9 examples \(1 each\), got 6", {"num_clients": 9}),
+        (ValueError, r"3 clients need at least 9 examples \(3 each\), got 6", {"min_examples": 3}),
         (ValueError, "num_clients must be at least 1, got 0", {"num_clients": 0}),
         (TypeError, "scheme='iid' needs num_clients, got None", {"num_clients": None}),
         (

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import its own floor and those below. A name stands for a package as well.
 FLOORS = [
-    "checks data_paths extras strategy_names",
+    "checks data_paths extras other_names strategy_names",
     "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty",
     "ops",
     "models linear attention optimizer loss data forward cohort attach planner",

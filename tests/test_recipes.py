@@ -108,10 +108,6 @@ def test_strategy_options_are_those_of_the_strategy(recipe_file):
             load(recipe_file, [f"strategy={strategy}", f"federation.strategy_options={options}"])
 
 
-def test_a_later_override_wins(recipe_file):
-    assert load(recipe_file, ["seed=1", "seed=2"]).seed == 2
-
-
 # What mistakes say.
 
 

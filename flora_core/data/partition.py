@@ -118,8 +118,8 @@ def _check_count(num_records: int, num_clients: int, least: int) -> None:
     need = num_clients * least
     require(
         need <= num_records,
-        f"num_clients={num_clients} needs at least {need} examples ({least} each), got {num_records}; "
-        "lower num_clients or give more data",
+        f"{num_clients} clients need at least {need} examples ({least} each), got {num_records}; give more data, or "
+        "take fewer clients (num_clients, in a recipe clients.count)",
     )
 
 
@@ -165,7 +165,8 @@ def _dirichlet(
             return parts
     raise ValueError(
         f"none of {_TRIES} Dirichlet draws with alpha={alpha} gave each of {num_clients} clients at least "
-        f"min_examples={min_examples} examples; raise alpha, or lower num_clients or min_examples"
+        f"min_examples={min_examples} examples; raise alpha, or lower min_examples or the number of clients "
+        "(num_clients, in a recipe clients.count)"
     )
 
 
@@ -188,7 +189,8 @@ def _natural(records: Sequence[Record], num_clients: int | None, column: str) ->
             raise ValueError(f"{_place(records[part[0]], part[0])}, column {column!r}: {error}") from None
     require(
         num_clients in (None, len(parts)),
-        f"column {column!r} names {len(parts)} clients, got num_clients={num_clients}; leave num_clients out",
+        f"column {column!r} names {len(parts)} clients, got num_clients={num_clients}; leave it out "
+        "(in a recipe clients.count)",
     )
     return parts
 
