@@ -149,7 +149,8 @@ def _copy(update: ClientUpdate, device: torch.device | str) -> ClientUpdate:
         fine = fine and all(isinstance(factor, torch.Tensor) and not factor.is_meta for factor in pair)
         require(fine, f"{str(module)[:80]!r} must name two factors, A and B, as tensors")
         adapters[module] = tuple(factor.detach().to(device, copy=True) for factor in pair)
-    return replace(update, adapters=adapters, scaling=dict(update.scaling), metrics={})
+    # Another machine has the base under another name, which would be taken for another base.
+    return replace(update, adapters=adapters, scaling=dict(update.scaling), metrics={}, base=None, trained_on=None)
 
 
 def _numbers(expected: ClientUpdate) -> int:

@@ -74,8 +74,8 @@ def load_peft_adapter(
         # Clones: the file's own memory is mapped, and is gone when somebody truncates the file.
         adapters[module] = (A_RK.clone(), B_NR.T.clone(memory_format=torch.contiguous_format))
         scaling[module] = scaling_of(config, module, A_RK.shape[0])
-    base = config.get("base_model_name_or_path") or None
     # What a stranger says of the base is not taken for a fact.
+    base = (config.get("base_model_name_or_path") or None) if trusted else None
     trained_on = read_base(folder) if trusted else None
     name = client or folder.resolve().name
     return ClientUpdate(name, adapters, scaling, weight, base=base, trained_on=trained_on)

@@ -101,6 +101,11 @@ def test_adapters_of_a_later_round_are_refused_on_the_original_base(run, tmp_pat
     first = dict(zip(first, (5, 6, 7), strict=True))
     flora.merge_into_checkpoint(run / "base", first, tmp_path / "one")
     second = dict(zip(second, (5, 6, 7), strict=True))
+    flora.export_adapter(tmp_path / "one", second, tmp_path / "stack")
+    stack = flora.load_peft_adapter(tmp_path / "stack")
+    assert stack.base == str(tmp_path / "one")
+    with pytest.raises(ValueError, match="is another base"):
+        flora.merge_into_checkpoint(run / "base", {str(tmp_path / "stack"): 1}, tmp_path / "wrong")
     flora.merge_into_checkpoint(tmp_path / "one", second, tmp_path / "two")
     with pytest.raises(ValueError, match=r"itself, and .* is another base"):
         flora.merge_into_checkpoint(tmp_path / "one", first, tmp_path / "again")

@@ -6,6 +6,7 @@ Letters: K in_features, N out_features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,13 +18,15 @@ from .plan import Target
 from .shards import read_tensor
 
 
-def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str, Target]) -> None:
+def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str, Target]) -> Base | None:
     """Compare the weights of a checkpoint with the values that each adapter carries.
 
     Args:
         folder: The checkpoint's, for the error.
         adapters: From ``open_adapters``; one without values is not checked.
         targets: From ``match_targets``.
+    Returns:
+        What the adapters know of this base together; None unless all of them know it.
     Raises:
         ValueError: If an adapter was trained on another base; with the base, and with what rewrites the adapter.
     """
@@ -36,13 +39,16 @@ def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str,
         return weight.T if target.transposed else weight
 
     known: list[Base] = []
-    for adapter in adapters:
-        base = read_base(adapter.folder)
+    records = [read_base(adapter.folder) for adapter in adapters]
+    for adapter, base in zip(adapters, records, strict=True):
         if base is None or any(_is_part(base, other) for other in known):
             continue
         advice = f" (without its {RECORD} an adapter is merged into any base whose shapes fit)"
         check_base(base.of(of_module), weight_of, f"adapter {adapter.name}", str(folder), advice)
         known.append(base)
+    if not known or None in records:
+        return None
+    return replace(known[0], weights={module: kept for base in known for module, kept in base.weights.items()})
 
 
 def _is_part(base: Base, other: Base) -> bool:

@@ -94,7 +94,7 @@ def export_adapter(
     sums = Sum(opened, strategy, options or {}, scale)
     # A quantised base is as good as any: nothing is written into it.
     plan = match_targets(checkpoint, opened, mixed_dtypes=mixed_dtypes, partial=partial, into=False)
-    check_bases(base, opened, plan.plain)
+    known = check_bases(base, opened, plan.plain)
     sums.check()
     stacks = {}
     for count, module in enumerate(sums.modules):
@@ -110,8 +110,10 @@ def export_adapter(
     save_stacked_adapter(
         RoundResult(stacks),
         out,
-        base_model=_base_name(opened, base),
+        # Of a later round the adapters name no base that can be loaded; this one was found to be theirs.
+        base_model=str(base.resolve()) if known and known.round else _base_name(opened, base),
         fan_in_fan_out=any(target.transposed for target in plan.targets.values()),
+        trained_on=known,
     )
     size = sum(path.stat().st_size for path in out.iterdir())
     ranks = {module: stack[0].shape[0] for module, stack in stacks.items()}
