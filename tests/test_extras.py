@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -26,6 +27,18 @@ def test_the_table_is_that_of_the_package():
     assert set(extras.EXTRAS) == set(declared) - {"dev"}
     for name, requirements in extras.EXTRAS.items():
         assert list(requirements) == [one for one in declared[name] if not one.startswith("flora-core[")]
+
+
+def test_no_advice_asks_an_index_for_flora_core():
+    """It is on none: advice names the packages, or the checkout's folder."""
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "flora_core").rglob("*.py"),
+        *(ROOT / "tests").glob("*.py"),
+    ]
+    found = [page for page in pages if re.search(r"install [\"']?flora-core", page.read_text("utf-8"))]
+    assert not found
 
 
 def test_names_every_missing_package_and_the_command(without):
