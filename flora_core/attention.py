@@ -138,10 +138,20 @@ def unsupported(model: torch.nn.Module) -> str | None:
 
 def way_of(model: torch.nn.Module, dtype: torch.dtype | None = None) -> Way:
     """The way that plain attention of a model takes, in its own or another dtype; special layers show when they run."""
-    parameter, config = next(model.parameters()), getattr(model, "config", None)
-    heads = getattr(config, "num_attention_heads", None) or 1
-    size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 64) // heads
-    return choose(parameter.device.type, dtype or parameter.dtype, size)
+    parameter = next(model.parameters())
+    return choose(parameter.device.type, dtype or parameter.dtype, _head_size(model))
+
+
+def _head_size(model: torch.nn.Module) -> int:
+    """The largest head of the language model's layers, which may differ by layer; other towers do not count."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = [module for module in model.modules() if text is not None and getattr(module, "config", None) is text]
+    sizes = [size for module in layers if isinstance(size := getattr(module, "head_dim", None), int)]
+    heads = getattr(text, "num_attention_heads", None) or 1
+    # Read from the object's own fields: a size that differs by layer is no attribute of the configuration.
+    named = getattr(text, "__dict__", {}).get("head_dim")
+    return max(sizes, default=0) or named or getattr(text, "hidden_size", 64) // heads
 
 
 def _configs(model: torch.nn.Module) -> list[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
@@ -157,3 +158,26 @@ def test_the_variable_length_ways_are_asked_as_their_signatures_say(monkeypatch:
     assert torch.equal(out, q[0].transpose(0, 1))
     assert asked["cu_seq_q"].tolist() == [0, 9, 18, 19, 159, 176]
     assert (asked["max_q"], asked["scale"], asked["window_size"], asked["enable_gqa"]) == (140, 0.5, (5, 0), True)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["per layer", "composite"])
+def test_the_head_size_is_the_largest_of_the_language_model_s_layers(nested):
+    from flora_core.attention import _head_size
+
+    sizes: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    if nested:
+        text = {**sizes, "num_key_value_heads": 2, "head_dim": 24}
+        vision = {**sizes, "hidden_size": 256, "image_size": 16, "patch_size": 4}
+        vision.pop("vocab_size")
+        config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        model: Any = transformers.Gemma3ForConditionalGeneration(config)
+        assert _head_size(model) == 24
+        return
+    kinds = ["sliding_attention", "full_attention"]
+    config = transformers.Gemma4TextConfig(
+        **sizes, num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=8, layer_types=kinds,
+        vocab_size_per_layer_input=64, hidden_size_per_layer_input=8,
+    )  # fmt: skip
+    assert _head_size(transformers.Gemma4ForCausalLM(config)) == 16
