@@ -144,7 +144,7 @@ def way_of(model: torch.nn.Module, dtype: torch.dtype | None = None) -> Way:
 
 def _head_size(model: torch.nn.Module) -> int:
     """The largest head of the language model's layers, which may differ by layer; other towers do not count."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     layers = [module for module in model.modules() if text is not None and getattr(module, "config", None) is text]
     sizes = [size for module in layers if isinstance(size := getattr(module, "head_dim", None), int)]

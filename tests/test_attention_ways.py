@@ -176,8 +176,6 @@ def test_the_head_size_is_the_largest_of_the_language_model_s_layers(nested):
         assert _head_size(model) == 24
         return
     kinds = ["sliding_attention", "full_attention"]
-    config = transformers.Gemma4TextConfig(
-        **sizes, num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=8, layer_types=kinds,
-        vocab_size_per_layer_input=64, hidden_size_per_layer_input=8,
-    )  # fmt: skip
+    sizes |= dict(num_key_value_heads=2, head_dim=8, global_head_dim=16, sliding_window=8, layer_types=kinds)
+    config = transformers.Gemma4TextConfig(**sizes, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8)
     assert _head_size(transformers.Gemma4ForCausalLM(config)) == 16
