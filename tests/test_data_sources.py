@@ -95,7 +95,7 @@ def test_parquet_without_its_package_names_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = write(tmp_path / name, head + bytes(100))
     with pytest.raises(
-        ImportError, match=rf"{name} is a \w+ file, which needs pyarrow .*: run .*pip install .*pyarrow>=17', or"
+        ImportError, match=rf"{name} holds \w+ data, which needs pyarrow .*: run .*pip install .*pyarrow>=17', or"
     ):
         fields(path)
 

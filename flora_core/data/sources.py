@@ -302,7 +302,7 @@ def _require_pyarrow(path: Path) -> None:
         import pyarrow  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
-            f"{path} is a {kind_of(path).lstrip('.') or 'parquet or arrow'} file, which needs pyarrow ({error}): run "
+            f"{path} holds {kind_of(path).lstrip('.') or 'parquet or arrow'} data, which needs pyarrow ({error}): run "
             f"{install_command(missing('data'))}, or export it as JSON lines"
         ) from error
 
