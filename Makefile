@@ -1,5 +1,5 @@
-# make demo | test | test-install | test-all | soak | bench | bench-gpu | lint | clean. Each makes its own environment
-# first, once: the demo the packages that users need, the others those for development too.
+# make demo | test | test-isa | test-install | test-all | soak | bench | bench-gpu | lint | clean. Each makes its own
+# environment first, once: the demo the packages that users need, the others those for development too.
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
@@ -52,13 +52,27 @@ LIMITED := OMP_NUM_THREADS=$(THREADS) MKL_NUM_THREADS=$(THREADS)
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist worksteal)
 PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 
-.PHONY: demo test test-install test-all soak bench bench-gpu lint clean environment install
+# Instruction sets of lesser processors, for the tests whose numbers could depend on this one's. On an AMD processor MKL
+# obeys MKL_CBWR alone; its COMPATIBLE code also rounds a row by the number of rows beside it.
+LEAST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
+    FLORA_ISA=portable
+AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 FLORA_ISA=avx2
+ISA_TESTS := $(patsubst %,tests/test_%.py,aggregate_downlink attention attention_ways cohort cohort_adamw cuda_harness \
+    federation isolation loss merge native native_fidelity ops ops_fuse ops_shared optimizer peft_equality robust rounding \
+    stacked_merge strategies strategies_federation strategies_product strategies_warm trainer trainer_graphs)
+
+.PHONY: demo test test-isa test-install test-all soak bench bench-gpu lint clean environment install
 
 demo: $(DEMO_ENVIRONMENT)
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
 
 test: environment
 	$(PYTEST) -q --scale=$(SCALE)
+
+# A share of the tests as a processor without AVX-512, and one without AVX2, would run them.
+test-isa: environment
+	$(LEAST) $(PYTEST) -q $(ISA_TESTS)
+	! grep -qsw avx2 /proc/cpuinfo || $(AVX2) $(PYTEST) -q $(ISA_TESTS)
 
 # The README's own lines in fresh environments, from an sdist and from a wheel; needs the network or pip's cache.
 test-install: environment

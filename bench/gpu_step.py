@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraLayer
 import flora_core as flora
 from flora_core import graphs, steps
 from flora_core.forward import lay_out
+from flora_core.testing import plain_rounding
 from tests import models
 from tests.graph_device import Told, attend_by_offsets
 
@@ -151,7 +152,10 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
 def check_graphs(device: str) -> dict[str, Any]:
     """Whether replays have the bits of calls, and their training the error of ordinary steps against float64."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    (exact, _), (low, _), (replayed, told) = (train(device, way, dtype) for way in ("exact", "ordinary", "replayed"))
+    (exact, _), (replayed, told) = (train(device, way, dtype) for way in ("exact", "replayed"))
+    # On a CPU the ordinary steps' rounding, and so the budget, would be the processor's.
+    with plain_rounding() if device == "cpu" else nullcontext():
+        low, _ = train(device, "ordinary", dtype)
     # Without a GPU a replay is a call.
     called = train(device, "called", dtype)[0] if device == "cuda" else replayed
     same = all(torch.equal(called[key], replayed[key]) for key in called)

@@ -186,7 +186,7 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
     if own:  # all but the first adapt other modules
         clients[1:] = [replace(one, adapter=replace(one.adapter, target_modules=own)) for one in clients[1:]]
     changes["clients"] = [
-        flora.ClientSpec(one.name, one.data, one.adapter, {"lr": 1e38}) if one.name == poisoned else one
+        flora.ClientSpec(one.name, one.data, one.adapter, {"lr": 1e300}) if one.name == poisoned else one
         for one in clients
     ]
     if "base" in changes:
