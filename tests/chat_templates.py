@@ -106,6 +106,7 @@ TEMPLATES = {
 }
 FAMILIES = (
     "byte-level BPE",
+    "byte-level BPE, offsets trimmed",
     "metaspace always",
     "metaspace first",
     "metaspace never",
@@ -119,11 +120,11 @@ FAMILIES = (
 def _trained(family: str) -> str:
     """The tokenizer of a family as JSON, so that each test has a copy of its own."""
     extra: dict[str, Any] = {}
-    if family == "byte-level BPE":
+    if family.startswith("byte-level BPE"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets="trimmed" in family)
         extra = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
     elif family == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))

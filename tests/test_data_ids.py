@@ -369,3 +369,27 @@ def test_no_key_of_a_turn_is_dropped_in_silence(template, key):
     record["messages"][1][key] = {"tool_calls": [{"function": call}], "function_call": call}.get(key, NEEDLE)
     text, reported = outcome(record, template)
     assert NEEDLE in text or key in reported or (text == "refused" and "data, record 0" in reported)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["chatml", "llama2", "llama3", "mistral", "phi", "qwen3", "marked"])
+def test_odd_answers_have_the_prompt_of_generation_or_are_reported(family, name):
+    tokenizer = make(family, name)
+    for answer in (
+        "\u4e2d\u6587 cat",
+        "\n\ncat",
+        "  cat",
+        "\u00e9t\u00e9",
+        "\U0001f600",
+        "cat \n",
+        "'cat'",
+        "\u00a0cat",
+        "<b>",
+    ):
+        messages = [{"role": "user", "content": "say it"}, {"role": "assistant", "content": answer}]
+        example, report = encoded({"messages": messages}, tokenizer)
+        assert example.input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+        ((start, stop),) = runs(example)
+        prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        assert example.input_ids[stop - 1] in tokenizer.all_special_ids
+        assert (example.input_ids[:start] == prompt) != bool(report), (answer, str(report))

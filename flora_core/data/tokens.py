@@ -32,9 +32,6 @@ class Tokens:
             return self._split(text, answer.start), self._split(text, answer.stop)
         offsets = self.offsets[text]
         start = bisect_right(offsets, answer.start, key=_end)
-        # A prefix that a tokenizer puts before a word has no characters, and is the word's.
-        while start and offsets[start - 1][0] >= answer.start:
-            start -= 1
         return start, max(start, bisect_left(offsets, answer.stop, key=_start))
 
     def before(self, text: int, answer: Answer, start: int) -> tuple[str, int]:
