@@ -47,7 +47,7 @@ def dry_run(recipe: Recipe) -> list[Table]:
         ("strategy", f"{recipe.strategy}, {recipe.federation.rounds} rounds"),
         ("results", str(recipe.out)),
         ("training examples", f"{sum(row['examples'] for row in rows):,}"),
-        ("held-out examples", _held_out(split)),
+        ("held-out examples", describe_held_out(split)),
         *([("unused records", f"{split.unused:,} of {split.count:,} that were read")] if split.unused else []),
         ("cohorts", f"{len(plan.cohorts)} ({plan.reason}): {'; '.join(_shorten(names) for names in plan.cohorts)}"),
         ("tokens in flight", f"{in_flight:,}"),
@@ -63,10 +63,10 @@ def dry_run(recipe: Recipe) -> list[Table]:
     return [("Plan", ["what", "value"], [list(fact) for fact in facts]), ("Clients, a round", columns, cells)]
 
 
-def _held_out(split: Split) -> str:
+def describe_held_out(split: Split) -> str:
     """Describe the held-out records, and how many clients have none of their own where some do."""
     none = [name for name in split.train if name not in split.own]
-    without = f"; none of their own have {listed(none)}" if split.own and none else ""
+    without = f"; clients without any of their own: {listed(none)}" if split.own and none else ""
     return f"{len(split.held_out):,}{without}"
 
 

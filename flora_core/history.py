@@ -228,8 +228,9 @@ def _client_evaluation_table(history: History) -> tuple[list[str], list[list[str
     first, last = _ends(history)
     pairs = {name: ((first.get("clients") or {}).get(name, {}), end) for name, end in last["clients"].items()}
     columns, rows = _before_and_after("client", pairs, first, last)
-    for word, kind in (("mean", "mean"), ("mean, by examples", "weighted_mean"), ("standard deviation", "std")):
-        row = [word, str(len(pairs))]
+    words = {"mean": f"mean of {len(pairs)}", "weighted_mean": "mean, by examples", "std": "standard deviation"}
+    for kind, word in words.items():
+        row = [word, "-"]
         for key, _, spec in _METRICS:
             if last.get(key) is not None:
                 over = [(event.get("over_clients") or {}).get(key, {}) for event in (first, last)]

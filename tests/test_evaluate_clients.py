@@ -66,8 +66,8 @@ def test_a_run_reports_every_client_that_has_held_out_records(tmp_path):
     tables = {title: (columns, rows) for title, columns, rows in summary_tables(History.of(result.events))}
     columns, rows = tables["Held-out data of each client"]
     assert columns[:4] == ["client", "examples", "loss before", "loss round 2"]
-    assert [row[0] for row in rows] == [NAMES[0], NAMES[2], "mean", "mean, by examples", "standard deviation"]
-    assert [row[1] for row in rows] == ["2", "3", "2", "2", "2"]
+    assert [row[0] for row in rows] == [NAMES[0], NAMES[2], "mean of 2", "mean, by examples", "standard deviation"]
+    assert [row[1] for row in rows] == ["2", "3", "-", "-", "-"]
     assert float(rows[2][3]) == pytest.approx(result.after["over_clients"]["loss"]["mean"], abs=1e-3)
     page = write_report(tmp_path).read_text("utf-8")
     assert "St. Mary $1$ Hospital" in page

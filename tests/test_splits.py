@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flora_core.build import build_client, build_clients, build_held_out, client_names
+from flora_core.dry_run import describe_held_out
 from flora_core.recipes import Recipe, load
 from flora_core.splits import Split, split_data
 
@@ -168,6 +169,12 @@ def test_test_data_with_the_column_are_the_clients_own(tmp_path):
     split = split_data(natural(tmp_path, ["x", "y"] * 4, f"data.test={test}"))
     assert {name: ids(part) for name, part in split.own.items()} == {"x": [0, 3], "y": [1, 4]}
     assert len(split.held_out) == 6
+
+
+def test_the_dry_run_names_clients_without_held_out_records(tmp_path):
+    split = split_data(natural(tmp_path, ["x"] * 10 + ["lonely"]))
+    assert describe_held_out(split) == "1; clients without any of their own: lonely"
+    assert describe_held_out(split_data(natural(tmp_path, ["x", "y"] * 5))) == "2"
 
 
 def test_records_that_no_one_uses_are_counted(tmp_path):
