@@ -62,9 +62,8 @@ class EncodeReport:
         lines = [f"{text} (records: {len(places)}; {_first(places)})" for text, places in self.notes.items()]
         if self.truncated or self.dropped:
             cut = f"{self.truncated} of {self.records} records were longer than max_length and cut from the right"
-            lines.insert(
-                0, f"{cut}; {self.dropped} had no answer token left and were dropped; raise max_length to keep them"
-            )
+            hint = "; raise max_length to keep them" if self.truncated else ""
+            lines.insert(0, f"{cut}; {self.dropped} had no answer token left and were dropped{hint}")
         return lines
 
     def note(self, text: str, place: str) -> None:
