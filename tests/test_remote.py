@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -171,9 +172,13 @@ def test_folders_may_be_sent_and_clients_here_and_elsewhere_go_together(tmp_path
         save_peft_adapter(honest(task), tmp_path / f"{task.client}{task.round}", base_model=f"/{task.client}/base")
         return tmp_path / f"{task.client}{task.round}"
 
+    def by_update(task: Task) -> flora.ClientUpdate:
+        return replace(honest(task), base=f"/{task.client}/base")
+
+    own = {"a": by_update, "b": by_update, "c": by_folder, "d": by_folder}
     one, other = make_model(), make_model()
     elsewhere(None, {}, 2, model=one).run()
-    elsewhere(None, {}, 2, model=other, remote={**remotes({}), "c": by_folder, "d": by_folder}).run()
+    elsewhere(None, {}, 2, model=other, remote={**remotes({}), **own}).run()
     assert all(torch.equal(w, target_weights(other)[m]) for m, w in target_weights(one).items())
     clients = [spec if spec.name != "b" else flora.ClientSpec("b", None, spec.adapter) for spec in make_clients()]
     mixed = make_federation(clients=clients, remote={"b": honest}, weights="uniform", rounds=1).run()
