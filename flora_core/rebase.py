@@ -5,8 +5,9 @@ W_0 has the rows of all these sums beside its own:
 
     A = [A_1; ..; A_(t-1); A_client]      B = [c_1 B_1; ..; c_(t-1) B_(t-1); s B_client]
 
-The global model's has those of the global adapter last, for strategies that keep one. Where rows depend on each other,
-or are more than the matrix has, the triplets of the sum take their place: fewer rows with the same product.
+The global model's has those of the global adapter last, for strategies that keep one. Rows
+that cancel are left out. Where more are left than the matrix has, the sum itself takes their place, and where they
+depend on each other its singular triplets: fewer rows with the same product.
 
 Letters: K in_features, N out_features, P the sum of ranks.
 """
@@ -24,6 +25,7 @@ from .aggregate.adapter import as_stack
 from .aggregate.compress import balanced, full_rank, stack_svd
 from .aggregate.inputs import Stack, join_stacks
 from .checks import check_choice, require
+from .exchange import dense_stack
 from .fingerprint import Base, place_of, values
 from .merge import adapter_stack
 from .peft_io import save_stacked_adapter
@@ -123,13 +125,28 @@ def rebase_adapter(
 
 def _smallest(parts: Sequence[Stack]) -> Stack:
     """One stack of the sum, of as few rows as have its product, float32."""
-    A_PK, B_PN, coef_P = join_stacks(parts)
+    A_PK, B_PN, coef_P = _without_equal_rows(join_stacks(parts))
     stack = A_PK, B_PN * coef_P[:, None], torch.ones_like(coef_P)
+    K, N = A_PK.shape[1], B_PN.shape[1]
+    if len(A_PK) > min(N, K):
+        # The product itself beside unit rows, which costs no decomposition.
+        stack = dense_stack(stack[1].T @ A_PK)
     # Rows that are independent on both sides have a product of rank P: nothing is smaller.
     if not all(full_rank(rows) for rows in stack[:2]):
         A, B = balanced(stack_svd(stack))
-        stack = as_stack(A, B) if len(A) < len(A_PK) else stack
+        stack = as_stack(A, B) if len(A) < len(stack[0]) else stack
     return stack[0].float(), stack[1].float(), stack[2]
+
+
+def _without_equal_rows(stack: Stack) -> Stack:
+    """Take equal rows together: what a round takes out of the base for the global adapter, that adapter puts back."""
+    A_PK, B_PN, coef_P = stack
+    rows, place_P = torch.unique(torch.cat([A_PK, B_PN], 1), dim=0, return_inverse=True)
+    if len(rows) == len(A_PK):
+        return stack
+    coef = coef_P.new_zeros(len(rows)).index_add_(0, place_P, coef_P)
+    A, B = rows[coef != 0].split([A_PK.shape[1], B_PN.shape[1]], 1)
+    return A, B, coef[coef != 0]
 
 
 def _original(rounds: Sequence[SavedRound]) -> Base:

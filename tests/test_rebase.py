@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import flora_core as flora
+from flora_core import rebase
 from flora_core.aggregate import STRATEGIES
 from flora_core.checkpoint import ROUNDS
 from flora_core.peft_io import load_peft_adapter, read_base, read_config
@@ -171,6 +172,30 @@ def test_wide_modules_keep_the_stack_and_narrow_ones_are_recompressed(tmp_path):
     assert set(flora.rebase_adapter(tmp_path / "out", tmp_path / "whole").ranks.values()) == {27}
     run(tmp_path / "narrow")
     assert set(flora.rebase_adapter(tmp_path / "narrow/out", tmp_path / "small").ranks.values()) == {16}
+
+
+def test_rows_that_cancel_are_left_out_without_a_decomposition(monkeypatch):
+    """What a round of flora_warm or fedex takes out of the base, the global adapter puts back."""
+    random = torch.Generator().manual_seed(0)
+    A, B = torch.randn(5, 64, generator=random), torch.randn(5, 48, generator=random)
+    shared = A[3:], B[3:]
+    parts = [(A, B, torch.tensor([2.0, 1, 1, -1, -1])), (*shared, torch.ones(2))]
+    monkeypatch.setattr(rebase, "stack_svd", None)
+    A_PK, B_PN, coef_P = rebase._smallest(parts)
+    assert len(A_PK) == 3
+    want = (B[:3].double().T * torch.tensor([2.0, 1, 1]).double()) @ A[:3].double()
+    found = (B_PN.double().T * coef_P) @ A_PK.double()
+    assert float((found - want).norm()) <= 1e-6 * float(want.norm())
+
+
+def test_more_rows_than_the_matrix_has_become_the_matrix_without_a_decomposition(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    A, B = torch.randn(40, 24, generator=random), torch.randn(40, 16, generator=random)
+    monkeypatch.setattr(rebase, "stack_svd", None)
+    A_PK, B_PN, _ = rebase._smallest([(A, B, torch.ones(40))])
+    want = B.double().T @ A.double()
+    assert len(A_PK) == 16
+    assert float((B_PN.double().T @ A_PK.double() - want).norm()) <= 1e-6 * float(want.norm())
 
 
 def test_a_folder_of_an_earlier_version_is_read_by_its_settings_and_events(tmp_path):
