@@ -161,6 +161,16 @@ def turn(**fields):
     return {"messages": [ASK, {**ANSWER, **fields}]}
 
 
+@pytest.mark.parametrize("fields", [{**ALPACA, "input": "more"}, CHAT], ids=["alpaca", "chat"])
+def test_text_that_repeats_the_record_is_reported_and_another_is_refused(fields):
+    turns = normalise(fields, "here").messages or []
+    rendered = "Below is an instruction." + "".join(f"\n### {turn['content']}" for turn in turns)
+    record = normalise({**fields, "text": rendered}, "here")
+    assert (record.messages, record.unknown) == (turns, ("text",))
+    with pytest.raises(ValueError, match="text stands beside"):
+        normalise({**fields, "text": rendered.replace(turns[-1]["content"], "")}, "here")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -113,6 +113,10 @@ def read_form(fields: Mapping[str, Any]) -> Parts:
     if parts.messages is not None:
         _read_settings(columns, parts)
         columns.left = {name: value for name, value in columns.left.items() if not _repeats(name, value, parts)}
+        if _renders(columns.left.get("text"), parts):
+            # Alpaca's and others' data sets bring each record a second time, laid out for some template.
+            parts.unknown.append("text")
+            del columns.left["text"]
     for name in _CONTENT:
         if columns.has((name,)):
             used = next(name for name in columns.given if name not in columns.left)
@@ -242,6 +246,13 @@ def _repeats(name: str, value: Any, parts: Parts) -> bool:
     """Tell a column whose text is one of the messages anyway (a data set's prompt beside its messages)."""
     content = (*QUESTION, *ANSWER)
     return name in content and any(message["content"] == value for message in parts.messages or [])
+
+
+def _renders(text: Any, parts: Parts) -> bool:
+    """Tell a text that repeats the whole record: every paragraph of every turn stands in it."""
+    contents = [message["content"] for message in parts.messages or [] if isinstance(message["content"], str)]
+    paragraphs = [part.strip() for content in contents for part in content.split("\n\n")]
+    return isinstance(text, str) and any(paragraphs) and all(part in text for part in paragraphs)
 
 
 def _found(fields: Mapping[str, Any]) -> str:
