@@ -15,17 +15,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a module may import its own floor and those below. A name stands for a package as well.
 FLOORS = [
-    "checks data_paths extras other_names strategy_names",
-    "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty",
-    "ops",
-    "models linear attention optimizer loss data forward cohort attach planner",
+    "checks data_paths extras other_names strategy_names package_index peft_keys repeatable",
     (
-        "steps trainer evaluate aggregate validate privacy peft_io saving merge checkpoint identity demo_model "
-        "device testing"
+        "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty "
+        "arguments attention_ways calls fingerprint fused headers keys keys_check library merge_ways pausing "
+        "peft_config recompute sharding snapshot tuning ways"
+    ),
+    "ops",
+    (
+        "models linear attention optimizer loss data forward cohort attach planner beside explaining federation_config "
+        "graphs local"
+    ),
+    (
+        "steps trainer evaluate aggregate validate privacy peft_io saving merge checkpoint identity demo_model device "
+        "testing adapter_command aggregate_command card exchange flower_messages incoming rebase replay server "
+        "sharded_merge site streaming"
     ),
     "loading",
-    "federation distributed report",
-    "recipes splits build dry_run flower",
+    "federation distributed report remote resuming training_round",
+    "recipes splits build dry_run flower deploy_command flower_node",
     "cli",
 ]
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
@@ -170,18 +178,17 @@ def rooms() -> set[str]:
     return {path.relative_to(ROOT / "flora_core").parts[0].removesuffix(".py") for path, _, _ in sources("flora_core")}
 
 
-def floor(name: str, seen: tuple[str, ...] = ()) -> int:
-    """A room's floor in the table; one that the table does not name stands as high as what it imports."""
-    if name in FLOOR_OF:
-        return FLOOR_OF[name]
-    return max((floor(other, (*seen, name)) for other in below().get(name, ()) if other not in seen), default=0)
+def test_every_room_has_one_floor():
+    named = [name for names in FLOORS for name in names.split()]
+    assert len(named) == len(set(named))
+    assert set(named) == rooms() - {"__init__"}, set(named) ^ (rooms() - {"__init__"})
 
 
 def test_imports_run_downward_only():
     up = [
         f"{where} imports {target}"
         for where, source, name in edges()
-        if (target := room(name)) in rooms() and target and floor(target) > floor(source)
+        if (target := room(name)) in rooms() and target and FLOOR_OF.get(target, 0) > FLOOR_OF.get(source, 0)
     ]
     assert not up, f"imports must go to the same floor or below: {up}"
 
@@ -199,11 +206,11 @@ def test_no_two_rooms_import_each_other():
     assert not circles, f"these import one another in a circle: {circles}"
 
 
-def test_the_guide_to_the_files_names_files_that_are_there():
+def test_the_guide_names_every_file_once():
     table = (ROOT / "docs" / "engine.md").read_text().partition("## Which file holds what")[2].partition("\n## ")[0]
-    told = re.findall(r"`(\w+)/?`", table.partition("|---|")[2])
-    assert len(told) == len(set(told)) > 0
-    assert set(told) <= rooms(), set(told) - rooms()
+    named = re.findall(r"`(\w+)/?`", table.partition("|---|")[2])
+    assert len(named) == len(set(named)), "a file is named twice"
+    assert set(named) == rooms() - {"__init__"}, set(named) ^ (rooms() - {"__init__"})
 
 
 def test_rooms_keep_out_of_what_is_not_theirs():
