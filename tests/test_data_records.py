@@ -249,3 +249,29 @@ def test_check_records_names_the_source():
         check_records([], "client 'a'")
     with pytest.raises(ValueError, match="record 1: a record must be a dict, got str"):
         check_records([ALPACA, "text"], "here")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"conversations": ["q", "a"], "source": "s"},
+        {"conversation": [{"input": "q", "output": "a"}]},
+        {"conversations": [{"from": "user", "value": "q"}, {"from": "bing", "value": "a"}]},
+        {"prompt": "q ", "messages": [ASK, ANSWER]},
+    ],
+    ids=["texts", "pairs", "bing", "trimmed-prompt"],
+)
+def test_reads_shapes_of_public_data_sets(fields):
+    assert messages_of(**fields) == [ASK, ANSWER]
+    assert loss_of(**fields) == [False, True]
+
+
+def test_a_list_of_texts_may_end_with_a_question():
+    assert loss_of(conversations=["q", "a", "q"]) == [False, True, False]
+
+
+def test_refuses_a_message_of_a_tree_and_a_mask_of_parts():
+    with pytest.raises(ValueError, match="one message of a tree"):
+        normalise({"text": "t", "role": "prompter", "parent_id": None}, "here")
+    with pytest.raises(ValueError, match="train_detail masks parts"):
+        normalise({"messages": [ASK, {**ANSWER, "train_detail": []}]}, "here")

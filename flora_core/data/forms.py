@@ -105,6 +105,8 @@ def read_form(fields: Mapping[str, Any]) -> Parts:
     elif _is_question(columns):
         _read_question(columns, parts)
     elif "text" in columns.left:
+        tree = columns.has(("text",)) and columns.has(("role",)) and "parent_id" in fields
+        require(not tree, "the record is one message of a tree (text, role, parent_id); join each path into messages")
         parts.text = columns.text(("text",))
     elif empty := [name for name in CHAT if name in columns.given]:
         raise ValueError(f"{empty[0]} must be a list of at least one message, got {columns.given[empty[0]]!r:.80}")
@@ -244,8 +246,9 @@ def _read_settings(columns: _Columns, parts: Parts) -> None:
 
 def _repeats(name: str, value: Any, parts: Parts) -> bool:
     """Tell a column whose text is one of the messages anyway (a data set's prompt beside its messages)."""
-    content = (*QUESTION, *ANSWER)
-    return name in content and any(message["content"] == value for message in parts.messages or [])
+    if name not in (*QUESTION, *ANSWER) or not isinstance(value, str):
+        return False
+    return any(message["content"].strip() == value.strip() for message in parts.messages or [])
 
 
 def _renders(text: Any, parts: Parts) -> bool:

@@ -17,7 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLE_OF = {
     **{role: role for role in ROLES},
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "model", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("gpt", "model", "chatgpt", "bing", "bard", "function_call"), "assistant"),
     **dict.fromkeys(("function", "observation", "tool_response", "function_response", "ipython"), "tool"),
 }
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -64,9 +64,19 @@ def read_conversation(value: Any, name: str) -> Conversation:
     value = parsed(value, name)
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{name} must be a list of at least one message, got {value!r:.80}")
-    turns = [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(value)]
+    turns = [_turn(turn, f"{name}[{number}]") for number, turn in enumerate(_spelled_out(value))]
     unknown = sorted({f"{name}[].{key}" for turn in turns for key in turn[2]})
     return Conversation([turn[0] for turn in turns], [turn[1] for turn in turns], unknown)
+
+
+def _spelled_out(value: Any) -> list[Any]:
+    """The turns of a list that gives only their texts in order (LIMA's), or pairs of input and output (Capybara's)."""
+    if len(value) > 1 and all(isinstance(turn, str) for turn in value):
+        return [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(value)]
+    if all(isinstance(turn, Mapping) and turn.keys() == {"input", "output"} for turn in value):
+        pairs = [(("user", turn["input"]), ("assistant", turn["output"])) for turn in value]
+        return [{"role": role, "content": text} for pair in pairs for role, text in pair]
+    return list(value)
 
 
 def read_tools(value: Any) -> list[Any]:
@@ -199,6 +209,7 @@ def _call(call: Any, name: str) -> dict[str, Any]:
 def _loss(given: Mapping[str, Any], role: str, name: str) -> bool:
     """Read the loss mask of a turn; without one the assistant's turns carry loss, and no others."""
     require("mask" not in given, f"{name}.mask can mean either; write train: true or false, or weight: 1 or 0")
+    require("train_detail" not in given, f"{name}.train_detail masks parts of a turn, which cannot be; split the turn")
     asked = {key: _flag(given[key], f"{name}.{key}") for key in _TRAINED if key in given}
     asked |= {key: not _flag(given[key], f"{name}.{key}") for key in _LEFT_OUT if key in given}
     require(len({*asked.values()}) < 2, f"{name}: {', '.join(asked)} contradict one another; keep one")
