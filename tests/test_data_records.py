@@ -161,6 +161,26 @@ def turn(**fields):
     return {"messages": [ASK, {**ANSWER, **fields}]}
 
 
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [("problem", "solution"), ("problem", "generated_solution"), ("inputs", "targets"), ("input", "target")],
+)
+def test_question_and_answer_by_the_names_of_public_data(asked, answered):
+    messages = normalise({asked: "1+1?", answered: "2", "id": 1}, "here").messages or []
+    assert [message["content"] for message in messages] == ["1+1?", "2"]
+    with pytest.raises(ValueError, match="both hold the same part"):
+        normalise({asked: "1+1?", answered: "because ... 2", "answer": "2"}, "here")
+
+
+def test_prompt_that_repeats_question_and_answer_is_reported_and_another_is_refused():
+    rendered = (
+        f"### Instruction: {ALPACA['instruction']} ### Input: {ALPACA.get('input', '')} ### Output: {ALPACA['output']}"
+    )
+    assert normalise({**ALPACA, "prompt": rendered}, "here").unknown == ("prompt",)
+    with pytest.raises(ValueError, match="instruction and prompt both hold"):
+        normalise({**ALPACA, "prompt": "another question"}, "here")
+
+
 @pytest.mark.parametrize("fields", [{**ALPACA, "input": "more"}, CHAT], ids=["alpaca", "chat"])
 def test_text_that_repeats_the_record_is_reported_and_another_is_refused(fields):
     turns = normalise(fields, "here").messages or []

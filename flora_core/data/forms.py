@@ -1,8 +1,7 @@
 """Forms of a record: which columns hold the conversation, and what each of them becomes.
 
     chat        messages | conversations                 a list of turns, ShareGPT's too
-    question    instruction | question | prompt | query  with input | context, system, history, and
-                output | response | answer | completion  the answer
+    question    `QUESTION` with input | context, system, history, and one of `ANSWER`
     prompt      prompt and completion as lists of turns  loss on the completion alone
     choices     question, choices, answer (an index)     for evaluation
     text        text                                     all of it is learned
@@ -30,9 +29,9 @@ from .messages import (
 
 CHAT = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt", "system_message")
-QUESTION = ("instruction", "question", "prompt", "query")
+QUESTION = ("instruction", "question", "prompt", "query", "problem", "inputs")
 EXTRA = ("input", "context")
-ANSWER = ("output", "response", "answer", "completion")
+ANSWER = ("output", "response", "answer", "completion", "solution", "generated_solution", "target", "targets")
 TEMPLATE_KWARGS = ("chat_template_kwargs", "template_kwargs")
 ACCEPTED = (
     "messages | conversations | instruction, output (and input) | instruction, response (and context) | "
@@ -111,7 +110,10 @@ def read_form(fields: Mapping[str, Any]) -> Parts:
     elif empty := [name for name in CHAT if name in columns.given]:
         raise ValueError(f"{empty[0]} must be a list of at least one message, got {columns.given[empty[0]]!r:.80}")
     else:
-        raise ValueError(f"the record lacks the needed fields; found: {_found(fields)}; accepted: {ACCEPTED}")
+        raise ValueError(
+            f"the record lacks the needed fields; found: {_found(fields)}; accepted: {ACCEPTED}; rename the columns "
+            "that hold question and answer"
+        )
     if parts.messages is not None:
         _read_settings(columns, parts)
         columns.left = {name: value for name, value in columns.left.items() if not _repeats(name, value, parts)}
@@ -150,6 +152,9 @@ def _read_chat(columns: _Columns, parts: Parts) -> None:
 
 def _read_question(columns: _Columns, parts: Parts) -> None:
     """Question and answer, each a text or, as trl has them, a list of turns."""
+    if _renders_columns(columns):
+        parts.unknown.append("prompt")
+        del columns.left["prompt"]
     asked, answered = columns.take(QUESTION), columns.take(ANSWER)
     extra_name, extra = columns.take(EXTRA)
     if asked[1] in (None, "") and extra_name == "input" and extra:
@@ -249,6 +254,14 @@ def _repeats(name: str, value: Any, parts: Parts) -> bool:
     if name not in (*QUESTION, *ANSWER) or not isinstance(value, str):
         return False
     return any(message["content"].strip() == value.strip() for message in parts.messages or [])
+
+
+def _renders_columns(columns: _Columns) -> bool:
+    """Tell a prompt that repeats the question beside it and the answer, laid out for some template."""
+    names = [name for name in (*QUESTION, *EXTRA, *ANSWER) if name != "prompt"]
+    given = [value for name in names if isinstance(value := columns.left.get(name), str) and value.strip()]
+    prompt, asks = columns.left.get("prompt"), any(name in columns.left for name in QUESTION if name != "prompt")
+    return isinstance(prompt, str) and asks and len(given) > 1 and all(value.strip() in prompt for value in given)
 
 
 def _renders(text: Any, parts: Parts) -> bool:
