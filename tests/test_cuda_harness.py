@@ -166,7 +166,7 @@ MUTATIONS = {
     "mask one row off": ("clients.cuh", "first_row + uint32_t(row),", "first_row + uint32_t(row) + 1,", shrink),
     "rank past its end": ("expand.cuh", "s_unit, rows, rank - r)", "s_unit, rows, rank - r + 1)", expand),
     "too little shared memory": ("backend.cu", "sizeof(ExpandMemory<T, F>)", "sizeof(ExpandMemory<T, F>) - 64", expand),
-    "scale on the wrong side": ("wgrad.cuh", "factor = side.scaled ?", "factor = !side.scaled ?", wgrad),
+    "scale on the wrong side": ("wgrad.cuh", "Sum(0) : side.scaled ?", "Sum(0) : !side.scaled ?", wgrad),
     "store past the edge": ("tile.cuh", "if (e < real) st_global(", "st_global(", expand),
     "unaligned 16-byte copy": ("tile.cuh", "if (unit == 16) {", "if (unit) {", wgrad),
     "barrier for half the block": (

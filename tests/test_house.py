@@ -64,21 +64,25 @@ def test_the_wheel_has_both_packages_and_the_recipes(tmp_path):
     assert recipes == {path.name for path in (tmp_path / "flora_core/packaged_recipes").iterdir()}
 
 
+def dry_make(*words: str) -> str:
+    """The commands that make would run, whatever the settings of a make that these tests may run under."""
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
+    done = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True, env=env)
+    return done.stdout
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 @pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "bench"])
 def test_make_with_an_interpreter_of_yours_installs_nothing(target):
-    done = subprocess.run(
-        ["make", "-n", target, "PYTHON=/x/python"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "/x/python -m" in done.stdout
-    assert "pip" not in done.stdout
-    assert "venv" not in done.stdout
+    lines = dry_make(target, "PYTHON=/x/python")
+    assert "/x/python -m" in lines
+    assert "pip" not in lines
+    assert "venv" not in lines
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_make_installs_torch_first_and_by_exact_version(tmp_path):
-    command = ["make", "-n", "install", f"VENV={tmp_path}/v", "TORCH_INDEX=https://example.org/whl"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = dry_make("install", f"VENV={tmp_path}/v", "TORCH_INDEX=https://example.org/whl").splitlines()
     installs = [line for line in lines if " install " in line]
     assert re.search(
         r"torch==\d+\.\d+\.\d+ -c constraints\.txt --extra-index-url https://example\.org/whl", installs[0]
@@ -88,18 +92,14 @@ def test_make_installs_torch_first_and_by_exact_version(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_the_demo_installs_what_users_need_alone(tmp_path):
-    done = subprocess.run(
-        ["make", "-n", "demo", f"VENV={tmp_path}/v"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "-e '.[train,cli]'" in done.stdout
-    assert f"touch {tmp_path}/v/.flora-demo" in done.stdout
+    lines = dry_make("demo", f"VENV={tmp_path}/v")
+    assert "-e '.[train,cli]'" in lines
+    assert f"touch {tmp_path}/v/.flora-demo" in lines
     assert not (tmp_path / "v").exists()
     (tmp_path / "v").mkdir()
     (tmp_path / "v/.flora-installed").touch()
-    done = subprocess.run(
-        ["make", "-n", "demo", f"VENV={tmp_path}/v"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert " install " not in done.stdout
+    lines = dry_make("demo", f"VENV={tmp_path}/v")
+    assert " install " not in lines
 
 
 def test_the_sdist_has_what_a_wheel_is_built_from(tmp_path):
