@@ -99,7 +99,8 @@ def test_a_launch_that_fails_leaves_no_error_for_others(machine: Describe):
 def adamw(library: Library) -> torch.Tensor:
     buffers = [torch.ones(8) for _ in range(4)]
     hyper_CH = torch.tensor([[3e-2, 0.9, 0.999, 1e-8, 0.1, 5, 1]], dtype=torch.float64)
-    library.cohort_adamw_(*buffers, Segments([8]), hyper_CH, [0])
+    param, grad, mean, square = buffers
+    library.cohort_adamw_(param, grad, mean, square, Segments([8]), hyper_CH, [0])
     return buffers[0]
 
 

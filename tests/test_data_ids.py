@@ -127,6 +127,41 @@ def test_a_turn_of_calls_ends_with_the_next_role_where_a_template_ends_turns_so(
     assert last == "one dog<|endoftext|>"
 
 
+# Arguments between special tokens, no end mark behind calls; one of two ways to end a conversation.
+QUOTED_CALLS = (
+    "{% for m in messages %}{{ '<|turn>' + m.role + '\n' + m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ '<|call>call:' + c.function.name + '{' }}{% for key, value in c.function.arguments | dictsort %}"
+    "{{ key + ':<|q|>' + value + '<|q|>' }}{% endfor %}{{ '}<call|>' }}{% endfor %}"
+    "{% if not m.tool_calls %}{{ '<turn|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>assistant\n' }}{% endif %}"
+)
+CLOSED = "{% if not add_generation_prompt and messages[-1].tool_calls %}{{ '<turn|>' }}{% endif %}"
+
+
+@pytest.mark.parametrize("closing", ["", CLOSED], ids=["as it goes on", "closed at the end"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_calls_with_arguments_between_special_tokens_are_learned_whole(closing, count):
+    tokenizer = make("byte-level BPE", QUOTED_CALLS + closing, "<turn|>")
+    marks = ["<|turn>", "<turn|>", "<|call>", "<call|>", "<|q|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    messages = [CALLED[0], {**CALLED[1], "tool_calls": [CALL] * count}, *CALLED[2:]]
+    example, report = encoded({"messages": messages}, tokenizer)
+    assert not report
+    first, last = learned(tokenizer, example)
+    assert first == "<|call>call:look{at:<|q|>dog<|q|>}<call|>" * count
+    assert last == "one dog<turn|>"
+
+
+def test_call_that_a_template_drops_is_refused_though_a_tool_has_its_name():
+    without = CALLS.replace("m.tool_calls or []", "[]")
+    tokenizer = make("byte-level BPE", without, "<|im_end|>")
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    with pytest.raises(
+        ValueError, match=r"record 0: the chat template leaves out the tool calls of message 1 \(look\)"
+    ):
+        encoded({"messages": CALLED, "tools": tools}, tokenizer)
+
+
 def test_masked_turns_have_no_loss():
     tokenizer = make("byte-level BPE", "chatml")
     record = ask("cat", "dog")

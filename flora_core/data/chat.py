@@ -286,13 +286,28 @@ class _View:
 
     def _stop_of_calls(self, turn: int, start: int | None) -> tuple[int, int]:
         """Find the end of a turn that calls tools: the end mark between its last call and the next message."""
-        calls = self.messages[turn]["tool_calls"]
-        lost = [call["function"]["name"] for call in calls if call["function"]["name"] not in self.text]
-        if lost:
+        begins, stop = self._stop_of_turn(turn, start) or self._stop_behind_calls(turn, start)
+        names = [call["function"]["name"] for call in self.messages[turn]["tool_calls"]]
+        lost = next((name for name in names if name not in self.text[begins:stop]), None)
+        if lost is not None:
             raise ValueError(
-                f"{self.record.place}: the chat template leaves out the tool calls of message {turn} ({lost[0]}), so "
+                f"{self.record.place}: the chat template leaves out the tool calls of message {turn} ({lost}), so "
                 "its answer would be empty; use a template with tools, or remove the turn"
             )
+        return begins, stop
+
+    def _stop_of_turn(self, turn: int, start: int | None) -> tuple[int, int] | None:
+        """Find the end of a turn in a conversation that ends with it; None where the template ends it otherwise."""
+        if start is None or self.chat.role_ends:
+            return None
+        until = self.chat.render(self.messages[: turn + 1], self.record)
+        ends = list(self.chat.special.finditer(until, start))
+        if not self.text.startswith(until) or not ends or until[ends[-1].end() :].strip():
+            return None
+        return start, ends[-1].end()
+
+    def _stop_behind_calls(self, turn: int, start: int | None) -> tuple[int, int]:
+        """Find the end of a turn by a stand-in for the arguments of its last call."""
         between = self._after_calls(turn)
         ends = list(self.chat.special.finditer(between))
         end = next((end for end in ends if end.group() in self.chat.ends), ends[0] if ends else None)
@@ -301,8 +316,12 @@ class _View:
         if end is None:
             at = len(self.text) if turn == len(self.messages) - 1 else self.text.find(between, start or 0)
             return start or 0, self._or_open(turn, None, max(at, 0))
-        tail = between[: end.end()]
-        at = self.text.find(tail, start or 0)
+        tail, at = between[: end.end()], start or 0
+        for call in self.messages[turn]["tool_calls"]:
+            name = call["function"]["name"]
+            found = self.text.find(name, at)
+            at = at if found < 0 else found + len(name)
+        at = self.text.find(tail, at)
         if at < 0:
             raise ValueError(
                 f"{self.record.place}: the end of the tool calls of message {turn} cannot be found in what the chat "
@@ -321,7 +340,10 @@ class _View:
         marked[turn] = {**marked[turn], "tool_calls": [*others, last]}
         if turn + 1 < len(marked):
             marked[turn + 1] = {**marked[turn + 1], "content": _NEXT}
-        after = self.chat.render(marked, self.record).rpartition(_STAND_IN)[2]
+        before, _, after = self.chat.render(marked, self.record).rpartition(_STAND_IN)
+        quote = self.chat.special.match(after)
+        if quote is not None and before.endswith(quote.group()):
+            after = after[quote.end() :]
         return after.partition(_NEXT)[0].lstrip("\"'")
 
     def _or_open(self, turn: int, stop: int | None, at: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from random import Random
@@ -13,16 +13,16 @@ from typing import Any
 
 from ..checks import check_choice, check_name, check_number, nearest, require
 from ..seeds import derive
-from .records import Record
 
 SCHEMES = ("iid", "shard", "dirichlet", "natural")
 _TRIES = 100
 
+Row = Mapping[str, Any]
 Clients = dict[str, list[int]]
 
 
 def partition(
-    records: Sequence[Record],
+    records: Sequence[Row],
     num_clients: int | None,
     scheme: str,
     *,
@@ -78,7 +78,7 @@ def partition(
 
 
 def partition_file(
-    path: str | os.PathLike[str], records: Sequence[Record], split: str, *, id_column: str = "id", test: str = "test"
+    path: str | os.PathLike[str], records: Sequence[Row], split: str, *, id_column: str = "id", test: str = "test"
 ) -> tuple[Clients, list[int]]:
     """Read a split from a file {split name: {client: [id, ...], ..., "test": [id, ...]}}.
 
@@ -179,7 +179,7 @@ def _proportions(count: int, alpha: float, random: Random) -> list[float]:
     return [draw / sum(draws) for draw in draws]
 
 
-def _natural(records: Sequence[Record], num_clients: int | None, column: str) -> Clients:
+def _natural(records: Sequence[Row], num_clients: int | None, column: str) -> Clients:
     """Group by the column that names the client."""
     parts = _labels(records, column)
     for name, part in parts.items():
@@ -195,7 +195,7 @@ def _natural(records: Sequence[Record], num_clients: int | None, column: str) ->
     return parts
 
 
-def _labels(records: Sequence[Record], column: str) -> dict[str, list[int]]:
+def _labels(records: Sequence[Row], column: str) -> dict[str, list[int]]:
     """Group indices by a column's value, values in sorted order."""
     groups: dict[str, list[int]] = defaultdict(list)
     for index, record in enumerate(records):
@@ -203,7 +203,7 @@ def _labels(records: Sequence[Record], column: str) -> dict[str, list[int]]:
     return dict(sorted(groups.items()))
 
 
-def _column_index(records: Sequence[Record], column: str) -> dict[str, int]:
+def _column_index(records: Sequence[Row], column: str) -> dict[str, int]:
     """Map a column's values, which must differ, to indices."""
     table: dict[str, int] = {}
     for index, record in enumerate(records):
@@ -216,7 +216,7 @@ def _column_index(records: Sequence[Record], column: str) -> dict[str, int]:
     return table
 
 
-def _value(record: Record, index: int, column: str) -> object:
+def _value(record: Row, index: int, column: str) -> object:
     """Read a column that every record must have."""
     place = _place(record, index)
     if column not in record:
