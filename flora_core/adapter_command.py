@@ -11,7 +11,7 @@ LAYOUTS = ("peft", "vllm")
 _EXAMPLES = """examples:
   flora adapter runs/demo --out served                            the global model as one adapter on the original base
   flora adapter runs/demo --out served --layout vllm              of one rank that vLLM serves
-  flora adapter runs/demo --round 3 --client clinic-a --out a3    what clinic-a had after round 3
+  flora adapter runs/demo --round 3 --client clinic-a --out a3    the adapter of clinic-a after round 3
 """
 
 
@@ -26,7 +26,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("run_dir", help="the out= folder of a run, finished or not")
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder of the adapter")
     parser.add_argument("--round", type=int, metavar="N", help="the round; the newest unless given")
-    parser.add_argument("--client", metavar="NAME", help="whose adapter; the global model's unless given")
+    parser.add_argument(
+        "--client", metavar="NAME", help="the client of the adapter; the global model's adapter unless given"
+    )
     parser.add_argument("--layout", default="peft", metavar="peft|vllm", help="vllm: one rank that vLLM serves")
     parser.add_argument(
         "--strategy", metavar="FILE.py:NAME", help="where the run's strategy is defined, if it is one of your own"
@@ -35,7 +37,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the arguments say."""
+    """Run the command."""
     check_choice("layout", options.layout, LAYOUTS)
     from .aggregate import load_strategy
     from .history import show_bytes

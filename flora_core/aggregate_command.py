@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -54,15 +55,15 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--scale",
-        type=float,
+        type=_scale,
         default=1.0,
         metavar="NUMBER",
-        help="factor of the weighted sum: 0.5 merges at half strength, -1 subtracts (1 unless given)",
+        help="factor of the weighted sum: 0.5 merges at half strength, -1 or -1e-3 subtracts (1 unless given)",
     )
     parser.add_argument(
         "--tokenizer",
         choices=("base", "adapter"),
-        help="whose tokenizer and chat template the merged model gets (the base's unless given)",
+        help="the tokenizer and chat template of the merged model (the base's unless given)",
     )
     parser.add_argument(
         "--partial", action="store_true", help="merge what is there of an adapter that lacks modules of its config"
@@ -82,7 +83,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the arguments say."""
+    """Run the command."""
     if options.verify and options.as_adapter:
         raise ValueError("--verify certifies a merged base, and --as-adapter writes none; leave one out")
     if options.tokenizer and options.as_adapter:
@@ -126,6 +127,16 @@ def run(options: argparse.Namespace) -> int:
         return 130
     print_tables(tables)
     return 0
+
+
+def _scale(text: str) -> float:
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale) or scale == 0:
+        raise argparse.ArgumentTypeError(f"must be a finite number other than 0, such as 0.5 or -1e-3, got {text!r}")
+    return scale
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, float]:
@@ -196,7 +207,7 @@ def _merge_tables(report: MergeReport) -> list[Table]:
 
 
 def _share_rows(report: MergeReport | ExportReport) -> list[list[str]]:
-    """What of each adapter is in the result: its share of the weights, times alpha / r, times the scale."""
+    """The part of each adapter in the result: its share of the weights, times alpha / r, times the scale."""
     rows = []
     for one in report.adapters:
         ranks, scaling = (_span(one[key]) for key in ("ranks", "scaling"))

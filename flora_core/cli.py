@@ -65,7 +65,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         parser.exit(2, "\nflora: a command is required\n")
     if not words[0].startswith("-") and words[0] not in commands:
         parser.error(f"unknown command {words[0]!r}; {nearest(words[0], commands)}")
-    options, rest = parser.parse_known_args(words)
+    options, rest = parser.parse_known_args(_join_numbers(words))
     if words[0] not in commands:
         parser.error(f"unknown arguments: {' '.join(words)}")
     options.name = words[0]
@@ -76,6 +76,25 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if options.command is _run:
         options.overrides = [*options.overrides, *overrides, *([f"out={options.out}"] if options.out else [])]
     return options
+
+
+def _join_numbers(words: list[str]) -> list[str]:
+    """Write ``--name -1e-3`` as ``--name=-1e-3``: argparse takes the exponent of a negative number for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and re.fullmatch(r"--[a-z][a-z-]*", joined[-1]) and _is_negative(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _is_negative(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return word.startswith("-")
 
 
 def _refuse(parser: argparse.ArgumentParser, words: list[str]) -> None:

@@ -2,13 +2,13 @@
 
 An adapter of round t was trained on the base after the rounds before it. Its factors fit every base of these shapes,
 so only the weights can say which one is right. 256 values of each weight are kept, evenly spaced, in the dtype that the
-clients trained on. A checkpoint in another dtype is cast to that one first, as loading it would. A round's low-rank
+clients trained on. A checkpoint in another dtype is compared in the coarser of both. A round's low-rank
 change reaches nearly every value, while the same sum made by another program differs in the last bits alone:
 
     ||found - kept|| <= tolerance ||kept||         over the values of all modules
 
     float64, float32    8 eps of float32: any larger difference is a change of the weights
-    bfloat16, float16   eps / 20: one value in 500 rounded the other way; sums rounded several times differ more
+    bfloat16, float16   eps / 20: one value in 500 rounded to its other side; sums rounded several times differ more
 
 Letters: K in_features, N out_features.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,18 @@ from .checks import require
 from .tensor_checks import FLOAT_DTYPES
 
 _VALUES = 256
+
+
+class Comparison(NamedTuple):
+    """The distance of a base from the one of a record, and the largest that rounding explains."""
+
+    distance: float
+    tolerance: float
+
+    @property
+    def same(self) -> bool:
+        """True where rounding explains the distance."""
+        return self.distance <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class Base:
 
     @property
     def label(self) -> str | None:
-        """What an adapter's config calls it: no name that can be loaded where the base is not the original one."""
+        """The name in an adapter's config: no name that can be loaded where the base is not the original one."""
         if self.round == 0:
             return self.name
         return f"the base after round {self.round} of a run on {self.name or 'a base without a name'}, see README.md"
@@ -58,23 +70,25 @@ class Base:
         return replace(self, weights={module: self.weights[module] for module in modules if module in self.weights})
 
     def distance(self, weight_of: Callable[[str], torch.Tensor]) -> float:
-        """``||found - kept|| / ||kept||`` over the values of all modules.
+        """``||found - kept|| / ||kept||`` over the values of all modules; see ``compare``."""
+        return self.compare(weight_of).distance
+
+    def compare(self, weight_of: Callable[[str], torch.Tensor]) -> Comparison:
+        """Measure how far a base is from this one, in the coarser dtype of both.
 
         Args:
             weight_of: Gives a module's weight (N, K) in the base to compare, in any floating-point dtype.
         """
-        apart = whole = 0.0
+        difference = norm = eps = 0.0
         for module, kept in self.weights.items():
-            found = values(weight_of(module)).to(kept.dtype)
-            apart += float((found.double() - kept.double()).square().sum())
-            whole += float(kept.double().square().sum())
-        return (apart / whole) ** 0.5 if whole else float(apart > 0)
-
-    @property
-    def tolerance(self) -> float:
-        """The largest distance that rounding explains."""
-        narrow = max((torch.finfo(kept.dtype).eps for kept in self.weights.values()), default=0.0)
-        return narrow / 20 if narrow > 1e-4 else 8 * torch.finfo(torch.float32).eps
+            found = values(weight_of(module))
+            dtype = max(kept.dtype, found.dtype, key=lambda one: torch.finfo(one).eps)
+            eps = max(eps, torch.finfo(dtype).eps)
+            wanted, found = kept.to(dtype).double(), found.to(dtype).double()
+            difference += float((found - wanted).square().sum())
+            norm += float(wanted.square().sum())
+        distance = (difference / norm) ** 0.5 if norm else float(difference > 0)
+        return Comparison(distance, eps / 20 if eps > 1e-4 else 8 * torch.finfo(torch.float32).eps)
 
     def to_json(self) -> dict[str, Any]:
         """All but the values."""
@@ -122,23 +136,27 @@ def check_base(
     Args:
         base: The adapter's record.
         weight_of: Gives a module's weight (N, K) in the base that is given.
-        adapter, given: What to call both in the error.
-        advice: What else to do about it.
+        adapter, given: Names of both in the error.
+        advice: Another remedy.
     Raises:
         ValueError: With the base that is needed, how far the given one is from it, and the remedy.
     """
-    distance = 0.0 if base is None else base.distance(weight_of)
-    if base is None or distance <= base.tolerance:
+    if base is None:
         return
-    name = repr(base.name) if base.name else "its run's original base"
-    needed = f"{name} itself" if base.round == 0 else f"{name} as round {base.round} of its run left it"
+    distance, tolerance = found = base.compare(weight_of)
+    if found.same:
+        return
     remedy = "give the base that it was trained on"
     if base.round:
+        name = repr(base.name) if base.name else "its run's original base"
+        needed = f"{name} as round {base.round} of its run left it"
         remedy = f"`flora adapter RUN --round ROUND --client NAME --out DIR` writes it for {name}, exactly"
+    else:
+        needed = f"{base.name!r} itself" if base.name else "a base that it does not name"
     raise ValueError(
         f"{adapter} was trained on {needed}, and {given} is another base: its weights are {distance:.1e} of their norm "
-        f"away, where rounding explains {base.tolerance:.0e}; {remedy}{advice}"
+        f"away, where rounding explains {tolerance:.0e}; {remedy}{advice}"
     )
 
 
-__all__ = ["Base", "check_base", "place_of", "values", "values_of"]
+__all__ = ["Base", "Comparison", "check_base", "place_of", "values", "values_of"]

@@ -1,6 +1,6 @@
-"""``adapter_config.json`` of a PEFT LoRA adapter: what it may say, what it means for a module, and how one is written.
+"""``adapter_config.json`` of a PEFT LoRA adapter: its fields, their meaning for a module, and a new one.
 
-Whatever would change the meaning of A and B is refused by name; nothing is dropped in silence.
+Every field that would change the meaning of A and B is refused by name; nothing is dropped in silence.
 Facts are those of peft 0.21's own source (``tuners/lora``).
 
 Letters: R one client's rank.
@@ -9,6 +9,7 @@ Letters: R one client's rank.
 from __future__ import annotations
 
 import math
+import os
 import re
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_config import match_pattern, matches_target
-from .checks import require
+from .checks import listed, require
 from .headers import open_plain, parse_json
 
 CONFIG = "adapter_config.json"
@@ -59,11 +60,14 @@ def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:
     """
     path = folder / CONFIG
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no PEFT adapter: {CONFIG} is missing; give the folder that peft saved")
+        raise FileNotFoundError(f"{folder} holds no PEFT adapter: {_instead(folder, trusted)}")
     with open_plain(path, MAX_CONFIG_BYTES, links=trusted) as file:
         config = parse_json(path, file.read(MAX_CONFIG_BYTES + 1))
     kind = config.get("peft_type")
     require(kind == "LORA", f"{path}: peft_type must be 'LORA', got {kind!r}; other methods are not supported")
+    base = config.get("base_model_name_or_path")
+    named = base is None or isinstance(base, str)
+    require(named, f"{path}: base_model_name_or_path must be a name or a folder, got {str(base)[:60]}")
     _check_features(path, config)
     for default, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         config[default] = config.get(default, 8)
@@ -75,13 +79,38 @@ def read_config(folder: Path, trusted: bool = True) -> dict[str, Any]:
     return config
 
 
+def _instead(folder: Path, trusted: bool) -> str:
+    """Why a folder holds no adapter, and the folders below it that do: named adapters, checkpoints, clients."""
+    if not os.path.isdir(folder):
+        return "there is no such folder; give the folder that peft saved"
+    below = [path.parent for level in ("*", "*/*") for path in folder.glob(f"{level}/{CONFIG}")] if trusted else []
+    if not below:
+        return f"{CONFIG} is missing; give the folder that peft saved"
+    # Short names first: checkpoint-90 before checkpoint-100.
+    names = sorted((str(path.relative_to(folder)) for path in below), key=lambda name: (len(name), name))
+    return f"{CONFIG} is missing, and its subfolders {listed(map(repr, names))} hold one: give one of these"
+
+
+def base_of(config: Mapping[str, Any], folder: Path) -> str | None:
+    """The base that a config names; None where it names none.
+
+    A relative path of a folder that exists, from the working folder as peft reads it or from the adapter's own, is
+    made absolute: it would name another folder, or none, from any other place.
+    """
+    name = config.get("base_model_name_or_path") or None
+    if name is None or Path(name).is_absolute():
+        return name
+    places = (start / name for start in (Path.cwd(), folder, folder.resolve().parent))
+    return next((str(place.resolve()) for place in places if os.path.isdir(place)), name)
+
+
 def _is_number(value: Any) -> bool:
     # Within float64: JSON's whole numbers have no end.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _check_patterns(path: Path, config: Mapping[str, Any], trusted: bool) -> None:
-    """Check the fields that name modules: lists of text or patterns, and no regular expressions of a stranger's."""
+    """Check the fields that name modules: texts or patterns, and no regular expressions of a remote client."""
     for field in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(field)
         names = value if isinstance(value, list) else []
@@ -135,7 +164,7 @@ def _check_features(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether peft would adapt this module (``check_target_module_exists``); unset targets depend on the model."""
+    """True where peft would adapt this module (``check_target_module_exists``); unset targets depend on the model."""
     wanted, excluded, layers = (config.get(f) for f in ("target_modules", "exclude_modules", "layers_to_transform"))
     if excluded and matches_target(excluded, module):
         return False
@@ -203,4 +232,4 @@ def _fraction(scaling: float, rank: int) -> float:
     return next((value for value in near if value / rank == scaling), alpha)
 
 
-__all__ = ["CONFIG", "MAX_CONFIG_BYTES", "is_target", "make_config", "read_config", "scaling_of"]
+__all__ = ["CONFIG", "MAX_CONFIG_BYTES", "base_of", "is_target", "make_config", "read_config", "scaling_of"]

@@ -1,6 +1,6 @@
 """PEFT LoRA adapters in and out: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else.
 
-Whatever an adapter carries is either loaded exactly or refused by name; nothing is dropped in silence.
+Everything that an adapter carries is either loaded exactly or refused by name; nothing is dropped in silence.
 Facts are those of peft 0.21's own source (``utils/save_and_load.py``); ``peft_config`` has those of the config.
 
 Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import torch
 from .adapter_config import match_pattern
 from .checks import listed, require
 from .files import atomic_dir, atomic_write_json, write_safetensors
-from .fingerprint import Base
+from .fingerprint import Base, values_of
 from .headers import open_plain, parse_json, read_header
-from .peft_config import CONFIG, is_target, make_config, read_config, scaling_of
+from .peft_config import CONFIG, base_of, is_target, make_config, read_config, scaling_of
 from .peft_keys import Keys, sort_keys
 from .tensor_checks import FLOAT_DTYPES
 from .update import Adapters, ClientUpdate, RoundResult
@@ -44,16 +45,19 @@ def load_peft_adapter(
 
     ``s = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``; r and alpha by module from ``rank_pattern`` and
     ``alpha_pattern``, of which the first match of ``(.*\\.)?key$`` wins. Names in the spellings of torch.compile, FSDP,
-    DistributedDataParallel, activation checkpointing and raw state dicts are read as well (``peft_keys``).
+    DistributedDataParallel, activation checkpointing and raw state dicts are read as well (``peft_keys``). The base's
+    weight of an adapted module beside its factors (``lm_head.base_layer.weight``, which peft saves with an adapted
+    head) changes nothing: 256 values of it go into ``trained_on``, so that another base is refused by
+    ``merge_adapter_``. ``flora aggregate``, which has the base, compares all of them.
 
     Args:
         path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
         client: The client's name; that of the folder unless given.
         weight: Its weight in an aggregation.
         partial: Leave out a module of which only one of both factors is there, instead of refusing the adapter.
-        trusted: False for what somebody else put there: links are not followed, the file is read rather than mapped
-            (whoever truncates a mapped file ends the process), and patterns may name modules but hold no regular
-            expressions, of which some take for ever.
+        trusted: False for a remote client's files: links are not followed, the file is read rather than mapped
+            (truncating a mapped file ends the process), and patterns may name modules but hold no regular
+            expressions, of which some never end.
         max_bytes: Refuse larger weights before they are read.
     Returns:
         The update; factors in the dtype of the file, on the CPU.
@@ -66,19 +70,47 @@ def load_peft_adapter(
     config = read_config(folder, trusted)
     tensors = _read_safetensors(weights_path(folder), trusted, max_bytes)
     keys = sort_keys(folder / WEIGHTS, tensors)
-    refuse_other_tensors(folder, keys.rest)
     pairs = pair_factors(folder, config, keys, tensors, partial=partial)
+    copies = _copies_of_base(keys, pairs) if trusted else {}
+    refuse_other_tensors(folder, [key for key in keys.rest if key not in copies.values()])
     adapters: Adapters = {}
     scaling: dict[str, float] = {}
     for module, (A_RK, B_NR) in pairs.items():
-        # Clones: the file's own memory is mapped, and is gone when somebody truncates the file.
+        # Clones: the file's own memory is mapped, and is gone when the file is truncated.
         adapters[module] = (A_RK.clone(), B_NR.T.clone(memory_format=torch.contiguous_format))
         scaling[module] = scaling_of(config, module, A_RK.shape[0])
-    # What a stranger says of the base is not taken for a fact.
-    base = (config.get("base_model_name_or_path") or None) if trusted else None
-    trained_on = read_base(folder) if trusted else None
+    # A remote client's record of its base is not a fact.
+    base = base_of(config, folder) if trusted else None
+    trained_on = _record_of(folder, base, pairs, {m: tensors[key] for m, key in copies.items()}) if trusted else None
     name = client or folder.resolve().name
     return ClientUpdate(name, adapters, scaling, weight, base=base, trained_on=trained_on)
+
+
+def _copies_of_base(keys: Keys, modules: Collection[str]) -> dict[str, str]:
+    """Adapted module -> name in the file of the base's weight that peft saved beside its factors."""
+    found = {name.removesuffix(".base_layer.weight"): key for key, name in keys.rest.items() if "base_layer" in name}
+    return {module: key for module, key in found.items() if module in modules}
+
+
+def _record_of(folder: Path, name: str | None, pairs: Adapters, copies: Mapping[str, torch.Tensor]) -> Base | None:
+    """Read the record of an adapter's base, and add values of the base's weights that lie beside its factors.
+
+    Raises:
+        ValueError: If a copy is not a weight of its module's shape, or the record is damaged.
+    """
+    for module, copy in copies.items():
+        A_RK, B_NR = pairs[module]
+        shape = (B_NR.shape[0], A_RK.shape[1])
+        require(
+            copy.shape == shape and copy.dtype in FLOAT_DTYPES,
+            f"{folder / WEIGHTS}: the base's weight of {module!r} must be floating-point of shape {shape} like its"
+            f" factors, got {tuple(copy.shape)} of {copy.dtype}; save the adapter again, with"
+            " save_embedding_layers=False",
+        )
+    record = read_base(folder)
+    if record is None:
+        return Base(name, 0, values_of(copies.items())) if copies else None
+    return replace(record, weights={**values_of(copies.items()), **record.weights})
 
 
 def read_base(folder: Path) -> Base | None:
@@ -174,8 +206,7 @@ def _explain(keys: list[str]) -> str:
     known = {
         "lora_magnitude_vector": "DoRA: train with use_dora=False",
         "lora_embedding_": "an adapted embedding: train without it",
-        "base_layer": "weights of the base, which flora aggregate compares with the base's: or save with"
-        " save_embedding_layers=False",
+        "base_layer": "weights of the base: save with save_embedding_layers=False",
         "embed_tokens": "trained embeddings: save with save_embedding_layers=False",
         "lm_head": "trained embeddings: save with save_embedding_layers=False",
         "bias": "biases: train with bias='none' and lora_bias=False",
@@ -221,7 +252,7 @@ def save_peft_adapter(
     ``update.trained_on`` goes into ``flora_base.safetensors``, which ``load_peft_adapter`` reads and PEFT ignores.
 
     Args:
-        update: What to save; factors keep their dtype.
+        update: The update to save; factors keep their dtype.
         path: A new folder, or one that holds an adapter and nothing else, which is replaced.
         base_model: Written as ``base_model_name_or_path``: a folder or a name that transformers loads. Unless given,
             ``update.base``; without either PEFT can load the adapter onto a model, and not by its config alone.

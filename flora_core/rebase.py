@@ -39,7 +39,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class RebaseReport:
-    """What was written.
+    """The adapter that was written.
 
     Args:
         out: The folder.
@@ -175,14 +175,14 @@ def _compare(
     if not base:
         return None
     first, last = _original(rounds).weights, _weights_after(len(before), rounds)
-    apart = moved = size = eps = 0.0
+    difference = moved = size = eps = 0.0
     for module in sorted(set(base) & set(first) & set(last)):
         old, new = first[module].double(), last[module].double()
         eps = max(eps, torch.finfo(first[module].dtype).eps)
         A_PK, B_PN, coef_P = join_stacks(base[module])
         row, column = place_of(B_PN.shape[1], A_PK.shape[1])
         added = (B_PN[:, row] * coef_P[:, None] * A_PK[:, column]).sum(0)
-        apart += float((new - old - added).square().sum())
+        difference += float((new - old - added).square().sum())
         moved += float(added.square().sum())
         size += float(new.square().sum())
     if not size:
@@ -190,11 +190,11 @@ def _compare(
     # Every round is rounded once.
     bound = 2 * len(before) * eps * size**0.5 + 1e-5 * moved**0.5
     require(
-        apart**0.5 <= bound,
-        f"the adapters saved in {before[0].folder.parent} do not give the weights of the run: {apart**0.5:.1e} apart, "
-        f"where rounding explains {bound:.1e}; its strategy or its files are not those of the run",
+        difference**0.5 <= bound,
+        f"the adapters saved in {before[0].folder.parent} do not give the weights of the run: they differ by "
+        f"{difference**0.5:.1e}, where rounding explains {bound:.1e}; strategy or files are not those of the run",
     )
-    return (apart / moved) ** 0.5 if moved else None
+    return (difference / moved) ** 0.5 if moved else None
 
 
 def _weights_after(number: int, rounds: Sequence[SavedRound]) -> Mapping[str, torch.Tensor]:

@@ -36,7 +36,7 @@ class SavedRound:
         strategy, options: The rule.
         clients: Client -> weight, in the order of the sum.
         folders: Client -> the folder of its adapter.
-        applied: Whether the round changed the global model.
+        applied: True where the round changed the global model.
     """
 
     number: int
@@ -75,7 +75,7 @@ class SavedRound:
         return [self.update(client) for client in self.clients]
 
     def bases(self) -> list[Base]:
-        """What the clients say of the base that they trained on."""
+        """The records of the base that the clients trained on."""
         places = [self.folder / self.folders[client] for client in self.clients]
         found = [read_base(place) for place in places if place.is_dir()]
         return [base for base in found if base is not None]
@@ -147,7 +147,7 @@ def _of_older(number: int, events: Sequence[Mapping[str, Any]], identity: Mappin
 
 @dataclass
 class Change:
-    """What rounds did to the global model.
+    """The change of the global model by some rounds.
 
     Args:
         base: Module -> the stacks that were added to the base, one a round.

@@ -1,4 +1,4 @@
-"""What travels between a client and the server: a client's update, and a round's result.
+"""The messages between a client and the server: a client's update, and a round's result.
 
 Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 """
@@ -71,17 +71,17 @@ def _fresh(client: str, **_: Any) -> Adapters | None:
 
 @dataclass
 class RoundResult:
-    """What a strategy makes of a round's updates.
+    """The result of a strategy for a round's updates.
 
     Args:
         base_delta: Module path -> (A_PK, B_PN, coef_P): ``B_PN.T @ diag(coef_P) @ A_PK`` is to be added to the base.
         start: ``start(client, **hints)`` gives the adapter that the client starts the next round from, None for fresh.
-        state: What the strategy carries to the next round: tensors and JSON values, nested in dicts and lists.
+        state: The strategy's state for the next round: tensors and JSON values, nested in dicts and lists.
         adapter: Module path -> (A_PK, B_PN, coef_P) of the global adapter that a strategy keeps beside the base.
         certificate: How far this is from the exact sum (``flora_core.aggregate.certificate``).
         forms: Module path -> how its part of ``base_delta`` travels, and the bytes (``flora_core.aggregate.downlink``).
         up, down: Client -> bytes that it sent and that the round's result costs it.
-        seconds: What took how long: ``aggregate``, ``certify``.
+        seconds: Time of each step: ``aggregate``, ``certify``.
     """
 
     base_delta: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

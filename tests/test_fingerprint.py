@@ -36,7 +36,9 @@ def test_a_small_change_of_rank_one_is_another_base(dtype):
 def test_the_last_bit_of_a_float32_sum_is_the_same_base():
     first = weight()
     other = torch.nextafter(first, torch.full_like(first, torch.inf))
-    assert 0 < base_of(first).distance(lambda _: other) < base_of(first).tolerance
+    found = base_of(first).compare(lambda _: other)
+    assert found.distance > 0
+    assert found.same
 
 
 @pytest.mark.parametrize("trained", [torch.float32, torch.bfloat16, torch.float16])
@@ -45,13 +47,24 @@ def test_the_dtype_of_a_file_does_not_matter(trained):
     assert base_of(stored.to(trained)).distance(lambda _: stored) == 0
 
 
+@pytest.mark.parametrize("coarse", [torch.bfloat16, torch.float16])
+def test_a_base_that_was_saved_in_fewer_bits_is_the_same_and_a_changed_one_is_not(coarse):
+    base = base_of(weight())
+    check_base(base, lambda _: weight().to(coarse), "adapter x", "y")
+    change = 1e-3 * torch.outer(torch.ones(SHAPE[0]), torch.ones(SHAPE[1]))
+    with pytest.raises(ValueError, match="y is another base"):
+        check_base(base, lambda _: (weight() + change).to(coarse), "adapter x", "y")
+    with pytest.raises(ValueError, match="adapter x was trained on a base that it does not name, and y is another"):
+        check_base(replace(base, name=None), lambda _: weight(seed=1), "adapter x", "y")
+
+
 def test_one_value_in_a_thousand_may_round_the_other_way_in_bfloat16():
     first = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
     base = Base("m", 0, {name: values_of([(name, first)])[name] for name in "abcd"})
     flipped = first.clone()
     flipped[0, 0] += torch.finfo(torch.bfloat16).eps
-    assert base.distance(lambda name: flipped if name == "a" else first) < base.tolerance
-    assert base.distance(lambda name: flipped + flipped[0, 0] * 0.01) > base.tolerance
+    assert base.compare(lambda name: flipped if name == "a" else first).same
+    assert not base.compare(lambda name: flipped + flipped[0, 0] * 0.01).same
 
 
 def test_values_are_taken_from_all_columns():

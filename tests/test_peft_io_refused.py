@@ -6,6 +6,7 @@ Letters: K in_features, N out_features, R a rank.
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_every_field_that_peft_writes_is_known():
 TENSORS = {
     "dora": ("base_model.model.a.q.lora_magnitude_vector", "DoRA: train with use_dora=False"),
     "embedding": ("base_model.model.e.lora_embedding_A", "an adapted embedding: train without it"),
-    "base": ("base_model.model.e.base_layer.weight", "weights of the base, .*save with save_embedding_layers=False"),
+    "base": ("base_model.model.e.base_layer.weight", "weights of the base: save with save_embedding_layers=False"),
     "head": ("base_model.model.lm_head.weight", "trained embeddings: save with save_embedding_layers=False"),
     "bias": ("base_model.model.a.q.lora_B.bias", "biases: train with bias='none'"),
     "strange": ("a.q.lora_C.weight", r"not plain LoRA factors: a.q.lora_C.weight; train without them"),
@@ -144,8 +145,40 @@ def test_missing_broken_and_pickled_files_are_told_apart(saved):
     with pytest.raises(ValueError, match="must hold a JSON object, got list"):
         load_peft_adapter(folder)
     config.unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no PEFT adapter: adapter_config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"holds no PEFT adapter: adapter_config.json is missing; give"):
         load_peft_adapter(folder)
+    with pytest.raises(FileNotFoundError, match=r"holds no PEFT adapter: there is no such folder"):
+        load_peft_adapter(folder / "nowhere")
+
+
+def test_the_folder_above_adapters_is_refused_with_their_names(saved, tmp_path):
+    folder = saved()
+    for name in ("run/checkpoint-100", "run/checkpoint-90", "run/other/default"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder, tmp_path / name)
+    words = r"is missing, and its subfolders 'checkpoint-90', 'other.default', 'checkpoint-100' hold one"
+    with pytest.raises(FileNotFoundError, match=words):
+        load_peft_adapter(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"is missing; give the folder"):
+        load_peft_adapter(tmp_path / "run", trusted=False)
+
+
+def test_a_relative_base_is_read_as_peft_reads_it_and_from_the_adapter(saved, tmp_path, monkeypatch):
+    folder = saved()
+    config = json.loads((folder / "adapter_config.json").read_text())
+
+    def base_of(name):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        return load_peft_adapter(folder).base
+
+    (tmp_path / "work" / "base").mkdir(parents=True)
+    (folder.parent / "base").mkdir()
+    assert base_of("./base") == str(folder.parent / "base")
+    monkeypatch.chdir(tmp_path / "work")
+    assert base_of("./base") == str(tmp_path / "work" / "base")
+    assert base_of("base") == str(tmp_path / "work" / "base")
+    assert base_of("owner/name") == "owner/name"
+    assert base_of("./nowhere") == "./nowhere"
 
 
 def test_loaded_factors_survive_the_file(saved):

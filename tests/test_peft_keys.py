@@ -131,7 +131,7 @@ def test_a_copy_of_the_head_is_named_as_the_base_s_weight_and_not_as_an_embeddin
     trained.save_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     save_file({**tensors, "base_model.model.lm_head.base_layer.weight": torch.ones(2, 2)}, tmp_path / "a" / WEIGHTS)
-    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight \(weights of the base, which flora") as error:
+    with pytest.raises(ValueError, match=r"lm_head.base_layer.weight \(weights of the base: save with") as error:
         flora.load_peft_adapter(tmp_path / "a")
     assert "trained embeddings" not in str(error.value)
 

@@ -16,6 +16,8 @@ import flora_core as flora
 from flora_core import rebase
 from flora_core.aggregate import STRATEGIES
 from flora_core.checkpoint import ROUNDS
+from flora_core.cli import main
+from flora_core.federation_config import Privacy
 from flora_core.peft_io import load_peft_adapter, read_base, read_config
 from flora_core.snapshot import ROUND, STATE, read_body
 from tests.federation_cases import make_clients, make_federation, make_model, make_records, make_tokenizer
@@ -251,6 +253,18 @@ def test_adapters_that_are_not_those_of_the_weights_are_refused(finished, tmp_pa
         flora.rebase_adapter(copy, tmp_path / "x")
 
 
+@pytest.mark.parametrize("client", [None, "a"])
+def test_a_private_run_has_no_client_s_adapter_and_is_refused(client, tmp_path, capsys):
+    run(tmp_path, rounds=1, weights="uniform", privacy=Privacy(clip=1.0, noise_multiplier=1.0))
+    assert not list((tmp_path / "out").glob(f"{ROUNDS}/*/*/adapter_model.safetensors"))
+    with pytest.raises(ValueError, match=r"is a private run: .*no client's adapter was kept.*in model/"):
+        flora.rebase_adapter(tmp_path / "out", tmp_path / "x", client=client)
+    words = ["adapter", str(tmp_path / "out"), "--out", str(tmp_path / "x")]
+    assert main([*words, *(["--client", client] if client else [])]) == 2
+    assert "is a private run" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_run_without_adapters_says_where_the_model_is(tmp_path):
     run(tmp_path, save_adapters=False)
     with pytest.raises(ValueError, match="save_adapters=False"):
@@ -263,7 +277,6 @@ def test_a_run_without_adapters_says_where_the_model_is(tmp_path):
 
 
 def test_the_command_writes_what_the_function_writes(finished, tmp_path, capsys):
-    from flora_core.cli import main
 
     command = ["adapter", str(finished / "out"), "--round", "2", "--client", "a", "--out", str(tmp_path / "a2")]
     assert main(command) == 0

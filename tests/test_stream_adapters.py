@@ -174,7 +174,13 @@ def test_a_changed_copy_of_a_weight_of_the_base_is_refused(key, base, adapter, t
     copy = merged(base)[key.replace("base_layer.", "")].clone()
     copy.view(-1)[-1] += 1
     rewrite(adapter, lambda tensors: {**tensors, f"base_model.model.{key}": copy})
-    with pytest.raises(ValueError, match=f"not plain LoRA factors: base_model.model.{key}"):
+    configure(adapter, base_model_name_or_path="owner/other")
+    reason = "is of another base; give" if "base_layer" in key else "it was trained, or is of another base"
+    with pytest.raises(ValueError, match=rf"{key}' is not '.*' of base .*base \(other values\): .*{reason}") as error:
+        flora.merge_into_checkpoint(base, {adapter: 1}, tmp_path / "out")
+    assert "its config names 'owner/other'" in str(error.value)
+    rewrite(adapter, lambda tensors: {**tensors, f"base_model.model.{key}": copy[:-1]})
+    with pytest.raises(ValueError, match=r"\(shapes \(.*\) and \(.*\)\)"):
         flora.merge_into_checkpoint(base, {adapter: 1}, tmp_path / "out")
 
 

@@ -169,3 +169,41 @@ def test_a_head_saved_as_peft_saves_it_is_merged(tmp_path):
     found = weights(tmp_path / "out")
     assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
     assert any("lm_head.base_layer.weight are equal to the base's" in note for note in report.notes)
+
+
+def test_a_head_saved_as_peft_saves_it_is_loaded_for_its_own_base_alone(tmp_path):
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {**TEXT, "tie_word_embeddings": False}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    model.save_pretrained(tmp_path / "base")
+    wanted = adapted(model, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    update = flora.load_peft_adapter(tmp_path / "a")
+    assert update.trained_on is not None
+    assert set(update.trained_on.weights) == {"lm_head"}
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    before = {name: weight.clone() for name, weight in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"was trained on .*, and the model is another base"):
+        flora.merge_adapter_(other, update)
+    assert all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
+    for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").to(dtype)
+        flora.merge_adapter_(base, update)
+        found = base.state_dict()
+        assert all(torch.allclose(found[name].float(), wanted[name], atol=atol) for name in wanted)
+    # Saved again, the adapter still knows its base.
+    flora.save_peft_adapter(update, tmp_path / "again")
+    with pytest.raises(ValueError, match="another base"):
+        flora.merge_adapter_(other, flora.load_peft_adapter(tmp_path / "again"))
+
+
+def test_a_copy_of_the_head_of_another_shape_is_refused_as_it_is_loaded(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "tie_word_embeddings": False}))
+    adapted(model, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    key = "base_model.model.lm_head.base_layer.weight"
+    tensors = load_file(path)
+    save_file({**tensors, key: tensors[key][:-1].contiguous()}, path)
+    with pytest.raises(ValueError, match="the base's weight of 'lm_head' must be floating-point of shape"):
+        flora.load_peft_adapter(tmp_path / "a")
+    with pytest.raises(ValueError, match="weights of the base: save with save_embedding_layers=False"):
+        flora.load_peft_adapter(tmp_path / "a", trusted=False)

@@ -97,6 +97,30 @@ def test_tokenizers_that_cannot_be_taken_are_refused_before_anything_is_written(
     refused("holds no tokenizer.json to count tokens of")
 
 
+def test_a_chat_template_alone_is_taken_beside_the_base_s_tokenizer(case, tmp_path):
+    base, paths = case
+    (paths[1] / "chat_template.jinja").write_text("OTHER")
+    (paths[1] / "additional_chat_templates").mkdir()
+    (paths[1] / "additional_chat_templates" / "tools.jinja").write_text("TOOLS")
+    report = flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "kept")
+    (note,) = report.notes
+    assert f"adapter {paths[1]} has a chat template of its own: another chat template. The base's is kept" in note
+    flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out", tokenizer="adapter", verify=True)
+    out = files(tmp_path / "out")
+    assert out["chat_template.jinja"] == b"OTHER"
+    assert out["additional_chat_templates/tools.jinja"] == b"TOOLS"
+    assert out["tokenizer.json"] == (base / "tokenizer.json").read_bytes()
+    assert out.keys() - files(tmp_path / "kept").keys() == {"additional_chat_templates/tools.jinja"}
+
+
+def test_a_tokenizer_without_the_base_s_template_is_reported(case, tmp_path):
+    base, paths = case
+    save_tokenizer(paths[0], 60)
+    (paths[0] / "chat_template.jinja").unlink()
+    report = flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out")
+    assert "has a tokenizer of its own: no chat template where the base has one. The" in report.notes[0]
+
+
 def test_a_tokenizer_and_one_adapter_as_result_exclude_each_other(case, tmp_path, capsys):
     base, paths = case
     words = ["aggregate", "--base", str(base), "--adapter", str(paths[0]), "--out", str(tmp_path / "out")]

@@ -18,6 +18,7 @@ import torch
 from ..aggregate import Deviation, Strategy, certify, get_strategy, norm, total
 from ..aggregate.inputs import Stack, check_updates, round_terms, stack_of
 from ..checks import require
+from ..peft_config import base_of
 from ..peft_io import CONFIG, WEIGHTS, pair_factors, read_config, refuse_other_tensors, scaling_of, weights_path
 from ..peft_keys import sort_keys
 from ..update import ClientUpdate
@@ -29,7 +30,7 @@ class Adapter:
     """A PEFT adapter's layout.
 
     Args:
-        name: What to call it.
+        name: Its name in messages.
         folder: Where it lies.
         weight: Its weight, relative to the others.
         config: Its ``adapter_config.json``.
@@ -52,13 +53,13 @@ class Adapter:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether its config says that weights are stored K x N."""
+        """True where its config has ``fan_in_fan_out``: weights are stored K x N."""
         return self.config.get("fan_in_fan_out") is True
 
     @property
     def base(self) -> str | None:
         """The base that its config names."""
-        return self.config.get("base_model_name_or_path") or None
+        return base_of(self.config, self.folder)
 
     def update(self, modules: Sequence[str]) -> ClientUpdate:
         """Read some modules; those that it does not adapt are left out."""
@@ -125,7 +126,7 @@ def _open(path: str, weight: float, partial: bool) -> Adapter:
 
 
 def _may_be_a_copy(key: str) -> bool:
-    """Whether a tensor that is no factor may be one of the base's, as a state dict of the whole model has them."""
+    """True for the names of a base's tensors, which a state dict of the whole model has beside the factors."""
     return key.endswith((".weight", ".bias")) and "lora_" not in key and "modules_to_save" not in key
 
 

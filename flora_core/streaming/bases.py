@@ -52,7 +52,7 @@ def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str,
 
 
 def _is_part(base: Base, other: Base) -> bool:
-    """Whether another record, already checked, has the same values: one round's adapters share them."""
+    """True where another record, already checked, has the same values: one round's adapters share them."""
     return all(m in other.weights and torch.equal(kept, other.weights[m]) for m, kept in base.weights.items())
 
 

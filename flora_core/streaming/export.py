@@ -32,7 +32,7 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """The adapter that was written.
 
     Args:
         out: The adapter.
@@ -157,10 +157,10 @@ def _padded(stack: Stack, rank: int) -> Stack:
 
 
 def _base_name(adapters: list[Adapter], base: Path) -> str:
-    """What the adapters were trained on, if they agree; else the folder's name."""
+    """The base that the adapters name, if they agree; else this folder, which their shapes fit."""
     names = {adapter.base for adapter in adapters}
     only = names.pop() if len(names) == 1 else None
-    return only or base.resolve().name
+    return only or str(base.resolve())
 
 
 __all__ = ["LAYOUTS", "VLLM_RANKS", "ExportReport", "export_adapter", "of_one_rank"]

@@ -30,7 +30,7 @@ def adapter_facts(sums: Sum, fits: Mapping[str, Fit]) -> list[dict[str, Any]]:
 
 
 def find_notes(checkpoint: Checkpoint, sums: Sum, fits: Mapping[str, Fit]) -> list[str]:
-    """What does not keep a merge from being exact, and may not be meant; after ``Sum.check``."""
+    """Describe facts that leave a merge exact and may not be intended; after ``Sum.check``."""
     notes = _base_notes(checkpoint, sums.adapters)
     for one in sums.adapters:
         fit, where = fits[one.name], f"adapter {one.name}"
@@ -65,16 +65,16 @@ def _base_notes(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> list[str
     other = [name for name, base in named.items() if not _is_named(checkpoint.folder, own, base)]
     if not other:
         return []
-    told = f" ({own!r})" if own else ""
+    stated = f" ({own!r})" if own else ""
     note = (
         f"the config of adapter {listed(other)} names base {named[other[0]]!r}, and it is merged into"
-        f" {str(checkpoint.folder)!r}{told}; check that they are one"
+        f" {str(checkpoint.folder)!r}{stated}; check that they are one"
     )
     return [note]
 
 
 def _is_named(folder: Path, own: str | None, base: str) -> bool:
-    """Whether a base's name is this folder, its own name, or the repository of a hub's cache that it lies in."""
+    """True where a base's name is this folder, its own name, or the repository of a hub's cache that it lies in."""
     if base == own or Path(base).resolve() == folder.resolve():
         return True
     names = {folder.resolve().name, *(part for part in folder.resolve().parts if part.startswith("models--"))}

@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     Args:
         out: The merged checkpoint.
@@ -48,12 +48,12 @@ class MergeReport:
         resumed_bytes: Bytes that earlier attempts had done; all of them where the result was there already.
         seconds: Time of this attempt, without the verification.
         aggregation_error: Relative distance of what the strategy made from the exact sum, 0 for flora.
-        certificate: What the verification found, see ``streaming.verify``; None if it was not asked for.
+        certificate: The result of the verification, see ``streaming.verify``; None if it was not asked for.
         left_out: Files of the base that were not copied, for they hold weights or describe the base, its training or
             an adapter.
         adapters: Each adapter's name, share, ranks, scalings, the base that its config names, and missing modules.
         scale: Factor of the weighted sum.
-        notes: What may not be meant: dead or partial adapters, other bases, another tokenizer.
+        notes: Facts that may not be intended: dead or partial adapters, other bases, another tokenizer.
     """
 
     out: Path
@@ -161,7 +161,7 @@ def merge_into_checkpoint(
 
 
 class _Job:
-    """One merge: what goes in, where it is made, and what is noted on the way."""
+    """One merge: its inputs, the folder in which it is made, and its notes."""
 
     def __init__(
         self,

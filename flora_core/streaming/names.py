@@ -78,7 +78,7 @@ class BaseNames:
             return None
 
     def in_decoder(self, names: Collection[str]) -> bool:
-        """Whether tensors belong to the language model of a composite model."""
+        """True where tensors belong to the language model of a composite model."""
         if self.model is None or not self.model.decoder:
             return False
         return all(self.model.path_of.get(name, "").startswith(f"{self.model.decoder}.") for name in names)
@@ -110,7 +110,7 @@ class Reading:
         return {first + path[len(start) :]: name for path, name in self.names.items() if path.startswith(start)}
 
     def fits(self, modules: Collection[str]) -> bool:
-        """Whether the base has all modules."""
+        """True where the base has all modules."""
         return all(self.tensor(module) is not None for module in modules)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint each adapted module is, or why an adapter does not fit.
+"""The tensor of a checkpoint that each adapted module is, or the reason why an adapter does not fit.
 
 Letters: K in_features, N out_features, R one client's rank.
 """
@@ -35,13 +35,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Fit:
-    """What of an adapter fits a base, beyond its factors.
+    """The fit of an adapter to a base, beyond its factors.
 
     Args:
         reading: How its module paths are read; empty where they are the base's own.
         missing: Modules that its config names and it has no factors of.
         copies: Tensors beside the factors that are equal to the base's.
-        doubt: What of the config's names could not be checked, and why; empty where all could.
+        doubt: The config's names that could not be checked, and why; empty where all could.
     """
 
     reading: str
@@ -79,7 +79,7 @@ def match_targets(
         adapters: From ``open_adapters``.
         mixed_dtypes: Allow weights of several floating-point dtypes.
         partial: Allow adapters that lack modules which their config names.
-        into: Whether the weights are merged into; a quantised weight is refused then.
+        into: True where the weights are merged into; a quantised weight is refused then.
     Raises:
         ValueError: If an adapter does not fit the checkpoint, with the modules or shapes that disagree, or lacks
             modules; or if a weight is tied, quantised, or of another floating-point dtype than the rest.
@@ -107,7 +107,7 @@ def match_targets(
             require(
                 known == target,
                 f"adapter {adapter.name}: module {module!r} is the tensor {name!r}, which another adapter calls"
-                f" {known.module!r} or stores the other way round; train both from one model class",
+                f" {known.module!r} or stores transposed; train both from one model class",
             )
     plan = Plan(targets, frozenset(packed), fits)
     _check_dtypes(checkpoint, plan.plain.values(), mixed_dtypes)
@@ -170,9 +170,27 @@ def _copies(base: BaseNames, adapter: Adapter, reading: Reading) -> tuple[str, .
         module, _, last = name.rpartition(".")
         stored = reading.tensor(module)
         other = base.tensors.get(f"{stored.rpartition('.')[0]}.{last}") if stored else None
-        if other is None or not same_values(entry, other):
+        if other is None:
             refuse_other_tensors(adapter.folder, [key])
+        elif not same_values(entry, other):
+            raise ValueError(_of_another_base(base, adapter, key, entry, other))
     return tuple(adapter.copies)
+
+
+def _of_another_base(base: BaseNames, adapter: Adapter, key: str, entry: Entry, other: Entry) -> str:
+    """Describe a weight beside the factors that is not the base's, and what to do about it."""
+    found = f"shapes {entry.shape} and {other.shape}" if entry.shape != other.shape else "other values"
+    text = f"adapter {adapter.name}: {key!r} is not {other.name!r} of base {base.checkpoint.folder} ({found})"
+    if "base_layer" in key:
+        # PEFT never trains the weight under an adapter.
+        return (
+            f"{text}: it is a copy of the weight that the adapter was trained on, which is of another base;"
+            f" {_trained_on(adapter)}"
+        )
+    return (
+        f"{text}: it was trained, or is of another base, and a merge would lose it: train without it, or"
+        f" {_trained_on(adapter)}; embeddings that were not trained: save with save_embedding_layers=False"
+    )
 
 
 def _reading(base: BaseNames, adapter: Adapter) -> Reading:
@@ -224,7 +242,7 @@ def _kinds(linears: Iterable[str]) -> list[str]:
 
 
 def _of_fused(module: str, linears: Sequence[str]) -> str:
-    """Say so if the checkpoint stores this projection with others in one tensor, or the other way round."""
+    """Describe a projection that the checkpoint stores fused and the adapter has by itself, or the reverse."""
     parent, _, last = module.rpartition(".")
     near = [name.rpartition(".")[2] for name in linears if name.rpartition(".")[0] == parent]
     fused = [name for name in near if "_proj" in name and ("qkv" in name or "gate_up" in name)]
@@ -236,27 +254,27 @@ def _of_fused(module: str, linears: Sequence[str]) -> str:
 
 
 def _trained_on(adapter: Adapter) -> str:
-    told = f", its config says {adapter.base!r}" if adapter.base else ""
-    return f"give the base that it was trained on{told}"
+    named = f", its config names {adapter.base!r}" if adapter.base else ""
+    return f"give the base that it was trained on{named}"
 
 
 def _check_tied(
     checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter: Adapter, names: Mapping[str, str]
 ) -> None:
     config = checkpoint.config
-    told = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    stated = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
     for module in names:
         last = module.rpartition(".")[2]
-        tied = last in _HEADS and (told is True or (told is None and _repeated(tensors, names[module])))
+        tied = last in _HEADS and (stated is True or (stated is None and _repeated(tensors, names[module])))
         require(
             not tied,
             f"adapter {adapter.name} adapts {module}, which base {checkpoint.folder} ties to its embeddings"
-            f" (tie_word_embeddings): whatever is merged into it would be lost or change both; {_UNTIE}",
+            f" (tie_word_embeddings): a sum merged into it would be lost or change both; {_UNTIE}",
         )
 
 
 def _repeated(tensors: Mapping[str, Entry], name: str) -> bool:
-    """Whether another tensor has the very same values."""
+    """True where another tensor has the very same values."""
     mine = tensors[name]
     like = [one for one in tensors.values() if one.name != name and (one.shape, one.dtype) == (mine.shape, mine.dtype)]
     return any(same_values(mine, other) for other in like)
@@ -277,17 +295,17 @@ def _refuse_quantised(
     checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter: Adapter, quantised: Mapping[str, str]
 ) -> None:
     method = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-    told = f" ({method})" if method else ""
+    kind = f" ({method})" if method else ""
     require(
         not quantised,
-        f"adapter {adapter.name}: base {checkpoint.folder} is quantised{told}: it stores"
+        f"adapter {adapter.name}: base {checkpoint.folder} is quantised{kind}: it stores"
         f" {next(iter(quantised.values()), '')}, which would lose the update; give the base in BF16, F16 or F32, or"
         " keep the adapter beside it (--as-adapter)",
     )
 
 
 def _fits(entry: Entry, shape: tuple[int, int, int]) -> tuple[bool, bool]:
-    """Whether a weight fits an adapter's (R, K, N) as N x K, and as K x N."""
+    """The fit of a weight to an adapter's (R, K, N): as N x K, and as K x N."""
     _, K, N = shape
     return entry.shape == (N, K), entry.shape == (K, N)
 
@@ -310,14 +328,14 @@ def _check_shapes(
 def _flipped(
     checkpoint: Checkpoint, tensors: Mapping[str, Entry], adapter: Adapter, names: Mapping[str, str]
 ) -> set[str]:
-    """The modules whose weight is stored K x N: all or none; where all are square the model's type must tell."""
+    """The modules whose weight is stored K x N: all or none; where all are square the model's type decides."""
     fits = {module: _fits(tensors[name], adapter.shapes[module]) for module, name in names.items()}
     clear = {module: flipped for module, (straight, flipped) in fits.items() if straight != flipped}
     if len(set(clear.values())) == 2:
-        ways = [f"{next(m for m, way in clear.items() if way is flag)}" for flag in (False, True)]
+        straight, flipped = (next(m for m, value in clear.items() if value is flag) for flag in (False, True))
         raise ValueError(
             f"adapter {adapter.name} does not fit base {checkpoint.folder}: its weights are stored as (out, in), such"
-            f" as {ways[0]}, and as (in, out), such as {ways[1]}; {_trained_on(adapter)}"
+            f" as {straight}, and as (in, out), such as {flipped}; {_trained_on(adapter)}"
         )
     conv1d = checkpoint.config.get("model_type") in _CONV1D
     if clear:
@@ -327,7 +345,7 @@ def _flipped(
             conv1d or not adapter.fan_in_fan_out,
             f"adapter {adapter.name} says fan_in_fan_out=True, model_type"
             f" {checkpoint.config.get('model_type')!r} is not known to store weights as (in, out), and square weights"
-            " do not tell; set fan_in_fan_out to false in its config if the model has nn.Linear layers",
+            " do not decide it; set fan_in_fan_out to false in its config if the model has nn.Linear layers",
         )
     return set(names) if conv1d else set()
 

@@ -80,7 +80,7 @@ class Checkpoint:
 
     @property
     def without_index(self) -> bool:
-        """Whether there are shards and no index."""
+        """True where there are shards and no index."""
         return self.index is not None and not (self.folder / INDEX).is_file()
 
     @property
@@ -125,7 +125,7 @@ def read_into(file: Any, start: int, view: memoryview) -> None:
 
 
 def same_values(one: Entry, other: Entry) -> bool:
-    """Whether two tensors have the same numbers, of which one may be rounded to the dtype of the other.
+    """True where two tensors have the same numbers, of which one may be rounded to the dtype of the other.
 
     At most a few MiB of each are in memory.
     """
@@ -183,7 +183,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _is_stale(folder: Path, name: str) -> bool:
-    """Whether a file holds weights, or belongs to an adapter, a trainer or an earlier merge."""
+    """True where a file holds weights, or belongs to an adapter, a trainer or an earlier merge."""
     parents = list(Path(name).parents)[:-1]
     return (
         name in _STALE

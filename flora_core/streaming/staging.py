@@ -49,7 +49,7 @@ class Staging:
             try:
                 yield
             except (ValueError, TypeError):
-                # What was made cannot be right, and a second attempt would end the same way.
+                # What was made cannot be right, and a second attempt would fail likewise.
                 shutil.rmtree(self.folder, ignore_errors=True)
                 raise
 
@@ -64,7 +64,7 @@ class Staging:
                         f"another process is making {self.target}: wait until it ends, or choose another out"
                     )
                 if not _is_at(file, self.folder / "lock"):
-                    continue  # whoever had it has finished and removed the folder
+                    continue  # the other process has finished and removed the folder
                 yield
                 return
 
@@ -105,7 +105,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _boot() -> str:
-    """What tells one start of the machine from another; empty where the system does not say."""
+    """An identifier of this start of the machine; empty where the system has none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

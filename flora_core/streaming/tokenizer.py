@@ -1,4 +1,4 @@
-"""Tokenizer files of a base and of adapters: how they differ, and which of them the result gets.
+"""Tokenizer files of a base and of adapters: their differences, and the choice of those that the result gets.
 
 A trainer that adds tokens or changes the chat template saves the tokenizer beside the adapter. With the base's own the
 merged model then sees other prompts than in training.
@@ -23,6 +23,8 @@ _FILES = re.compile(
     r"|[\w.-]*\.tiktoken|spiece\.model|sentencepiece[\w.-]*\.model|tekken\.json|chat_template\.(jinja|json)"
     r"|(additional_)?chat_templates/[^/]+"
 )
+# Beside the files of a tokenizer, or alone: then the template belongs to the base's tokenizer.
+_TEMPLATES = re.compile(r"chat_template\.(jinja|json)|(additional_)?chat_templates/[^/]+")
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "tok_embeddings.weight")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -43,22 +45,31 @@ class TokenizerFiles:
     special: Mapping[str, Any]
     vocabulary: Mapping[str, int]
 
+    @property
+    def template_only(self) -> bool:
+        """True where there are chat templates and no tokenizer."""
+        return bool(self.files) and all(_is_template(name) for name in self.files)
+
     def same(self, other: TokenizerFiles) -> bool:
-        """Whether both are the same files, or say the same."""
+        """True where both are the same files, or mean the same."""
         if {n: p.read_bytes() for n, p in self.files.items()} == {n: p.read_bytes() for n, p in other.files.items()}:
             return True
         return bool(self.vocabulary) and not self.differences(other)
 
     def differences(self, base: TokenizerFiles) -> list[str]:
-        """What differs from another tokenizer, in words."""
-        found = ["another chat template"] if self.template != base.template else []
+        """Describe the differences from another tokenizer."""
+        found = []
+        if self.template != base.template:
+            found.append("another chat template" if self.template else "no chat template where the base has one")
+        if self.template_only:
+            return found
         both = bool(self.vocabulary and base.vocabulary)
         new = [token for token in self.vocabulary if token not in base.vocabulary]
         gone = [token for token in base.vocabulary if token not in self.vocabulary]
         moved = [t for t, number in self.vocabulary.items() if base.vocabulary.get(t, number) != number]
-        for what, tokens in (("more", new), ("fewer", gone), ("renumbered", moved)):
+        for kind, tokens in (("more", new), ("fewer", gone), ("renumbered", moved)):
             if tokens and both:
-                found.append(f"{len(tokens)} tokens {what} ({listed(map(repr, tokens), 3)})")
+                found.append(f"{len(tokens)} tokens {kind} ({listed(map(repr, tokens), 3)})")
         for name in _SPECIAL:
             mine, theirs = self.special.get(name), base.special.get(name)
             if mine != theirs:
@@ -110,7 +121,8 @@ def choose_tokenizer(
     Args:
         checkpoint: The base.
         adapters: The adapters, each of which may have a tokenizer of its own.
-        choice: ``base``, ``adapter``, or None: the base's, and a note for every adapter whose own differs.
+        choice: ``base``, ``adapter``, or None: the base's, and a note for every adapter whose own differs. Of an
+            adapter with a chat template alone, ``adapter`` takes that, beside the base's tokenizer.
     Returns:
         File name -> place of every file that the result copies beside its weights; notes.
     Raises:
@@ -125,18 +137,28 @@ def choose_tokenizer(
     given = {name: tokenizer for name, tokenizer in given.items() if tokenizer.files}
     if choice == "adapter":
         chosen = _agreed(given)
+        if chosen.template_only:
+            return {n: p for n, p in own.items() if not _is_template(n)} | dict(chosen.files), []
         _check_fits(checkpoint, chosen)
         return {n: p for n, p in own.items() if not _FILES.fullmatch(n)} | dict(chosen.files), []
     if choice == "base" or not given:
         return own, []
     base = read_tokenizer(checkpoint.folder)
     notes = [
-        f"adapter {name} has a tokenizer of its own: {'; '.join(differences)}. The base's is kept (--tokenizer adapter"
-        " takes the adapter's)"
+        f"adapter {name} has a {_kind(tokenizer)} of its own: {'; '.join(differences)}. The base's is kept (--tokenizer"
+        " adapter takes the adapter's)"
         for name, tokenizer in given.items()
         if (differences := tokenizer.differences(base))
     ]
     return own, notes
+
+
+def _is_template(name: str) -> bool:
+    return _TEMPLATES.fullmatch(name.replace("\\", "/")) is not None
+
+
+def _kind(tokenizer: TokenizerFiles) -> str:
+    return "chat template" if tokenizer.template_only else "tokenizer"
 
 
 def _agreed(given: Mapping[str, TokenizerFiles]) -> TokenizerFiles:

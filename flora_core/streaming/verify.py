@@ -46,7 +46,7 @@ def certify_files(
         folder: The merged checkpoint.
         targets: Tensor name -> target.
         copies: Name -> place of every other file that was copied.
-        stacks: Module -> what was to be added, and the exact sum that the errors are told against.
+        stacks: Module -> the stack to be added, and the exact sum that the errors are measured against.
         advance: Called with numbers of bytes that were read.
     Returns:
         The bound, the error over all modules and of each: ``||(stored - W) - exact|| / ||exact||``, and the largest

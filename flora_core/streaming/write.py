@@ -127,7 +127,7 @@ def blocks(entry: Entry, most: int) -> Iterator[tuple[slice, int, int]]:
 
 
 def _spans(done: int, shard: Shard, targets: Mapping[str, Target]) -> Iterator[Span]:
-    """What is to be written from ``done`` on, the end of a tensor."""
+    """The parts to write from ``done`` on, the end of a tensor."""
     copied = done
     for entry in shard.entries:
         if entry.name in targets and done <= entry.start < entry.stop:
