@@ -297,7 +297,7 @@ def test_saving_replaces_an_adapter_but_nothing_else(tmp_path):
     assert (tmp_path / "c" / "notes.txt").read_text() == "mine"
 
 
-def test_nothing_to_save_is_said(tmp_path):
+def test_an_adapter_without_factors_is_not_saved(tmp_path):
     empty = ClientUpdate("c", {"q": (torch.zeros(0, 4), torch.zeros(0, 5))}, {"q": 0.0})
     with pytest.raises(ValueError, match=r"client 'c' adapts no module with a rank above 0; there is nothing to save"):
         save_peft_adapter(empty, tmp_path / "c")

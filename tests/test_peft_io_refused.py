@@ -126,7 +126,7 @@ def test_factors_of_wrong_shape_or_dtype_are_refused(saved):
         load_peft_adapter(path.parent)
 
 
-def test_missing_broken_and_pickled_files_are_told_apart(saved):
+def test_missing_broken_and_pickled_files_have_errors_of_their_own(saved):
     folder = saved()
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     weights.write_bytes(weights.read_bytes()[:-8])
@@ -174,6 +174,7 @@ def test_a_relative_base_is_read_as_peft_reads_it_and_from_the_adapter(saved, tm
     (tmp_path / "work" / "base").mkdir(parents=True)
     (folder.parent / "base").mkdir()
     assert base_of("./base") == str(folder.parent / "base")
+    (folder / "base").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     assert base_of("./base") == str(tmp_path / "work" / "base")
     assert base_of("base") == str(tmp_path / "work" / "base")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import flora_core as flora
+from flora_core.fingerprint import Base, values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 TEXT: dict[str, Any] = dict(
@@ -196,6 +198,21 @@ def test_a_head_saved_as_peft_saves_it_is_loaded_for_its_own_base_alone(tmp_path
         flora.merge_adapter_(other, flora.load_peft_adapter(tmp_path / "again"))
 
 
+def test_a_record_of_other_modules_and_a_copy_of_the_head_are_both_compared(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "tie_word_embeddings": False}))
+    adapted(model, tmp_path / "a", target_modules=["q_proj", "lm_head"])
+    update = flora.load_peft_adapter(tmp_path / "a")
+    others = [name for name in update.adapters if name != "lm_head"]
+    record = Base("b", 2, values_of((name, model.get_submodule(name).weight) for name in others))
+    flora.save_peft_adapter(replace(update, trained_on=record), tmp_path / "b")
+    path = tmp_path / "b" / "adapter_model.safetensors"
+    key = "base_model.model.lm_head.base_layer.weight"
+    save_file({**load_file(path), key: load_file(tmp_path / "a" / path.name)[key]}, path)
+    found = flora.load_peft_adapter(tmp_path / "b").trained_on
+    assert found is not None
+    assert (found.name, found.round, set(found.weights)) == ("b", 2, {*others, "lm_head"})
+
+
 def test_a_copy_of_the_head_of_another_shape_is_refused_as_it_is_loaded(tmp_path):
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "tie_word_embeddings": False}))
     adapted(model, tmp_path / "a", target_modules=["q_proj", "lm_head"])
@@ -207,3 +224,18 @@ def test_a_copy_of_the_head_of_another_shape_is_refused_as_it_is_loaded(tmp_path
         flora.load_peft_adapter(tmp_path / "a")
     with pytest.raises(ValueError, match="weights of the base: save with save_embedding_layers=False"):
         flora.load_peft_adapter(tmp_path / "a", trusted=False)
+
+
+def test_an_adapter_of_a_composite_model_is_refused_on_a_bare_language_model_with_the_name_to_change(tmp_path):
+    model = gemma3()
+    text = transformers.Gemma3ForCausalLM(model.config.text_config)
+    text.save_pretrained(tmp_path / "text")
+    adapted(model, tmp_path / "a", target_modules=r".*language_model.*q_proj")
+    with pytest.raises(ValueError, match=r"without 'language_model.' they fit: take that part out of its"):
+        flora.merge_into_checkpoint(tmp_path / "text", {tmp_path / "a": 1}, tmp_path / "out")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    save_file({key.replace("language_model.", ""): tensor for key, tensor in load_file(path).items()}, path)
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj"]}))
+    report = flora.merge_into_checkpoint(tmp_path / "text", {tmp_path / "a": 1}, tmp_path / "out")
+    assert report.modules == 2

@@ -224,8 +224,21 @@ def _reading(base: BaseNames, adapter: Adapter) -> Reading:
     )
     raise ValueError(
         f"adapter {adapter.name} does not fit base {folder}: {len(missing)} of its {len(modules)} modules"
-        f" are not there: {listed(missing)}; {tower}{_of_fused(missing[0], linears)}the base has, for example,"
+        f" are not there: {listed(missing)}; {tower}{_of_composite(base, modules)}"
+        f"{_of_fused(missing[0], linears)}the base has, for example,"
         f" {listed(_kinds(linears))}; {_trained_on(adapter)}" + (f" ({base.reason})" if base.reason else "")
+    )
+
+
+def _of_composite(base: BaseNames, modules: Sequence[str]) -> str:
+    """Describe an adapter of a composite model whose language model alone may be this base."""
+    part = "language_model."
+    plain = [module.replace(part, "", 1) for module in modules]
+    if plain == list(modules) or not any(reading.fits(plain) for reading in exact_readings(base)):
+        return ""
+    return (
+        f"its modules are those of a composite model's language model, and without {part!r} they fit: take that part"
+        " out of its tensors' names if this base is that language model; "
     )
 
 
