@@ -24,7 +24,7 @@ def check_model(model: Any) -> None:
     """Refuse what is not a plain transformers causal LM.
 
     Raises:
-        TypeError: For a wrapped, compiled or adapted model and for another object, with what to give instead.
+        TypeError: For a wrapped, compiled or adapted model, an encoder and another object, with what to give instead.
     """
     kind = f"{type(model).__module__}.{type(model).__name__}"
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -42,9 +42,22 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module) or not hasattr(model, "get_output_embeddings"):
         hint = "load one with AutoModelForCausalLM.from_pretrained, or bring your own model to flora_core.ops"
         raise TypeError(f"model must be a transformers causal LM, got {type(model).__name__}; {hint}")
+    _check_causal(model)
     adapted = next((path for path, part in model.named_modules() if _is_peft_layer(part)), None)
     if adapted is not None:
         raise TypeError(f"model must be a model without adapters, and {adapted} carries one of PEFT; {_MERGE}")
+
+
+def _check_causal(model: nn.Module) -> None:
+    """Refuse encoders: each of their tokens sees the tokens that it is trained to predict."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
+
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in ENCODERS and getattr(config, "is_decoder", None) is False:
+        raise TypeError(
+            f"model must be a causal LM, got {type(model).__name__} with is_decoder=False in its config: an encoder, "
+            "whose tokens attend to the tokens after them"
+        )
 
 
 def is_peft_model(model: Any) -> bool:

@@ -162,3 +162,95 @@ def test_a_recipe_loads_its_model_by_its_own_settings(tmp_path: Path):
     recipe: Recipe = load(tmp_path / "r.yaml", ["device=cpu"])
     assert recipe.trust_remote_code is False
     assert build_model(recipe)[0].dtype == torch.bfloat16
+
+
+def folder_of(model: Any, path: Path) -> Path:
+    """Save a model and a tokenizer into a folder."""
+    model.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def tokenized(folder: Path) -> str:
+    """Return the folder to load a model from, once its tokenizer is loaded."""
+    path = model_folder(str(folder))
+    load_tokenizer(path)
+    return path
+
+
+def refused(folder: Path, error: type[Exception] | tuple[type[Exception], ...], match: str) -> None:
+    """Require that a folder is refused, as the model of a run, in one line of this text."""
+    with pytest.raises(error, match=match) as caught:
+        load_model(tokenized(folder), CPU, torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [-500, 100, 4, 0])
+def test_names_a_truncated_weight_file(tmp_path: Path, keep: int):
+    file = folder_of(make_model(), tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(tmp_path, ValueError, r"is damaged: .*model\.safetensors.*; copy or download that file anew")
+
+
+def test_names_the_damaged_one_of_several_weight_files(tmp_path: Path):
+    make_model().save_pretrained(tmp_path, max_shard_size="8KB")
+    make_tokenizer().save_pretrained(tmp_path)
+    last = sorted(tmp_path.glob("model-*.safetensors"))[-1]
+    assert last.name != "model-00001-of-00001.safetensors"
+    last.write_bytes(last.read_bytes()[:-8])
+    refused(tmp_path, ValueError, last.name)
+
+
+def test_refuses_a_truncated_pickle_of_weights(tmp_path: Path):
+    folder_of(make_model(), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(make_model().state_dict(), tmp_path / "pytorch_model.bin")
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(file.read_bytes()[:-500])
+    refused(tmp_path, (ValueError, OSError), str(tmp_path))
+
+
+def test_refuses_a_folder_without_a_model(tmp_path: Path):
+    refused(tmp_path, ValueError, r"has no config\.json, so it is not the folder of a transformers model")
+
+
+def test_refuses_a_folder_without_a_tokenizer(tmp_path: Path):
+    make_model().save_pretrained(tmp_path)
+    refused(tmp_path, ValueError, r"has no tokenizer \(.*tokenizer\.save_pretrained")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"model_type": "zzz"}, r"of the type 'zzz' \(model_type in config\.json\)"), ({}, "has no model_type that")],
+)
+def test_refuses_a_config_of_no_known_model(tmp_path: Path, config: dict[str, str], words: str):
+    folder_of(make_model(), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refused(tmp_path, ValueError, words)
+
+
+def test_refuses_a_file_as_the_model(tmp_path: Path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    refused(tmp_path / "x.gguf", ValueError, "is a file, and a model is a folder .*a GGUF file is quantised")
+    folder_of(make_model(), tmp_path)
+    refused(tmp_path / "model.safetensors", ValueError, rf"is a file, .*give its folder, {tmp_path}")
+
+
+def bert_config(**options: Any) -> transformers.BertConfig:
+    sizes: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    return transformers.BertConfig(vocab_size=len(make_tokenizer()), **sizes, **options)
+
+
+def test_refuses_a_checkpoint_without_a_language_model_head(tmp_path: Path):
+    decoder = transformers.BertModel(bert_config(is_decoder=True))
+    refused(folder_of(decoder, tmp_path), ValueError, r"lacks \d+ weights of a causal .*cls\.predictions.*random")
+
+
+def test_refuses_encoders(tmp_path: Path):
+    encoder = transformers.BertForMaskedLM(bert_config())
+    refused(folder_of(encoder, tmp_path), TypeError, "must be a causal LM, got BertLMHeadModel with is_decoder=False")
+
+
+def test_takes_a_decoder_of_an_encoder_family(tmp_path: Path):
+    folder = folder_of(transformers.BertLMHeadModel(bert_config(is_decoder=True)), tmp_path)
+    assert type(load_model(str(folder), CPU, torch.float32)).__name__ == "BertLMHeadModel"
