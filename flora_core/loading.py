@@ -173,8 +173,8 @@ def _explanation(folder: str, what: str, text: str) -> str | None:
         return f"{folder}/config.json has no model_type that transformers knows, so it is not the config of a model"
     if "instantiate the backend tokenizer" in text:
         return (
-            f"the tokenizer in {folder} cannot be built: its files are incomplete, or it needs SentencePiece or tiktoken "
-            "(pip install sentencepiece tiktoken)"
+            f"the tokenizer in {folder} cannot be built: its files are incomplete, or it needs a library: "
+            "pip install sentencepiece tiktoken"
         )
     return None
 

@@ -96,8 +96,8 @@ class DataRecipe:
 class ClientOverride:
     """What one client does differently: fields of AdapterConfig and of TrainConfig."""
 
-    adapter: dict[str, Any] = field(default_factory=dict)
-    train: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": AdapterConfig})
+    train: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": TrainConfig})
 
     def __post_init__(self) -> None:
         for part, cls, others in (
@@ -212,7 +212,8 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: A file, or the bare name of one that travels with the package (quickstart).
-        overrides: Such as "train.lr=1e-3", "clients.count=4", "data=my.jsonl" (short for data.path).
+        overrides: Such as "train.lr=1e-3", "clients.count=4", "data=my.jsonl" (short for data.path). A section, such as
+            "train={lr: 1e-3}", changes the keys that it names; an empty one, "train={}", takes all of its defaults.
     Raises:
         FileNotFoundError: If there is no such recipe.
         ValueError, TypeError: If a key is unknown, missing or given twice, or a value does not fit.
@@ -224,9 +225,8 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} must hold a mapping of keys to values; it {'is empty' if raw is None else 'does not'}"
         )
     _expand(raw)
-    _check_once(overrides)
-    for override in overrides:
-        _apply(raw, override)
+    for parts, value in _read_overrides(overrides).items():
+        _apply(raw, parts, value)
     raw.setdefault("out", f"runs/{path.stem}")
     for part in ("train", "federation"):
         section = raw.setdefault(part, {})
@@ -297,37 +297,56 @@ def _expand(raw: dict[str, Any]) -> None:
         raw["data"] = {"path": raw["data"]}
 
 
-def _check_once(overrides: Sequence[str]) -> None:
-    """Refuse a key that is given twice, of which one would be dropped in silence, as in a file."""
-    seen: dict[str, str] = {}
+def _read_overrides(overrides: Sequence[str]) -> dict[tuple[str, ...], Any]:
+    """Return path -> value of every key; one that is given twice, of which one would be dropped, is refused."""
+    found: dict[tuple[str, ...], Any] = {}
+    given: dict[tuple[str, ...], str] = {}
     for override in overrides:
-        key = override.partition("=")[0]
-        key = "data.path" if key == "data" else key
-        require(key not in seen, f"key {key!r} is given twice: {seen.get(key)!r} and {override!r}; give it once")
-        seen[key] = override
+        for parts, value in _read_override(override).items():
+            for other, first in given.items():
+                size = min(len(parts), len(other))
+                twice = parts[:size] == other[:size]
+                require(not twice, f"key {'.'.join(parts)!r} is given twice: {first!r} and {override!r}; give it once")
+            found[parts] = value
+        given.update(dict.fromkeys(list(found)[len(given) :], override))
+    return found
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _read_override(override: str) -> dict[tuple[str, ...], Any]:
+    """Return path -> value of the keys that an override changes: one, or those of a section."""
     import yaml
 
     key, equals, text = override.partition("=")
     require(bool(key and equals), f"override {override!r} must read key=value, such as train.lr=1e-3")
-    key = "data.path" if key == "data" else key
     try:
-        hint = strict.hint_at(Recipe, key)
-        value = _parse(hint, text, yaml)
+        strict.hint_at(Recipe, key)
+        # Of data, whatever is no section is short for its path; clients may have any names but those of the keys.
+        if key == "data" and not strict.hints_of(DataRecipe).keys() & _keys_of(text, yaml):
+            key = "data.path"
+        return _parse(key, text, yaml)
     except (ValueError, TypeError) as error:
         raise type(error)(f"override {override!r}: {error}") from None
-    *parents, last = key.split(".")
-    for parent in parents:
+
+
+def _keys_of(text: str, yaml: Any) -> set[str]:
+    """Return the keys of a text that is a YAML mapping; none of any other."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return set()
+    return set(map(str, value)) if isinstance(value, dict) else set()
+
+
+def _apply(raw: dict[str, Any], parts: tuple[str, ...], value: Any) -> None:
+    for parent in parts[:-1]:
         if not isinstance(raw.get(parent), dict):
             raw[parent] = {}
         raw = raw[parent]
-    raw[last] = value
+    raw[parts[-1]] = value
 
 
-def _parse(hint: Any, text: str, yaml: Any) -> Any:
-    """Read an override's text as YAML, or as it stands where only text fits (out=2024)."""
+def _parse(key: str, text: str, yaml: Any) -> dict[tuple[str, ...], Any]:
+    """Read an override's text as YAML, or as it stands where only text fits (out=2024); return path -> value."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -335,12 +354,23 @@ def _parse(hint: Any, text: str, yaml: Any) -> Any:
             raise ValueError(f"malformed value: {' '.join(str(error).split())}") from None
         # A glob, which YAML takes for a reference.
         value = text
-    try:
-        strict.convert(hint, value, "the value")
-        return value
-    except TypeError:
+    found: dict[tuple[str, ...], Any] = {}
+    for path, kind, one in strict.leaves_at(Recipe, key, value):
+        is_key = ".".join(path) == key
+        name = "the value" if is_key else ".".join(path)
+        found[path] = one
         try:
-            return strict.convert(hint, text, "the value")
+            strict.convert(kind, one, name, ".".join(path), "the value")
         except TypeError:
-            pass
-        raise
+            if not is_key or not _is_text(kind, text):
+                raise
+            found[path] = text
+    return found
+
+
+def _is_text(hint: Any, text: str) -> bool:
+    try:
+        strict.convert(hint, text, "the value")
+    except TypeError:
+        return False
+    return True

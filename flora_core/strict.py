@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -45,15 +45,67 @@ def hint_at(cls: type, path: str) -> Any:
     """Return the type of the value at a dotted path; ValueError names the nearest path there is."""
     hint: Any = cls
     for part in path.split("."):
-        inside = [option for option in _options(hint) if isinstance(option, type) and dataclasses.is_dataclass(option)]
+        inside = _section(hint)
         maps = [option for option in _options(hint) if get_origin(option) in (dict, Mapping)]
-        if inside and part in hints_of(inside[0]):
-            hint = hints_of(inside[0])[part]
+        if inside is not None and part in hints_of(inside):
+            hint = hints_of(inside)[part]
         elif maps:
             hint = get_args(maps[0])[1]
         elif hint is not Any:
             raise ValueError(f"unknown key {path!r}; {_nearest_path(path, key_paths(cls))}")
     return hint
+
+
+def leaves_at(cls: type, path: str, value: Any) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Take the value at a dotted path apart, as ``leaves`` does; the type of the value decides what a section is."""
+    *parents, last = parts = tuple(path.split("."))
+    above = hint_at(cls, ".".join(parents)) if parents else cls
+    if _section(above) is not None:
+        return leaves(above, {last: value}, tuple(parents))
+    return leaves(hint_at(cls, path), value, parts)
+
+
+def leaves(hint: Any, value: Any, parts: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Take a value apart into those of its keys: yield the path, the type and the value of each.
+
+    Sections (dataclasses, and mappings of names to them) are taken apart; any other value is yielded as it stands, an
+    empty mapping too. ValueError names the nearest path of an unknown key.
+    """
+    if not isinstance(value, Mapping) or not value:
+        yield parts, hint, value
+        return
+    section = _section(hint)
+    named = [get_args(option)[1] for option in _options(hint) if get_origin(option) in (dict, Mapping)]
+    if section is not None:
+        for key, one in value.items():
+            yield from _field_leaves(section, str(key), one, parts)
+    elif named and _section(named[0]) is not None:
+        for key, one in value.items():
+            yield from leaves(named[0], one, (*parts, str(key)))
+    else:
+        yield parts, hint, value
+
+
+def _field_leaves(section: type, key: str, value: Any, parts: tuple[str, ...]) -> Iterator[tuple[Any, Any, Any]]:
+    path, hints = (*parts, key), hints_of(section)
+    if key not in hints:
+        dotted = ".".join(path)
+        raise ValueError(f"unknown key {dotted!r}; {_nearest_path(dotted, key_paths(section, '.'.join(parts)))}")
+    if _fields_of(section, key) is not None and isinstance(value, Mapping) and value:
+        # The section checks its own mapping of another class's fields, with that class's hints.
+        yield from (((*path, str(name)), Any, one) for name, one in value.items())
+    else:
+        yield from leaves(hints[key], value, path)
+
+
+def _section(hint: Any) -> type | None:
+    """Return the dataclass that a type may be."""
+    return next((one for one in _options(hint) if isinstance(one, type) and dataclasses.is_dataclass(one)), None)
+
+
+def _fields_of(cls: type, name: str) -> type | None:
+    """Return the dataclass whose fields a mapping in a field may hold: ``metadata={"fields_of": cls}``."""
+    return next(field.metadata.get("fields_of") for field in dataclasses.fields(cls) if field.name == name)
 
 
 def key_paths(cls: type, prefix: str = "") -> list[str]:
@@ -62,8 +114,8 @@ def key_paths(cls: type, prefix: str = "") -> list[str]:
     for name, hint in hints_of(cls).items():
         path = f"{prefix}.{name}" if prefix else name
         paths.append(path)
-        nested = next((option for option in _options(hint) if dataclasses.is_dataclass(option)), None)
-        paths += key_paths(nested, path) if isinstance(nested, type) else []
+        nested = _section(hint) or _fields_of(cls, name)
+        paths += key_paths(nested, path) if nested is not None else []
     return paths
 
 

@@ -282,3 +282,91 @@ def test_real_data_trains_by_its_partition(shared_data):
                                  "data.split=dirichlet05_10"])  # fmt: skip
     parts, test_records = split_of(recipe)
     assert (len(parts), len(test_records)) == (10, min(80, recipe.data.test_items or 80))
+
+
+# Sections on the command line.
+
+SECTIONS = (
+    MINIMAL + "train: {lr: 0.1, batch_size: 3}\ndata: {path: {z: z.jsonl}, test_fraction: 0.2}\n"
+    "clients: {ranks: [4], overrides: {a: {adapter: {rank: 2}, train: {lr: 0.5, batch_size: 2}}}}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("train={lr: 1}", lambda r: (r.train.lr, r.train.batch_size), (1, 3)),
+        ("train={}", lambda r: (r.train.lr, r.train.batch_size), (3e-4, 4)),
+        ("data={path: demo}", lambda r: (r.data.path, r.data.test_fraction), ("demo", 0.2)),
+        ("data={a: a.jsonl}", lambda r: (r.data.path, r.data.test_fraction), ({"a": "a.jsonl"}, 0.2)),
+        ("data.path={a: a.jsonl}", lambda r: r.data.path, {"a": "a.jsonl"}),
+        ("federation={eval_every: 2}", lambda r: (r.federation.rounds, r.federation.eval_every), (2, 2)),
+        (
+            "clients={overrides: {a: {train: {lr: 1}}}}",
+            lambda r: (r.clients.ranks, r.clients.overrides["a"].train, r.clients.overrides["a"].adapter),
+            ([4], {"lr": 1, "batch_size": 2}, {"rank": 2}),
+        ),
+        ("clients.overrides.a.train={lr: 1}", lambda r: r.clients.overrides["a"].train, {"lr": 1, "batch_size": 2}),
+        ("clients.overrides={St. B: {adapter: {rank: 1}}}", lambda r: sorted(r.clients.overrides), ["St. B", "a"]),
+        ("federation.weights.a=3", lambda r: r.federation.weights, {"a": 3, "b": 2}),
+        ("federation.weights={a: 3}", lambda r: r.federation.weights, {"a": 3}),
+        ("clients.overrides={}", lambda r: r.clients.overrides, {}),
+        (
+            "federation={weights: uniform, privacy: {clip: 1, noise_multiplier: 2}}",
+            lambda r: (r.federation.privacy.clip, r.federation.privacy.noise_multiplier),
+            (1, 2),
+        ),
+    ],
+)
+def test_a_section_changes_the_keys_that_it_names(tmp_path, override, read, value):
+    text = SECTIONS.replace("rounds: 2", "rounds: 2, weights: {a: 1, b: 2}")
+    assert read(load(write(tmp_path / "r.yaml", text), [override])) == value
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train={lr: 1}", "train.lr=2"),
+        ("train.lr=2", "train={lr: 1}"),
+        ("train={lr: 1}", "train={lr: 1}"),
+        ("train.lr=2", "train={}"),
+        ("data=demo", "data={path: demo}"),
+        ("clients={overrides: {a: {train: {lr: 1}}}}", "clients.overrides.a.train.lr=2"),
+    ],
+)
+def test_refuses_a_key_that_is_given_on_its_own_and_in_a_section(tmp_path, overrides):
+    with pytest.raises(ValueError, match=r"is given twice: .*; give it once"):
+        load(write(tmp_path / "r.yaml", SECTIONS), overrides)
+
+
+def test_takes_different_keys_of_a_section_from_several_overrides(tmp_path):
+    recipe = load(write(tmp_path / "r.yaml", SECTIONS), ["train={lr: 1}", "train.batch_size=7", "train={eps: 1e-6}"])
+    assert (recipe.train.lr, recipe.train.batch_size, recipe.train.eps) == (1, 7, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "clients.overrides={a: {rank: 4}}",
+            r"unknown key 'clients\.overrides\.a\.rank'; did you mean 'cl.*a\.adapter\.rank'",
+        ),
+        (
+            "clients.overrides={a: {lr: 4}}",
+            r"override 'cl.*: unknown key .*did you mean 'clients\.overrides\.a\.train\.lr'",
+        ),
+        ("train={lrr: 4}", r"override 'train={lrr: 4}': unknown key 'train\.lrr'; did you mean 'train\.lr'"),
+        ("data={path: x, alhpa: 1}", r"unknown key 'data\.alhpa'; did you mean 'data\.alpha'"),
+    ],
+)
+def test_names_an_unknown_key_of_a_section(tmp_path, override, words):
+    with pytest.raises(ValueError, match=words):
+        load(write(tmp_path / "r.yaml", SECTIONS), [override])
+
+
+def test_names_the_key_that_a_client_override_lacks_in_a_file(tmp_path):
+    text = MINIMAL + "clients: {overrides: {a: {rank: 4}}}"
+    with pytest.raises(
+        ValueError, match=r"r\.yaml: unknown key 'clients.overrides.a.rank'; did you mean '.*adapter\.rank'"
+    ):
+        load(write(tmp_path / "r.yaml", text))
