@@ -85,7 +85,7 @@ def specs_of(recipe: Recipe, split: Split) -> list[ClientSpec]:
     """
     names = list(split.train)
     for name in recipe.clients.overrides:
-        require(name in names, f"clients.overrides names {name!r}, who is no client; {nearest(name, names)}")
+        require(name in names, f"clients.overrides names {name!r}, which is not a client; {nearest(name, names)}")
     return [
         _client(recipe, name, index, records, split.own.get(name))
         for index, (name, records) in enumerate(split.train.items())

@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Before torch loads OpenMP: threads that spin while they wait make a step many times slower beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parse(list(sys.argv[1:] if argv is None else argv))
+    formatter, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         return options.command(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -53,6 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flora: stopped", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = formatter
+
+
+def _format_warning(message: Warning | str, *place: object, **more: object) -> str:
+    """Write a warning as the command's own line: where in the code it arose says nothing to its user."""
+    return f"flora: warning: {' '.join(str(message).split())}\n"
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -52,6 +52,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
         f"device={wanted!r} is not supported: rounds are summed in float64, by kernels for CPUs and CUDA alone; "
         "use device=cpu",
     )
+    require(device.type != "cpu" or not device.index, f"device={wanted!r} is not here: there is one; use device=cpu")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise ValueError(f"device={wanted!r} is not here ({torch.cuda.device_count()} CUDA devices); use device=cpu")
     return device

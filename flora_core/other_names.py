@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -58,17 +59,26 @@ def meant(word: str, known: Iterable[str], others: Mapping[str, str] = RECIPE_KE
 
 
 def refuses_other_names(others: Mapping[str, str]) -> Callable[[C], C]:
-    """Have a dataclass name its own field where an argument has another program's name for it."""
+    """Have a dataclass name its own field where an argument has another program's name, or is missing."""
 
     def decorate(cls: C) -> C:
         init: Any = cls.__init__
         known = list(cls.__dataclass_fields__)
+        fields: Any = dataclasses.fields(cls)
+        required = [
+            one.name
+            for one in fields
+            if one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        ]
 
         @functools.wraps(init)
         def checked(self: Any, *args: Any, **kwargs: Any) -> None:
             for name in kwargs:
                 if name not in known:
                     raise TypeError(f"{cls.__name__} has no field {name!r}; {meant(name, known, others)}")
+            missing = [name for name in required[len(args) :] if name not in kwargs]
+            if missing:
+                raise TypeError(f"{cls.__name__} needs {missing[0]}; add {missing[0]}=...")
             init(self, *args, **kwargs)
 
         cls.__init__ = checked  # pyright: ignore[reportAttributeAccessIssue]

@@ -51,10 +51,12 @@ def sentence(event: Event) -> str | None:
     return writer(event) if writer else None
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _say_start(event: Event) -> str:
-    text = (
-        f"{len(event['clients'])} clients, {event['rounds']} round{'s' * (event['rounds'] != 1)} of {event['strategy']}"
-    )
+    text = f"{_count(len(event['clients']), 'client')}, {_count(event['rounds'], 'round')} of {event['strategy']}"
     text += f" on {event['device']}" if event.get("device") else ""
     if event.get("base"):
         text += f", the base {event['base']['held']} ({event['base']['reason']})"
@@ -65,7 +67,8 @@ def _say_start(event: Event) -> str:
 
 def _say_round(event: Event) -> str:
     cohorts = event.get("cohorts")
-    text = f"round {event['round']}/{event['rounds']}: {len(event['clients'])} clients train"
+    number = len(event["clients"])
+    text = f"round {event['round']}/{event['rounds']}: {_count(number, 'client')} train{'s' * (number == 1)}"
     return text + (f" in {cohorts} cohort{'s' if cohorts > 1 else ''}" if cohorts else "")
 
 
@@ -86,7 +89,7 @@ def _say_client(event: Event) -> str:
 
 def _say_aggregated(event: Event) -> str:
     return (
-        f"round {event['round']}: aggregated {event['clients']} updates, "
+        f"round {event['round']}: aggregated {_count(event['clients'], 'update')}, "
         f"aggregation error {show_error(event.get('aggregation_error'))}, {_written(event)}"
         f"{show_bytes(event['bytes_up'])} up, {show_bytes(event['bytes_down'])} down{_travelling(event)}"
         f" in {show_seconds(event['seconds'])}{show_cost(event)}"
@@ -282,7 +285,11 @@ class Bar:
 def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
     """Print tables on `stream` (standard output), with rich where it is installed."""
     out: TextIO = sys.stdout if stream is None else stream
-    for title, columns, rows in tables:
+    for title, columns, full in tables:
+        rows = [
+            [_shortened(cell) if name == "client" else cell for name, cell in zip(columns, row, strict=True)]
+            for row in full
+        ]
         try:
             from rich.console import Console
             from rich.table import Table as RichTable
@@ -297,6 +304,11 @@ def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
         # A file or pipe has no width of its own; wrapped cells would be unreadable there, and cut ones worse.
         console = Console(file=out, width=None if out.isatty() else 1000, markup=False, highlight=False)
         console.print(table)
+
+
+def _shortened(name: str, length: int = 40) -> str:
+    """Return a name that fits a column: clients may have names of any length, which files hold in full."""
+    return name if len(name) <= length else f"{name[: length - 3]}..."
 
 
 def _numbers(cells: Sequence[str]) -> bool:

@@ -264,7 +264,8 @@ def _read_facts(run_dir: Path) -> dict[str, Any]:
 
 def _page(history: History, images: list[Path], facts: dict[str, Any], without: str | None) -> str:
     start = history.start
-    size = f"{len(start.get('clients', []))} clients, {start.get('rounds', '?')} rounds"
+    clients, rounds = len(start.get("clients", [])), start.get("rounds", "?")
+    size = f"{clients} client{'s' * (clients != 1)}, {rounds} round{'s' * (rounds != 1)}"
     title = f"{start.get('strategy', 'Federated')} run: {size}"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f"<p class=warning>{html.escape(event['message'])}</p>" for event in history.warnings]

@@ -167,7 +167,7 @@ def test_overrides_may_stand_after_options(flora, tmp_path):
         (("run", "tiny", "device=tpu9"), "device must be auto, cpu, cuda"),
         (("run", "tiny", "device=cuda:99"), "is not here"),
         (("run", "tiny", "data.partition=dirichlet", "data.label=colour"), "no column 'colour'"),
-        (("run", "tiny", "clients.overrides.z.train.lr=1"), "names 'z', who is no client"),
+        (("run", "tiny", "clients.overrides.z.train.lr=1"), "names 'z', which is not a client"),
         (("report", "nowhere"), "holds no metrics.jsonl"),
     ],
 )
@@ -258,3 +258,13 @@ def test_an_error_is_one_paragraph_and_keeps_its_table():
     error = ValueError("no such\n thing;   known:\n  name   rule\n  flora  stacks\nchoose one")
     assert _joined(error) == "no such thing; known:\n  name   rule\n  flora  stacks\nchoose one"
     assert _joined(ValueError(" ")) == "ValueError"
+
+
+def test_a_warning_is_one_line_without_the_code_it_arose_in(capfd):
+    code = (
+        "import warnings; from flora_core import cli, extras\n"
+        "cli._doctor = lambda options: [warnings.warn('cut\\nshort', UserWarning) for _ in range(3)] and 0\n"
+        "raise SystemExit(cli.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "flora: warning: cut short\n")

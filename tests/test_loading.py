@@ -254,3 +254,8 @@ def test_refuses_encoders(tmp_path: Path):
 def test_takes_a_decoder_of_an_encoder_family(tmp_path: Path):
     folder = folder_of(transformers.BertLMHeadModel(bert_config(is_decoder=True)), tmp_path)
     assert type(load_model(str(folder), CPU, torch.float32)).__name__ == "BertLMHeadModel"
+
+
+def test_refuses_a_second_cpu():
+    with pytest.raises(ValueError, match="device='cpu:1' is not here: there is one; use device=cpu"):
+        devices.pick_device("cpu:1")

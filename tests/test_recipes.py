@@ -9,6 +9,7 @@ import pytest
 
 from flora_core import recipes
 from flora_core.build import build_clients
+from flora_core.federation_config import FederationConfig
 from flora_core.loading import model_folder
 from flora_core.recipes import Recipe, load
 from flora_core.splits import split_data
@@ -263,7 +264,7 @@ def test_clients_carry_their_adapter_records_and_overrides(recipe_file, tmp_path
     clients, _ = build_clients(recipe_on(recipe_file, data, *more))
     assert [(c.name, c.adapter.rank, c.adapter.alpha, c.train) for c in clients] == [
         ("a", 8, 16, None), ("b", 4, 8, {"lr": 0.5})]  # fmt: skip
-    with pytest.raises(ValueError, match="names 'c', who is no client; known: a, b"):
+    with pytest.raises(ValueError, match="names 'c', which is not a client; known: a, b"):
         build_clients(recipe_on(recipe_file, data, *more, "clients.overrides.c.train.lr=1"))
 
 
@@ -370,3 +371,8 @@ def test_names_the_key_that_a_client_override_lacks_in_a_file(tmp_path):
         ValueError, match=r"r\.yaml: unknown key 'clients.overrides.a.rank'; did you mean '.*adapter\.rank'"
     ):
         load(write(tmp_path / "r.yaml", text))
+
+
+def test_a_configuration_names_the_field_that_is_missing():
+    with pytest.raises(TypeError, match=r"FederationConfig needs rounds; add rounds=\.\.\."):
+        FederationConfig(save_dtype="base")  # pyright: ignore[reportCallIssue]

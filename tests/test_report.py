@@ -293,3 +293,16 @@ def test_malformed_run_json_is_refused(tmp_path):
     (run / "run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: malformed JSON"):
         write_report(run)
+
+
+def test_shortens_long_client_names_in_tables_of_the_terminal(capsys):
+    print_tables([("Clients", ["client", "rank"], [["a" * 300, "8"], ["b", "4"]])])
+    text = capsys.readouterr().out
+    assert "a" * 37 + "..." in text
+    assert "a" * 38 not in text
+
+
+def test_counts_one_client_in_the_singular():
+    start = {"event": "run_start", "rounds": 1, "strategy": "flora", "clients": [{"name": "a"}]}
+    assert str(sentence(start)).startswith("1 client, 1 round of flora")
+    assert sentence({"event": "round_start", "round": 1, "rounds": 2, "clients": ["a"]}) == "round 1/2: 1 client trains"
