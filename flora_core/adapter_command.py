@@ -59,6 +59,3 @@ def run(options: argparse.Namespace) -> int:
         rows.append(["from the run's weights", f"{report.error:.1e} of their change, by rounding"])
     print_tables([("Adapter", ["", ""], rows)])
     return 0
-
-
-__all__ = ["LAYOUTS", "add_parser", "run"]

@@ -103,6 +103,3 @@ def matches_target(wanted: Sequence[str] | str, module: str) -> bool:
     if isinstance(wanted, str):
         return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in wanted)
-
-
-__all__ = ["AdapterConfig", "check_targets", "match_pattern", "matches_target"]

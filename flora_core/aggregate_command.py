@@ -241,6 +241,3 @@ def _export_tables(report: ExportReport) -> list[Table]:
         ["aggregation error", f"{report.aggregation_error:.1e}"],
     ]
     return [("Aggregated", ["", ""], rows + _note_rows(report))]
-
-
-__all__ = ["add_parser", "parse_adapters", "parse_option", "run"]

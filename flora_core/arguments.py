@@ -332,21 +332,3 @@ def check_adamw(
         not len(owner) or (min(owner) >= 0 and max(owner) < hyper_CH.shape[0]),
         f"hyper_CH must have a row for each client, got {hyper_CH.shape[0]} rows and clients {sorted(set(owner))}",
     )
-
-
-__all__ = [
-    "HYPER_COLUMNS",
-    "LoraWeights",
-    "MergeItem",
-    "Numbers",
-    "check_adamw",
-    "check_apart",
-    "check_kinds",
-    "check_merges",
-    "check_rows",
-    "check_segments",
-    "check_target",
-    "dropout_of",
-    "dropout_threshold",
-    "is_sound",
-]

@@ -276,6 +276,3 @@ def _check_reached(cohort: Cohort) -> None:
             f"client {client!r}: text tokens reach none of its {len(targets)} targets ({', '.join(targets[:2])}, ...); "
             "choose target_modules in the part that computes the logits, for instance by a regex over whole paths",
         )
-
-
-__all__ = ["attach", "candidates", "cohort_of", "detach"]

@@ -257,5 +257,3 @@ class _Leave(torch.autograd.Function):
 
 
 WAYS: dict[str, Callable[..., torch.Tensor]] = {"flash-attn": flash, "varlen": varlen, "flex": flex}
-
-__all__ = ["WAYS", "Way", "apart", "block_mask", "choose", "missing"]

@@ -133,6 +133,3 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
     unfit = _unfit(backend, op, tensor, auto=False)
     require(unfit is None, f"backend={backend!r} {unfit}")
     return importlib.import_module(_MODULES[backend]), f"{backend} (named)"
-
-
-__all__ = ["able", "availability", "resolve", "without_checks"]

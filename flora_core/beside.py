@@ -37,6 +37,3 @@ def adapter_beside(model: Any, adapter: ClientUpdate) -> Iterator[Any]:
             yield whole
     finally:
         detach(model)
-
-
-__all__ = ["adapter_beside"]

@@ -125,6 +125,3 @@ def adamw(
     owner = range(len(segments)) if owner is None else owner
     with torch.no_grad():
         kernels.cohort_adamw_(*buffers, segments, hyper_CH, owner)
-
-
-__all__ = ["adamw", "check_fuse", "merge", "plan_linears"]

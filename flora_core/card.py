@@ -183,6 +183,3 @@ def _evaluation(history: History) -> str:
         numbers = [format(one[name], _SCORES[name][1]) for name in scores for one in (first, last)]
         rows.append([group, str(last["examples"]), *numbers])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-__all__ = ["base_licence", "base_name", "hub_name", "model_card"]

@@ -459,6 +459,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-__all__ = ["RunFolder", "Snapshot"]

@@ -214,6 +214,3 @@ def keys_on_device(keys: Mapping[str, Sequence[int]], device: torch.device) -> d
     count = len(next(iter(keys.values()), ()))
     table = torch.tensor([[*row, *[0] * (count % 2)] for row in keys.values()], dtype=torch.int64).to(device)
     return {path: row[:count] for path, row in zip(keys, table, strict=True)}
-
-
-__all__ = ["ClientSpec", "Cohort", "keys_on_device"]

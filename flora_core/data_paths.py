@@ -88,6 +88,3 @@ def _is_hidden(path: Path, folder: Path) -> bool:
 def kind_of(path: Path) -> str:
     """The suffix that names the kind of a file, .gz set aside."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-
-
-__all__ = ["KINDS", "SUFFIXES", "data_files", "is_path", "kind_of"]

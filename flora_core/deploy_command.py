@@ -237,6 +237,3 @@ def _listen(host: str) -> str:
 
 def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-__all__ = ["add_parser", "again", "deploy", "write_app"]

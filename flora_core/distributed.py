@@ -359,6 +359,3 @@ def _wait_seconds() -> float:
         seconds = 0.0
     require(seconds > 0, f"FLORA_RANK_TIMEOUT_S must be a number of seconds above 0, got {text!r}")
     return seconds
-
-
-__all__ = ["RankError", "Ranks", "ranks", "session"]

@@ -206,6 +206,3 @@ def _choose(
         right.append({"right": losses.index(min(losses)) == record.correct})
         start += count
     return right
-
-
-__all__ = ["evaluate"]

@@ -102,6 +102,3 @@ def dense_stack(sum_NK: torch.Tensor) -> Stack:
     unit = torch.eye(min(N, K), dtype=sum_NK.dtype, device=sum_NK.device)
     ones = torch.ones(min(N, K), dtype=torch.float64, device=sum_NK.device)
     return (sum_NK, unit, ones) if N <= K else (unit, sum_NK.T.contiguous(), ones)
-
-
-__all__ = ["Way", "choose", "dense_stack", "light", "partial_sum", "whole"]

@@ -108,6 +108,3 @@ def _tiles(kernels: ModuleType, dtype: torch.dtype, targets: int) -> str:
     if not hasattr(kernels, "tiles"):
         return "none"
     return "; ".join(f"{op}: {tile}" for op, tile in kernels.tiles(dtype, targets).items())
-
-
-__all__ = ["Explanation", "explain"]

@@ -111,6 +111,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-__all__ = ["EXTRAS", "has_pip", "install_command", "missing", "name_of", "remedy", "require_extras", "versions"]

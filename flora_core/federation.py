@@ -433,6 +433,3 @@ def held_out(
     if eval_data is not None:
         return own, check_records(eval_data, "eval_data", known=(label,))
     return own, [record for part in own.values() for record in part] or None
-
-
-__all__ = ["Federation", "FederationConfig", "FederationResult"]

@@ -262,6 +262,3 @@ def history(events: Sequence[Event]) -> list[dict[str, Any]]:
         elif kind in ("aggregated", "round_end"):
             rounds[number] |= {key: value for key, value in event.items() if key not in ("event", "clients")}
     return list(rounds.values())
-
-
-__all__ = ["ROUNDINGS", "FederationConfig", "FederationResult", "Privacy", "history"]

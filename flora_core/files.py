@@ -364,18 +364,3 @@ def _fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-__all__ = [
-    "SaveError",
-    "atomic_dir",
-    "atomic_write_bytes",
-    "atomic_write_json",
-    "cache_folder",
-    "explained",
-    "folder_names",
-    "publish_dir",
-    "system_errors",
-    "try_lock",
-    "write_safetensors",
-]

@@ -157,6 +157,3 @@ def check_base(
         f"{adapter} was trained on {needed}, and {given} is another base: its weights are {distance:.1e} of their norm "
         f"away, where rounding explains {tolerance:.0e}; {remedy}{advice}"
     )
-
-
-__all__ = ["Base", "Comparison", "check_base", "place_of", "values", "values_of"]

@@ -20,8 +20,7 @@ from . import recipes
 from .build import build_held_out, build_model, client_names
 from .checks import require
 from .federation_config import FederationResult
-from .flower_messages import BROKEN, NodeError, pack, read, record, size_of, unpack
-from .flower_node import client_app
+from .flower_messages import BROKEN, NodeError, pack, read, record, size_of
 from .history import Event
 from .remote import Answers, RemoteFederation, metrics_of, spec_of
 from .site import Tensors, Terms
@@ -277,6 +276,3 @@ def tell(event: Event) -> None:
     """Print what happens, a line each; it shows in Flower's log."""
     shown = ("round", "client", "message", "loss", "aggregation_error", "bytes_up", "bytes_down", "seconds", "refused")
     print(event["event"], *(f"{name}={event[name]}" for name in shown if event.get(name) is not None), flush=True)
-
-
-__all__ = ["FloraStrategy", "client_app", "pack", "run_server", "server_app", "unpack"]

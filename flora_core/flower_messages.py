@@ -104,6 +104,3 @@ def read(reply: Message, limit_bytes: int | None = None) -> tuple[dict[str, Any]
     if "error" in order:
         raise NodeError(f"its node says: {order['error']}")
     return order, tensors
-
-
-__all__ = ["BROKEN", "PROTOCOL", "NodeError", "pack", "read", "record", "size_of", "unpack"]

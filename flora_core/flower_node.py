@@ -145,6 +145,3 @@ def _train(site: Site, order: _Order, tensors: Tensors) -> tuple[dict[str, Any],
         if part in order.trainable or module not in start
     }
     return {"metrics": update.metrics, "scaling": update.scaling}, sent
-
-
-__all__ = ["client_app", "site_of"]

@@ -180,14 +180,3 @@ def _bends(model: Any, linear: Head, hidden: torch.Tensor) -> bool:
     except Exception:  # no stand-in for this family's decoder: the comparison with the model's logits has to do
         return False
     return not all(_close(got, want, 4 * torch.finfo(hidden.dtype).eps) for got, want in pairs)
-
-
-__all__ = [
-    "Batch",
-    "Way",
-    "alone",
-    "evaluation_mode",
-    "find_way",
-    "labelled_hidden",
-    "lay_out",
-]

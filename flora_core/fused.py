@@ -184,6 +184,3 @@ class LoraLinears(torch.autograd.Function):
         with without_autocast(x_MK):
             dx_MK, factor_grads = gradients(ctx.plan, dys, x_MK, saved[:count], saved[count:], needs[1], wants)
         return None, dx_MK, *factor_grads
-
-
-__all__ = ["LoraLinears", "Plan", "forward", "gradients", "without_autocast"]

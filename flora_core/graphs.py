@@ -318,18 +318,3 @@ class StaticSteps:
 
     def _step(self) -> None:
         self.result.copy_(self.optimizer.step_if_finite(self.loss_C))
-
-
-__all__ = [
-    "Cuda",
-    "Eager",
-    "Executor",
-    "Graphs",
-    "Shape",
-    "StaticPass",
-    "StaticSteps",
-    "executor_for",
-    "round_up",
-    "shape_of",
-    "why_not",
-]

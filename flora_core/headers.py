@@ -201,6 +201,3 @@ def _are_sizes(values: Any) -> bool:
 def _some(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-__all__ = ["MAX_HEADER_BYTES", "TensorInfo", "open_plain", "parse_json", "read_header"]

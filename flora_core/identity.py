@@ -127,6 +127,3 @@ def _installed(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-__all__ = ["check_rounds", "differences", "environment", "identity", "json_digest", "tensor_digest"]

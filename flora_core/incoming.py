@@ -241,6 +241,3 @@ def _tensors(update: ClientUpdate) -> dict[str, torch.Tensor]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
-
-
-__all__ = ["QUARANTINE", "REASON", "Asked", "Remote", "Task", "elsewhere_done", "quarantine", "receive"]

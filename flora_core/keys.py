@@ -137,6 +137,3 @@ def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with open(handle, "wb") as file:
         file.write(data)
-
-
-__all__ = ["LOOPBACK", "make_keys"]

@@ -182,6 +182,3 @@ def check_server(host: str, port: int, authority: str | Path) -> tuple[list[str]
     except OSError as error:
         return [], [f"no server answers at {where} yet ({error.strerror or error}); the node will try again"]
     return [], []
-
-
-__all__ = ["check_files", "check_folder", "check_port", "check_server"]

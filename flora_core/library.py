@@ -279,6 +279,3 @@ def cohort_adamw_(
     """``ops.cohort_adamw_`` as one traced op."""
     owner = range(len(segments)) if owner is None else owner
     torch.ops.flora.cohort_adamw_(*buffers, list(segments.lengths), hyper_CH, list(owner), backend)
-
-
-__all__ = ["cohort_adamw_", "lora_linears", "stacked_merge_many_"]

@@ -205,6 +205,3 @@ def weight_view(module: Any) -> torch.Tensor:
     """The detached weight of a Linear or Conv1D as N x K; writing to it changes the module."""
     weight = module.weight.detach()
     return weight.T if is_conv1d(module) else weight
-
-
-__all__ = ["Layout", "MultiLoRALinear", "Route", "is_conv1d", "weight_view"]

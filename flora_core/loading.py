@@ -186,6 +186,3 @@ def _check_weights(folder: str) -> None:
             read_header(path)
         except ValueError as error:
             raise ValueError(f"model {folder} is damaged: {error}; copy or download that file anew") from error
-
-
-__all__ = ["load_model", "load_tokenizer", "model_folder"]

@@ -110,6 +110,3 @@ def examples_of(spec: ClientSpec, config: TrainConfig, tokenizer: Any, warn: Cal
     if report:
         warn(str(report))
     return list(data)
-
-
-__all__ = ["LocalClient", "examples_of"]

@@ -191,6 +191,3 @@ def client_losses(
         states: 2**24 logits. A client's NaN stays in its own entry and rows.
     """
     return _ChunkedLoss.apply(hidden_MH, target_M, head, tokens, weight_C)  # pyright: ignore
-
-
-__all__ = ["Head", "client_losses"]

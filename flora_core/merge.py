@@ -199,6 +199,3 @@ def _master_rows(weight: torch.Tensor, low_bits: torch.Tensor | None, rows_S: to
     from flora_kernels.reference import join_master
 
     return weight[rows_S] if low_bits is None else join_master(weight[rows_S], low_bits[rows_S])
-
-
-__all__ = ["ROUNDINGS", "adapter_stack", "apply_base_delta_", "merge_adapter_", "new_low_bits", "target_weights"]

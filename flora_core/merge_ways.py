@@ -98,6 +98,3 @@ def told(weight: torch.Tensor) -> str:
         N, K = weight.shape
         return choices_for(weight.device).told(N, K, weight.dtype, "merge")
     return f"{names[0]} (the only one that is here)"
-
-
-__all__ = ["contenders", "merge_kernels", "merge_with", "pick", "told"]

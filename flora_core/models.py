@@ -154,15 +154,3 @@ def is_linear(module: nn.Module) -> bool:
     # A bias that is added after the product is rounded may differ in the last place.
     bound = 4 * torch.finfo(weight.dtype).eps * weight.shape[1] ** 0.5
     return bool((got - expected).abs().max() <= bound * expected.abs().max().clamp_min(1e-30))
-
-
-__all__ = [
-    "as_tokenizer",
-    "check_model",
-    "decoder_of",
-    "embedding_rows",
-    "is_linear",
-    "is_peft_model",
-    "sequence_limit",
-    "to_evaluate",
-]

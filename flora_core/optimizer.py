@@ -184,6 +184,3 @@ class CohortAdamW:
             parts = self._of_client(flat)[c]
             for part, value in zip(parts, state[name].split([part.numel() for part in parts]), strict=True):
                 part.copy_(value)
-
-
-__all__ = ["CohortAdamW"]

@@ -85,6 +85,3 @@ def refuses_other_names(others: Mapping[str, str]) -> Callable[[C], C]:
         return cls
 
     return decorate
-
-
-__all__ = ["ADAPTER_FIELDS", "RECIPE_KEYS", "meant", "refuses_other_names"]

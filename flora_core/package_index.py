@@ -141,6 +141,3 @@ def _shown(url: str) -> str:
     """An address without the password in it."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
-
-
-__all__ = ["download", "index_url"]

@@ -98,16 +98,3 @@ def stopping(wanted: bool = True) -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-__all__ = [
-    "CrowdedError",
-    "Paused",
-    "State",
-    "Stopped",
-    "client_state",
-    "crowded_text",
-    "is_out_of_memory",
-    "restore_client",
-    "stopping",
-]

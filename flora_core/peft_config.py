@@ -230,6 +230,3 @@ def _fraction(scaling: float, rank: int) -> float:
     alpha = scaling * rank
     near = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
     return next((value for value in near if value / rank == scaling), alpha)
-
-
-__all__ = ["CONFIG", "MAX_CONFIG_BYTES", "base_of", "is_target", "make_config", "read_config", "scaling_of"]

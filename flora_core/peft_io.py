@@ -317,19 +317,3 @@ def _save(
             metadata = {"base": json.dumps(trained_on.to_json())}
             write_safetensors(folder / RECORD, trained_on.of(pairs).weights, metadata)
         atomic_write_json(folder / CONFIG, config)
-
-
-__all__ = [
-    "CONFIG",
-    "RECORD",
-    "WEIGHTS",
-    "load_peft_adapter",
-    "pair_factors",
-    "read_base",
-    "read_config",
-    "refuse_other_tensors",
-    "save_peft_adapter",
-    "save_stacked_adapter",
-    "scaling_of",
-    "weights_path",
-]

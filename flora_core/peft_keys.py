@@ -80,6 +80,3 @@ def sort_keys(where: object, keys: Iterable[str]) -> Keys:
         " save each alone (save_pretrained(..., selected_adapters=[NAME]))",
     )
     return Keys(factors, rest)
-
-
-__all__ = ["Keys", "plain_name", "sort_keys"]

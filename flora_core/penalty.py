@@ -43,6 +43,3 @@ class TailPenalty:
             tiny = torch.finfo(A.dtype).tiny
             dA += A / a.clamp_min(tiny) * (self.weight * b)
             dB += B / b.clamp_min(tiny) * (self.weight * a)
-
-
-__all__ = ["TailPenalty"]

@@ -201,6 +201,3 @@ def measure_bytes_per_token(cohort: Cohort, tokens: int = 64) -> float:
     finally:
         for factor in factors:
             factor.requires_grad_(False)
-
-
-__all__ = ["Demand", "Plan", "measure_bytes_per_token", "passes", "plan", "spread"]

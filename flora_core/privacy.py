@@ -214,6 +214,3 @@ def _write(weight_NK: torch.Tensor, low_NK: torch.Tensor | None, stack: Stack | 
             weight_NK[rows] = total.to(weight_NK.dtype)
         else:
             weight_NK[rows], low_NK[rows] = split_master(total.float())
-
-
-__all__ = ["LEDGER", "Privacy", "PrivateSum", "accounting", "calibrated", "secret_draw", "secret_normals", "spent"]

@@ -209,6 +209,3 @@ def _weights_after(number: int, rounds: Sequence[SavedRound]) -> Mapping[str, to
     with safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (it is no mapping)
         return {name.removeprefix(prefix): values(file.get_tensor(name)) for name in names}
-
-
-__all__ = ["RebaseReport", "rebase_adapter"]

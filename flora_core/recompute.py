@@ -131,6 +131,3 @@ def _in_evaluation(layer: Any) -> Any:
         return checkpointing(evaluated, *args, **kwargs)
 
     return run
-
-
-__all__ = ["keeping_less", "recomputing"]

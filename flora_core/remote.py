@@ -361,16 +361,3 @@ def _nothing(examples: int) -> dict[str, Any]:
     """The metrics of a client that sent nothing usable."""
     zero = {"loss_first": None, "loss_last": None, "tokens": 0, "steps": 0, "seconds": 0.0, "tokens_per_s": 0.0}
     return {"examples": examples, **zero}
-
-
-__all__ = [
-    "Answers",
-    "Link",
-    "RemoteFederation",
-    "RemoteServer",
-    "make_terms",
-    "metrics_of",
-    "ordered",
-    "other_versions",
-    "spec_of",
-]

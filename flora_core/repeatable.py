@@ -69,6 +69,3 @@ def _between(out: torch.Tensor, inputs: Sequence[torch.Tensor]) -> list[Any]:
         found.append(node)
         waiting += [below for below, _ in node.next_functions]
     return found
-
-
-__all__ = ["deterministic_libraries", "strict_backward"]

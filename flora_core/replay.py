@@ -181,6 +181,3 @@ def replay(rounds: Sequence[SavedRound]) -> Change:
             for module, stack in result.base_delta.items():
                 change.base.setdefault(module, []).append(stack)
     return change
-
-
-__all__ = ["Change", "SavedRound", "read_rounds", "replay"]

@@ -150,6 +150,3 @@ class Resuming(TrainingRound):
             "model.weights": tensor_digest(rest),
         }
         return identity(list(self.specs.values()), self.train, ours, others)
-
-
-__all__ = ["Resuming"]

@@ -107,6 +107,3 @@ def write_dtype(config_file: Path, before: torch.dtype, after: torch.dtype) -> N
 
     config = renamed(json.loads(config_file.read_text("utf-8")))
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-__all__ = ["DTYPES", "converted", "dtype_to_save", "write_dtype"]

@@ -295,6 +295,3 @@ def base_path(model: Any) -> str | None:
     """What transformers loads the model from: a hub name, or the whole path of a folder; None for a model made here."""
     name = getattr(model.config, "_name_or_path", None) or None
     return os.path.abspath(name) if name and os.path.isdir(name) else name
-
-
-__all__ = ["Server", "base_path"]

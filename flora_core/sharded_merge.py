@@ -71,6 +71,3 @@ def _rounded_as_whole(
     found = apply_base_delta_({module: whole_NK}, {module: stack}, rounding="stochastic", seed=seed, check_rows=checked)
     part.copy_(whole_NK[rows])
     return found
-
-
-__all__ = ["apply_to_parts_"]

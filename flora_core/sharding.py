@@ -314,15 +314,3 @@ def check_training(model: Any, config: TrainConfig, client: str) -> None:
         f"client {client!r}: recompute cannot have 'activations' with a sharded base, whose layers run as a whole, got "
         f"{list(config.recompute)}; use gradient_checkpointing",
     )
-
-
-__all__ = [
-    "ShardedBase",
-    "check_plain",
-    "check_training",
-    "hold_base",
-    "is_sharded",
-    "shard_base",
-    "sharded",
-    "why_shard",
-]

@@ -306,6 +306,3 @@ class Site:
 def adapter_config(values: Mapping[str, Any]) -> AdapterConfig:
     """Make an adapter's configuration of what a party said; raises ``TypeError`` or ``ValueError`` for nonsense."""
     return AdapterConfig(**values)
-
-
-__all__ = ["Site", "Terms", "adapter_config", "base_digest", "dense_tensors", "round_tensors", "weights_digest"]

@@ -172,21 +172,3 @@ def _sha256(path: Path) -> str:
 
 def _sha256_of(body: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-__all__ = [
-    "DAMAGE",
-    "ROUND",
-    "STATE",
-    "Snapshot",
-    "check_files",
-    "finite",
-    "on_device",
-    "put_in",
-    "read_body",
-    "read_events",
-    "read_snapshot",
-    "take_out",
-    "taken_apart",
-    "write_snapshot",
-]

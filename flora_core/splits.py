@@ -259,6 +259,3 @@ def _draw(records: Sequence[Record], most: int | None, seed: int, *part: str) ->
     if most is None or len(records) <= most:
         return list(records)
     return [records[i] for i in sorted(Random(derive(seed, "draw", *part)).sample(range(len(records)), most))]
-
-
-__all__ = ["Parts", "Split", "client_names_for", "exists", "load_part", "load_test", "split_data"]

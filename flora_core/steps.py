@@ -228,6 +228,3 @@ def first_error(error: BaseException) -> str:
         error = error.__cause__ or error.__context__  # pyright: ignore[reportAssignmentType]
     lines = str(error).splitlines() or [""]
     return lines[0] if isinstance(error, RuntimeError) else f"{type(error).__name__}: {lines[0]}"
-
-
-__all__ = ["CohortSteps", "first_error"]

@@ -57,6 +57,3 @@ def check_strategy_name(name: str) -> None:
     is_own = ":" in name or f"{__package__}.aggregate" in sys.modules
     if not is_own and name not in STRATEGY_NAMES:
         raise unknown_strategy(name, STRATEGY_NAMES)
-
-
-__all__ = ["STRATEGY_NAMES", "check_strategy_name", "unknown_strategy"]

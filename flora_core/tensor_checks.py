@@ -35,6 +35,3 @@ def check_tensor(
     if like is not None and tensor.device != like[1].device:
         raise ValueError(f"{name} must be on {like[1].device} with {like[0]}, got {tensor.device}; move it with .to()")
     return tensor
-
-
-__all__ = ["FLOAT_DTYPES", "check_tensor"]

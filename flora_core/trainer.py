@@ -284,6 +284,3 @@ class CohortTrainer:
             cohort=progress["cohort"],
             cohorts=progress["cohorts"],
         )
-
-
-__all__ = ["CohortTrainer", "TrainConfig"]

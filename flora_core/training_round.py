@@ -295,6 +295,3 @@ class TrainingRound:
         """Warn of refused clients, for people without callbacks."""
         for name, reason in refused.items() if self.ranks.first else ():
             warnings.warn(f"client {name!r} was refused: {reason}", RuntimeWarning, stacklevel=3)
-
-
-__all__ = ["TrainingRound"]

@@ -188,6 +188,3 @@ def time_on_gpu(calls: Sequence[Callable[[], Any]]) -> list[float]:
             if number >= 2:
                 times.append(1000 * start.elapsed_time(stop))
     return [statistics.median(times) for times in rounds]
-
-
-__all__ = ["Choices", "Shape", "Timer", "choices_for", "platform_of", "time_on_gpu", "timer_on", "use", "used"]

@@ -124,6 +124,3 @@ def _wrong_factors(update: ClientUpdate, expected: ClientUpdate, module: str) ->
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-__all__ = ["product_norm", "promised", "sift", "why_refused"]

@@ -90,6 +90,3 @@ NEEDS = {"kernel": "linear_lora", "augmented": "place_"}
 def possible(kernels: ModuleType) -> tuple[str, ...]:
     """The ways that a backend's kernels have."""
     return tuple(way for way in WAYS if hasattr(kernels, NEEDS.get(way, "expand_")))
-
-
-__all__ = ["WAYS", "possible"]

@@ -170,6 +170,3 @@ def without(stack: Stack, adapter: Stack) -> Stack:
     dtype = wire_dtype(*stack[:2])
     A, B = (torch.cat([stack[i].to(dtype), adapter[i].to(dtype)]) for i in (0, 1))
     return A, B, torch.cat([stack[2], -adapter[2]])
-
-
-__all__ = ["AdapterStrategy", "Pair", "as_stack", "averaged", "dtype_name", "extended", "on_the_wire", "without"]

@@ -190,6 +190,3 @@ class FedEx(AdapterStrategy):
             whole = residual_rank is None
             result.base_delta[module] = rest if whole else sent(stack_svd(rest).cut(residual_rank), rest)
         return result
-
-
-__all__ = ["FedEx", "FedIT", "HetLoRA", "ZeroPad"]

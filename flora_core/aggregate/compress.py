@@ -150,18 +150,3 @@ def _smallest_pivot(rows_PK: torch.Tensor) -> float:
     unit = rows_PK / rows_PK.norm(dim=1, keepdim=True).clamp_min(torch.finfo(rows_PK.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(unit @ unit.T)
     return min(factor.diagonal().tolist(), default=1.0) if int(info) == 0 else 0.0
-
-
-__all__ = [
-    "OVERSAMPLING",
-    "Svd",
-    "as_fresh",
-    "balanced",
-    "energy_rank",
-    "full_rank",
-    "is_core_cheaper",
-    "is_smaller_than_dense",
-    "is_whole_cheaper",
-    "leading_svd",
-    "stack_svd",
-]

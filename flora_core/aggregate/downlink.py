@@ -150,6 +150,3 @@ class DeltaLog:
         """Go back to what ``saved`` gave."""
         self.sizes = {int(number): size for number, size in saved["sizes"].items()}
         self.have, self.forgotten = dict(saved["have"]), saved["forgotten"]
-
-
-__all__ = ["DeltaLog", "Form", "sent", "smallest_form", "wire_dtype"]

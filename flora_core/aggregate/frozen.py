@@ -85,6 +85,3 @@ class RoLoRA(_Frozen):
         result = super().aggregate(updates, state)
         result.state["rounds"] = state.get("rounds", 0) + 1
         return result
-
-
-__all__ = ["FFA", "RoLoRA"]

@@ -59,6 +59,3 @@ class FloraSVD(Strategy):
 def _cut(stack: Stack, tau: float) -> Stack:
     svd = stack_svd(stack)
     return sent(svd.cut(energy_rank(svd.S_R, tau)), stack)
-
-
-__all__ = ["Flora", "FloraSVD"]

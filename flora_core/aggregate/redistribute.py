@@ -84,6 +84,3 @@ class RaFLoRA(FlexLoRA):
         totals = [math.fsum(term.share for term in terms if term.A_RK.shape[0] > row) for row in range(largest)]
         coef = [term.share / totals[row] * term.scaling for term in terms for row in range(term.A_RK.shape[0])]
         return torch.tensor(coef, dtype=torch.float64)
-
-
-__all__ = ["FlexLoRA", "RaFLoRA"]

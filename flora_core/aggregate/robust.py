@@ -109,6 +109,3 @@ def clipped(updates: Sequence[ClientUpdate], bound: float) -> tuple[list[ClientU
     """Clip every update; also client -> norm before, of those that were too large."""
     done = [(update, clip(update, bound)) for update in updates]
     return [new for _, new in done], {old.client: product_norm(old) for old, new in done if new is not old}
-
-
-__all__ = ["clip", "clip_factor", "clipped", "norm_bound", "outliers", "product_norm"]

@@ -131,6 +131,3 @@ def _directions(svd: Svd, most: int, old: torch.Tensor | None) -> torch.Tensor:
     """Right-singular directions after the shared part; those of the round before if the sum has none."""
     A_RK, _ = as_fresh(Svd(svd.U_RN[most:], svd.S_R[most:], svd.V_RK[most:]))
     return old if old is not None and not len(A_RK) else A_RK
-
-
-__all__ = ["FloraWarm"]

@@ -401,6 +401,3 @@ def _is_written(value: str, text: str) -> bool:
 def _is_quoted(piece: str, text: str) -> bool:
     """Tell whether a template wrote a text with escapes, which keep its words."""
     return bool(_ESCAPED.search(piece)) and all(word in text for word in re.findall(r"\w+", piece))
-
-
-__all__ = ["EMPTY", "Answer", "Chat", "Layout", "Note", "Plain"]

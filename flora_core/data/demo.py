@@ -210,5 +210,3 @@ SKILLS: dict[str, Callable[[Random], tuple[str, str]]] = {
     "colour": _colour,
     "kind": _kind,
 }
-
-__all__ = ["SKILLS", "DemoData", "make_demo"]

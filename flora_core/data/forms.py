@@ -273,6 +273,3 @@ def _renders(text: Any, parts: Parts) -> bool:
 
 def _found(fields: Mapping[str, Any]) -> str:
     return ", ".join(map(str, present(fields))) or "none"
-
-
-__all__ = ["ACCEPTED", "Parts", "read_form"]

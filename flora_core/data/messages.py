@@ -227,19 +227,3 @@ def _flag(value: Any, name: str) -> bool:
     if not isinstance(value, (bool, int, float)) or value not in (0, 1):
         raise ValueError(f"{name} must be true or false, or 1 or 0 (no weights between), got {value!r:.40}")
     return bool(value)
-
-
-__all__ = [
-    "METADATA",
-    "ROLES",
-    "THOUGHTS",
-    "Conversation",
-    "absent",
-    "check_strings",
-    "check_text",
-    "parsed",
-    "present",
-    "read_conversation",
-    "read_tools",
-    "strings",
-]

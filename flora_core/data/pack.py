@@ -116,6 +116,3 @@ def _shifted(example: Example) -> list[int]:
 def _row(parts: Iterable[Iterable[int]]) -> Tensor:
     """Join lists of ints into an int64 tensor [1, M]."""
     return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).unsqueeze(0)
-
-
-__all__ = ["Layout", "Packed", "Padded", "epoch_order", "micro_batches", "pack", "pad"]

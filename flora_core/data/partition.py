@@ -249,6 +249,3 @@ def _read_json(path: str | os.PathLike[str]) -> dict[str, dict[str, list]]:
     )
     require(good, f"{path} must be {{split: {{client: [id, ...]}}}}")
     return splits
-
-
-__all__ = ["SCHEMES", "Clients", "partition", "partition_file"]

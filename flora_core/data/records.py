@@ -158,6 +158,3 @@ def _check_answers(messages: Sequence[Mapping[str, Any]], loss: Sequence[bool]) 
         )
     if not any(loss):
         raise ValueError("every answer of the conversation is masked, so nothing is learned; unmask one or remove it")
-
-
-__all__ = ["Record", "check_records", "load_records", "normalise"]

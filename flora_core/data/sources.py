@@ -351,6 +351,3 @@ def _columns(source: Mapping[str, Any], name: str) -> Iterator[dict[str, Any]]:
         found = ", ".join(f"{key} has {length}" for key, length in lengths.items())
         raise ValueError(f"{name}: columns must be of equal length, but {found}")
     return (dict(zip(source, values, strict=True)) for values in zip(*source.values(), strict=True))
-
-
-__all__ = ["Row", "data_files", "is_path", "read_rows"]

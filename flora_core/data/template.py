@@ -277,6 +277,3 @@ def _says(message: Mapping[str, Any]) -> bool:
 
 def _first(places: Sequence[str], most: int = 3) -> str:
     return ", ".join(places[:most]) + (", ..." if len(places) > most else "")
-
-
-__all__ = ["IGNORE", "EncodeReport", "Example", "encode", "encode_prompts", "require_examples", "uses_chat"]

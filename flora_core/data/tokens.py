@@ -120,6 +120,3 @@ def check_ids(rows: Iterable[Any], size: int, tokenizer: Any, owner: str) -> Non
                 f"{owner}: token id {wrong}{name} of {place} is beyond the model's embedding of {size} rows; use the "
                 "model's own tokenizer, or call model.resize_token_embeddings(len(tokenizer)) first"
             )
-
-
-__all__ = ["Tokens", "check_ids", "eos_id", "ids_of", "last_mark", "start_ids"]

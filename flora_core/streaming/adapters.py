@@ -266,6 +266,3 @@ def _is_zero(update: ClientUpdate, module: str) -> bool:
 def _joined(parts: Sequence[Stack]) -> Stack:
     A, B, coef = zip(*parts, strict=True)
     return torch.cat(A), torch.cat(B), torch.cat([one.double() for one in coef])
-
-
-__all__ = ["Adapter", "Sum", "open_adapters"]

@@ -54,6 +54,3 @@ def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str,
 def _is_part(base: Base, other: Base) -> bool:
     """True where another record, already checked, has the same values: one round's adapters share them."""
     return all(m in other.weights and torch.equal(kept, other.weights[m]) for m, kept in base.weights.items())
-
-
-__all__ = ["check_bases"]

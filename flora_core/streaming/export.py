@@ -161,6 +161,3 @@ def _base_name(adapters: list[Adapter], base: Path) -> str:
     names = {adapter.base for adapter in adapters}
     only = names.pop() if len(names) == 1 else None
     return only or str(base.resolve())
-
-
-__all__ = ["LAYOUTS", "VLLM_RANKS", "ExportReport", "export_adapter", "of_one_rank"]

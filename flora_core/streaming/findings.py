@@ -79,6 +79,3 @@ def _is_named(folder: Path, own: str | None, base: str) -> bool:
         return True
     names = {folder.resolve().name, *(part for part in folder.resolve().parts if part.startswith("models--"))}
     return Path(base).name in names or f"models--{base.replace('/', '--')}" in names
-
-
-__all__ = ["adapter_facts", "find_notes"]

@@ -327,6 +327,3 @@ def _check_room(checkpoint: Checkpoint, staging: Staging) -> None:
             f"{staging.target} takes {needed / 1e9:.1f} GB more, and the disk has {free / 1e9:.1f} GB free; free some"
             " space or choose another place; nothing was written",
         )
-
-
-__all__ = ["RECORD", "MergeReport", "Progress", "check_places", "merge_into_checkpoint"]

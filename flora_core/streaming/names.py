@@ -238,6 +238,3 @@ def _decoder_path(model: Any) -> str:
     if text is model.config:
         return ""
     return next((path for path, one in model.named_modules() if path and getattr(one, "config", None) is text), "")
-
-
-__all__ = ["PACKED", "BaseNames", "ModelNames", "Reading", "exact_readings", "find_reading", "shortened"]

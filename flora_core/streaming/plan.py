@@ -375,6 +375,3 @@ def _check_dtypes(checkpoint: Checkpoint, targets: Iterable[Target], mixed_dtype
         f"base {checkpoint.folder} stores the weights to merge into in several dtypes: {', '.join(examples)}; its"
         " shards may be of two downloads: save it in one dtype, or allow it with mixed_dtypes=True (--mixed-dtypes)",
     )
-
-
-__all__ = ["Target", "match_targets"]

@@ -321,20 +321,3 @@ def _check_index(folder: Path, shards: Iterable[Shard]) -> None:
         f"base {folder}: {INDEX} disagrees with the shards on {len(wrong)} tensors: {'; '.join(wrong[:3])};"
         " they are not of one download: fetch the checkpoint again",
     )
-
-
-__all__ = [
-    "CONFIG",
-    "DTYPES",
-    "INDEX",
-    "RECORD",
-    "SINGLE",
-    "Checkpoint",
-    "Entry",
-    "Shard",
-    "open_checkpoint",
-    "read_into",
-    "read_shard",
-    "read_tensor",
-    "same_values",
-]

@@ -110,6 +110,3 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
-
-
-__all__ = ["PARTIAL", "Staging"]

@@ -210,6 +210,3 @@ def _embedding_rows(checkpoint: Checkpoint) -> int | None:
 
 def _largest(sizes: Iterable[int]) -> int:
     return max(sizes, default=0)
-
-
-__all__ = ["CHOICES", "TokenizerFiles", "choose_tokenizer", "read_tokenizer"]

@@ -166,6 +166,3 @@ def _largest(shares: torch.Tensor) -> float:
     """The maximum, infinite where anything is not a number."""
     largest = float(shares.max()) if shares.numel() else 0.0
     return math.inf if math.isnan(largest) else largest
-
-
-__all__ = ["RULE", "certify_files"]

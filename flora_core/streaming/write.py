@@ -266,6 +266,3 @@ def _set_direct(file: BinaryIO, direct: bool) -> bool:
             fcntl.fcntl(file, fcntl.F_SETFL, flags ^ os.O_DIRECT)
             return True
     return False
-
-
-__all__ = ["BLOCK_BYTES", "Advance", "blocks", "sides", "write_shard"]

@@ -91,6 +91,3 @@ def saved_bytes(run: Callable[[], Any], fixed: torch.nn.Module | Iterable[torch.
         result = run()
     del result
     return sum(size for size, _ in kept.values())
-
-
-__all__ = ["Results", "budget_ratio", "budget_ratios", "check_budget", "nan_filled", "saved_bytes", "ulp"]

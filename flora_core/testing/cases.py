@@ -40,6 +40,3 @@ def lay_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
         wide[1:-1, 2:-3] = tensor
         return wide[1:-1, 2:-3]
     return tensor.T.contiguous().T if layout == "transposed" else tensor.contiguous()
-
-
-__all__ = ["DTYPES", "NAME_OF", "backends", "in_dtypes", "lay_out"]

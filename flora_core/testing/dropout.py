@@ -30,6 +30,3 @@ def keep_mask(rows: int, columns: int, q: int, seed: int, first_row: int = 0) ->
             for column in range(group, min(group + 8, columns)):
                 kept[row, column] = draws[column - group] >= q
     return kept
-
-
-__all__ = ["keep_mask", "philox4x32"]

@@ -226,16 +226,3 @@ def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "separat
 def check_linear(inputs: LinearInputs, out: Results) -> float:
     """Hold results against the oracle, client by client; the worst ratio."""
     return check_budget(out, oracle_linear(inputs), oracle_linear(inputs, inputs.x.dtype), inputs.parts)
-
-
-__all__ = [
-    "DROPOUT_FAULTS",
-    "LINEAR_FAULTS",
-    "LINEAR_SHAPES",
-    "LinearCase",
-    "LinearInputs",
-    "check_linear",
-    "make_linear",
-    "oracle_linear",
-    "run_linear",
-]

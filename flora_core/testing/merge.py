@@ -91,6 +91,3 @@ def oracle_merge(inputs: MergeInputs, dtype: torch.dtype = torch.float64, fault:
         if wrong != "client missing":
             total += product
     return total.to(dtype)
-
-
-__all__ = ["MERGE_FAULTS", "MERGE_SHAPES", "MergeCase", "MergeInputs", "make_merge", "oracle_merge"]

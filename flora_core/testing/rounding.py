@@ -75,6 +75,3 @@ def plain_rounding() -> Iterator[None]:
     """
     with _PlainRounding():
         yield
-
-
-__all__ = ["plain_product", "plain_rounding"]
