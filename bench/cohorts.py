@@ -28,7 +28,7 @@ from flora_core.demo_model import demo_model_dir
 from flora_core.forward import evaluation_mode
 from flora_core.repeatable import deterministic_libraries
 from flora_core.update import Adapters
-from tests.models import exact64
+from tests.support.models import exact64
 
 LR = 3e-4
 Batches = Sequence[Sequence[Example]]

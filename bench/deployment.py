@@ -18,8 +18,8 @@ from flora_core import recipes
 from flora_core.build import build
 from flora_core.federation import Federation
 from flora_core.history import show_bytes, show_seconds
-from tests.flower_deployment import Deployment, deployed, write_recipe
-from tests.relay import Relay
+from tests.support.flower.deployment import Deployment, deployed, write_recipe
+from tests.support.flower.relay import Relay
 
 ROUNDS, IDLE_S = 2, 10.0
 # Factors that are large beside what goes with them: some MB a client.

@@ -28,7 +28,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    import tests.triton_interpreter  # noqa: F401 (before the first kernel is defined)
+    import tests.support.triton.interpreter  # noqa: F401 (before the first kernel is defined)
 from bench import gpu_kernels, gpu_step, gpu_times, steps
 from bench.cohorts import Packed
 from bench.deadline import OutOfTime
@@ -95,10 +95,20 @@ def unit_tests(record: Record, seconds: float = PYTEST) -> Callable[[Found], Non
     def run(found: Found) -> None:
         import importlib.util
 
-        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "tests/triton_ops.py"]
+        words = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "default",
+            "tests/support/triton/ops.py",
+        ]
         words += ["-n", "12"] if GPU and importlib.util.find_spec("xdist") else []
         words += ["-k", "M37 or integers or way" if GPU else "place"] + (
-            [] if GPU else ["-p", "tests.triton_interpreter"]
+            [] if GPU else ["-p", "tests.support.triton.interpreter"]
         )
         found |= tool(words, record.folder / "triton_ops.txt", min(seconds, record.seconds_left))
         found["green"] = found["code"] == 0

@@ -1,9 +1,9 @@
 """The one command for a GPU: ``python -m bench.gpu_check``. First whether everything is right, then how fast it is.
 
-1. Every Triton op against float64 on ragged cases, on the device (tests/triton_ops.py).
+1. Every Triton op against float64 on ragged cases, on the device (tests/support/triton/ops.py).
 2. A training step of a small Llama on the Triton backend against PEFT, client by client, and its bits a second time.
    Steps replayed from CUDA graphs against the same steps called, bit for bit, and against float64.
-3. The CUDA C++ kernels (tests/gpu_check.py), where nvcc is.
+3. The CUDA C++ kernels (tests/support/cuda/gpu_check.py), where nvcc is.
 4. Whatever these say: AdamW against torch's; LoRA linears, each checked by itself, against the frozen linear, PEFT and
    grouped_mm; and a verdict on each thing that must be shown.
 
@@ -38,15 +38,15 @@ FEW_SECONDS = 150
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
-    import tests.triton_interpreter  # noqa: F401 (before the first kernel is defined)
+    import tests.support.triton.interpreter  # noqa: F401 (before the first kernel is defined)
 
 
 def run_tests(few: bool, seconds: float | None = None) -> dict[str, Any]:
     """Run the tests of the Triton ops where their kernels run; red if they take longer than they may."""
-    words = ["-q", "-p", "no:cacheprovider", "tests/triton_ops.py"]
+    words = ["-q", "-p", "no:cacheprovider", "tests/support/triton/ops.py"]
     # Nearly every test compiles kernels of its own: side by side where pytest-xdist is. A new torch may warn.
     parallel = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    words += [*parallel, "-W", "default"] if GPU else ["-p", "tests.triton_interpreter"]
+    words += [*parallel, "-W", "default"] if GPU else ["-p", "tests.support.triton.interpreter"]
     words += ["-k", "M37 or integers or way"] if few else []
     command = [sys.executable, "-m", "pytest", *words]
     try:
@@ -60,7 +60,9 @@ def run_tests(few: bool, seconds: float | None = None) -> dict[str, Any]:
 
 def run_cuda(out: Path) -> dict[str, Any]:
     """Run the check of the CUDA C++ kernels; its own file has the details."""
-    done = subprocess.run([sys.executable, "-m", "tests.gpu_check", "--out", str(out)], cwd=ROOT, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.cuda.gpu_check", "--out", str(out)], cwd=ROOT, text=True
+    )
     return {"green": done.returncode == 0, "details": "gpu_check.json"}
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from bench.gpu_times import copy_bandwidth, in_turns, summary
 from flora_core.testing import budget_ratio
-from tests.abi import CODES, Exec, Item, Options, merge_item
+from tests.support.cuda.abi import CODES, Exec, Item, Options, merge_item
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)

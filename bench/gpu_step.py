@@ -18,8 +18,8 @@ import flora_core as flora
 from flora_core import graphs, steps
 from flora_core.forward import lay_out
 from flora_core.testing import plain_rounding
-from tests import models
-from tests.graph_device import Told, attend_by_offsets
+from tests.support import models
+from tests.support.fake_graphs import Told, attend_by_offsets
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS, LENGTHS = (5, 2, 16), ((9, 4), (1,), (17,))

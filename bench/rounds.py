@@ -22,7 +22,7 @@ from bench.rates import device, dtype
 from bench.rivals import Rival
 from flora_core.seeds import derive
 from flora_core.update import Adapters
-from tests.models import exact64
+from tests.support.models import exact64
 
 STEPS = 2
 Weights = dict[str, torch.Tensor]

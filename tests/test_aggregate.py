@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from flora_core.aggregate import STRATEGIES, aggregate, get_strategy
 from flora_core.update import ClientUpdate
-from tests.aggregate_cases import (
+from tests.support.rounds import (
     SHAPES,
     a_round,
     applied,

@@ -15,9 +15,9 @@ from flora_core.attach import candidates
 from flora_core.backends import resolve
 from flora_core.forward import lay_out
 from flora_core.linear import MultiLoRALinear
-from tests import models
-from tests.attach_cases import TARGETS, client, ids, llama
-from tests.models import FAMILIES
+from tests.support import models
+from tests.support.attached import TARGETS, client, ids, llama
+from tests.support.models import FAMILIES
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))

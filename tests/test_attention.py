@@ -15,8 +15,8 @@ import flora_core as flora
 from flora_core import attention
 from flora_core.forward import find_way, lay_out
 from flora_core.testing import budget_ratio
-from tests import models
-from tests.models import WINDOW, exact64
+from tests.support import models
+from tests.support.models import WINDOW, exact64
 
 # Equal lengths side by side run as one batch; all but one are longer than the window.
 LENGTHS = (9, 9, 1, 13, 9)

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from flora_core import attention, attention_ways
 from flora_core.attention_ways import apart, block_mask, choose, flex
 from flora_core.testing import budget_ratio, plain_rounding
-from tests import models
+from tests.support import models
 
 LENGTHS = (9, 9, 1, 140, 17)  # one sequence crosses a block of 128
 HERE: dict[str, str | None] = {"flash-attn": None, "varlen": None, "flex": None}

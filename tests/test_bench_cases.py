@@ -15,7 +15,7 @@ from bench.protocol import Result, tensors_ratio
 from bench.rates import rates
 from bench.rivals import FROZEN, ready
 from flora_core.testing import budget_ratio, plain_rounding
-from tests.bench_clock import Pedantic
+from tests.support.bench_clock import Pedantic
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from bench import grid, publish, tables
 from bench.protocol import paired
 from bench.rivals import FROZEN
-from tests.bench_clock import timed
+from tests.support.bench_clock import timed
 
 
 def test_pages_are_written_from_results_alone(tmp_path, monkeypatch):

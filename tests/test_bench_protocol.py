@@ -16,8 +16,8 @@ from bench.cohorts import Packed, SequentialPeft, check_losses, exact_losses
 from bench.protocol import Result, Timing, interleave, quantile
 from flora_core.backends import resolve, without_checks
 from flora_core.data.template import IGNORE, Example
-from tests import models
-from tests.bench_clock import GREEN, Pedantic
+from tests.support import models
+from tests.support.bench_clock import GREEN, Pedantic
 
 RANKS = (4, 3, 1)
 

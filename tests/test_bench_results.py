@@ -18,7 +18,7 @@ from bench.deadline import OutOfTime, within
 from bench.outcomes import Outcomes
 from bench.protocol import Check, Load, Missing, Result, Timing, interleave, reason, speedup
 from bench.rivals import Rival, ready
-from tests.bench_clock import GREEN, Pedantic, timed
+from tests.support.bench_clock import GREEN, Pedantic, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from flora_core.card import base_licence, hub_name, model_card
 from flora_core.config import TrainConfig
 from flora_core.federation_config import FederationConfig, Privacy
 from flora_core.repeatable import deterministic_libraries
-from tests.federation_cases import make_clients, make_federation, make_model, make_tokenizer
+from tests.support.federations import make_clients, make_federation, make_model, make_tokenizer
 
 
 def test_the_card_lies_beside_the_model_and_tells_the_run(tmp_path):

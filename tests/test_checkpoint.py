@@ -14,14 +14,7 @@ import torch
 from flora_core.checkpoint import RunFolder
 from flora_core.files import SaveError
 from flora_core.update import ClientUpdate
-from tests.federation_cases import (
-    files,
-    largest_file,
-    make_federation,
-    make_model,
-    new_folder,
-    stop_after,
-)
+from tests.support.federations import files, largest_file, make_federation, make_model, new_folder, stop_after
 
 
 def make_update(name: str = "a") -> ClientUpdate:

@@ -12,7 +12,7 @@ import flora_core
 from flora_core.cli import _joined, main
 from flora_core.progress import PlainProgress
 from flora_core.recipes import load
-from tests.federation_cases import make_model, make_records, make_tokenizer
+from tests.support.federations import make_model, make_records, make_tokenizer
 
 
 @pytest.fixture(scope="module")

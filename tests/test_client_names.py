@@ -11,7 +11,7 @@ import pytest
 import flora_core as flora
 from flora_core.cli import main
 from flora_core.files import folder_names
-from tests.federation_cases import files, make_federation, make_records, stop_after
+from tests.support.federations import files, make_federation, make_records, stop_after
 
 ODD_NAMES = {
     "St. Mary Hospital": "St.-Mary-Hospital",

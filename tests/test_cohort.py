@@ -11,9 +11,9 @@ from torch import nn
 import flora_core as flora
 from flora_core.forward import lay_out
 from flora_core.testing import budget_ratio
-from tests import models, peft_oracle
-from tests.attach_cases import TARGETS, client, ids, llama
-from tests.models import FAMILIES, exact64
+from tests.support import models, peft_oracle
+from tests.support.attached import TARGETS, client, ids, llama
+from tests.support.models import FAMILIES, exact64
 
 
 @torch.no_grad()

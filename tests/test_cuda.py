@@ -1,6 +1,6 @@
 """The CUDA kernels, on a GPU or executed on the host: float64, exact integers, order of threads, isolation.
 
-``tests/cuda_library.py`` builds them with the host compiler; ``tests/test_cuda_harness.py`` tests the harness itself.
+``tests/support/cuda/emulated.py`` builds them with the host compiler; ``tests/test_cuda_harness.py`` tests the harness itself.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -15,7 +15,7 @@ from flora_core import Segments, testing
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, MergeCase, make_linear, make_merge
 from flora_kernels import reference
 from flora_kernels.reference import MergeItem
-from tests.cuda_library import EmulationError, Library, at_hand, host_compiler
+from tests.support.cuda.emulated import EmulationError, Library, at_hand, host_compiler
 
 DTYPES = {name: testing.DTYPES[name] for name in ("bf16", "fp16", "fp32", "fp64")}
 MIXED, EMPTY, RANK_0, ODD, LONG = (LINEAR_SHAPES[i] for i in (0, 2, 4, 6, 8))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda_library import ROOT, nvcc
+from tests.support.cuda.emulated import ROOT, nvcc
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 # What a thread of a block may have, by the registers of a multiprocessor, is checked by the compiler; this is ours.

@@ -15,9 +15,9 @@ import torch
 from flora_core import Segments, testing
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
 from flora_kernels.reference import MergeItem
-from tests import cuda_library
-from tests.abi import Exec
-from tests.cuda_library import EmulationError, Library, fresh_emulated, host_compiler
+from tests.support.cuda import emulated
+from tests.support.cuda.abi import Exec
+from tests.support.cuda.emulated import EmulationError, Library, fresh_emulated, host_compiler
 
 # Bytes of shared memory that a block may have: sm_90 and sm_100; sm_80; sm_86, sm_89 and sm_120.
 HOPPER, AMPERE, SMALL = 232448, 166912, 101376
@@ -116,7 +116,7 @@ def test_a_gpu_that_is_not_there_is_an_error(machine: Describe, monkeypatch: pyt
             super().__init__(size, device, 3, stream)  # pyright: ignore[reportCallIssue]
 
     library = machine(devices=2)
-    monkeypatch.setattr(cuda_library, "Exec", Elsewhere)
+    monkeypatch.setattr(emulated, "Exec", Elsewhere)
     with pytest.raises(EmulationError, match="GPU 3 cannot be made the current one: invalid device ordinal"):
         adamw(library)
     inputs = make_linear(LINEAR_SHAPES[0])

@@ -17,8 +17,8 @@ import torch
 from flora_core import Segments, testing
 from flora_core.testing import LinearCase, MergeCase, make_linear, make_merge
 from flora_kernels import reference
-from tests.cuda_library import ROOT, EmulationError, Library, build_emulated, fresh_emulated, host_compiler
-from tests.probes import PROBES, expected, words_for
+from tests.support.cuda.emulated import ROOT, EmulationError, Library, build_emulated, fresh_emulated, host_compiler
+from tests.support.cuda.probes import PROBES, expected, words_for
 
 BF16 = torch.bfloat16
 # More steps than every pipeline has stages, the last in the first slot; ragged edges; clients for two rounds of search.

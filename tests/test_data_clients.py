@@ -7,7 +7,7 @@ import pytest
 import flora_core as flora
 from flora_core.build import build_clients
 from flora_core.recipes import load
-from tests.federation_cases import make_federation, make_model, make_records, make_tokenizer
+from tests.support.federations import make_federation, make_model, make_records, make_tokenizer
 
 GOOD = {"instruction": "w1 w2", "output": "w3"}
 NO_SYSTEM = (

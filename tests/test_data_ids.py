@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizer
 from flora_core.data.records import check_records, normalise
 from flora_core.data.template import EncodeReport, Example, encode, encode_prompts
 from flora_core.data.tokens import check_ids
-from tests.chat_templates import FAMILIES, SPECIALS, TEMPLATES, make
+from tests.support.chat_templates import FAMILIES, SPECIALS, TEMPLATES, make
 
 TURNS = [("say it", "cat"), ("again, and 1", "the dog sat on 2"), ("one", "three  cat."), ("it", "again")]
 END_ADDED = ("glm",)

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from flora_core import cli
-from tests.distributed_cases import (
+from tests.support.distributed.jobs import (
     AGAIN,
     ALONE,
     JOBS,
@@ -28,8 +28,8 @@ from tests.distributed_cases import (
     without_ranks,
     write_recipe,
 )
-from tests.distributed_worker import arguments
-from tests.federation_cases import files, stop_after
+from tests.support.distributed.worker import arguments
+from tests.support.federations import files, stop_after
 from tests.test_kill_resume import told
 
 

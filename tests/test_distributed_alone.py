@@ -16,7 +16,7 @@ from flora_core.federation_config import FederationConfig
 from flora_core.planner import spread
 from flora_core.remote import RemoteFederation
 from flora_core.update import ClientUpdate
-from tests.federation_cases import make_federation, make_model
+from tests.support.federations import make_federation, make_model
 from tests.test_kill_resume import told
 
 

@@ -21,9 +21,9 @@ from flora_core.cohort import ClientSpec
 from flora_core.config import TrainConfig
 from flora_core.distributed import Ranks
 from flora_core.sharding import check_training, shard_base, why_shard
-from tests.distributed_cases import ALONE, Launch, alone, check_weights, launch, without_ranks
-from tests.distributed_worker import arguments
-from tests.federation_cases import files, make_federation, make_model, stop_after
+from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_ranks
+from tests.support.distributed.worker import arguments
+from tests.support.federations import files, make_federation, make_model, stop_after
 from tests.test_kill_resume import told
 
 SHARDED = {**ALONE, "held": "sharded"}

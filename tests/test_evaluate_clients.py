@@ -11,7 +11,7 @@ import pytest
 import flora_core as flora
 from flora_core.history import History, summary_tables
 from flora_core.report import write_report
-from tests.federation_cases import files, make_federation, make_model, make_records, make_tokenizer, stop_after
+from tests.support.federations import files, make_federation, make_model, make_records, make_tokenizer, stop_after
 
 NAMES = ("St. Mary $1$ Hospital", "_b", "医院 🏥")
 

@@ -24,7 +24,7 @@ import pytest
 from flora_core.checkpoint import RunFolder
 from flora_core.files import SaveError
 from flora_core.pausing import Stopped, stopping
-from tests.federation_cases import files, make_clients, make_federation, make_model
+from tests.support.federations import files, make_clients, make_federation, make_model
 from tests.test_kill_resume import CASES, Runner, left_behind, told
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def test_sigterm_finishes_the_step_saves_it_and_the_run_goes_on_there(variant, s
 
 SCRIPT = """
 import sys, time
-from tests.federation_cases import make_federation
+from tests.support.federations import make_federation
 def callback(event):
     if event["event"] == "train_progress" and event["round"] == 1 and event["step"] == 2:
         print("training", flush=True)

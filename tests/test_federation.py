@@ -18,7 +18,7 @@ from flora_core.peft_io import save_stacked_adapter
 from flora_core.testing import budget_ratio, plain_rounding
 from flora_core.update import ClientUpdate
 from flora_kernels.reference import join_master
-from tests.federation_cases import (
+from tests.support.federations import (
     RANKS,
     assert_within_one_ulp,
     make_clients,
@@ -29,7 +29,7 @@ from tests.federation_cases import (
     target_weights,
     updates_of,
 )
-from tests.models import exact64, tiny
+from tests.support.models import exact64, tiny
 
 # peft's own call of what transformers renames.
 PEFT_WARNS = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")

@@ -10,7 +10,7 @@ import torch
 
 import flora_core as flora
 from flora_core.peft_io import load_peft_adapter
-from tests.federation_cases import (
+from tests.support.federations import (
     assert_within_one_ulp,
     make_clients,
     make_federation,
@@ -20,7 +20,7 @@ from tests.federation_cases import (
     target_weights,
     updates_of,
 )
-from tests.models import exact64
+from tests.support.models import exact64
 
 
 @pytest.mark.parametrize(("strategy", "ranks"), [("fedit", (3, 3, 3)), ("zero_pad", (4, 2, 3))])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flora_core as flora
-from tests.federation_cases import (
+from tests.support.federations import (
     make_clients,
     make_federation,
     make_model,

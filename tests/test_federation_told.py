@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import flora_core as flora
-from tests.federation_cases import make_clients, make_federation, make_model, make_records, make_tokenizer
+from tests.support.federations import make_clients, make_federation, make_model, make_records, make_tokenizer
 
 
 def test_the_events_of_a_run(tmp_path):

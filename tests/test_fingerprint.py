@@ -11,7 +11,7 @@ import flora_core as flora
 from flora_core.fingerprint import Base, check_base, values_of
 from flora_core.peft_io import RECORD, read_base
 from flora_core.update import packed, unpacked
-from tests.federation_cases import make_federation, make_model, target_weights
+from tests.support.federations import make_federation, make_model, target_weights
 
 SHAPE = (96, 64)
 

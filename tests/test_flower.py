@@ -21,8 +21,8 @@ import flora_core as flora
 from flora_core import flower
 from flora_core.aggregate import get_strategy
 from flora_core.site import Site, Terms
-from tests.federation_cases import files, make_clients, make_model, make_tokenizer
-from tests.flower_cases import MemoryGrid, in_process, make_sites, serve
+from tests.support.federations import files, make_clients, make_model, make_tokenizer
+from tests.support.flower.grid import MemoryGrid, in_process, make_sites, serve
 
 
 def assert_same_model(one: Any, two: Any) -> None:

@@ -17,9 +17,9 @@ from flora_core import recipes
 from flora_core.build import build
 from flora_core.deploy_command import write_app
 from flora_core.federation import Federation
-from tests.federation_cases import RANKS
-from tests.flower_deployment import Deployment, deployed, write_recipe
-from tests.relay import Relay
+from tests.support.federations import RANKS
+from tests.support.flower.deployment import Deployment, deployed, write_recipe
+from tests.support.flower.relay import Relay
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 MODEL = "model/model.safetensors"

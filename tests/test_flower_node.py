@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from flora_core import flower_node, recipes
 from flora_core.build import build_client, build_clients, build_held_out, client_names
 from flora_core.remote import ordered
-from tests.flower_deployment import write_recipe
+from tests.support.flower.deployment import write_recipe
 
 
 def test_a_simulated_node_is_the_recipes_client_of_its_number(tmp_path):

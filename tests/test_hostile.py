@@ -26,8 +26,8 @@ from flora_core.incoming import quarantine, receive
 from flora_core.peft_io import CONFIG, WEIGHTS, load_peft_adapter, save_peft_adapter
 from flora_core.update import ClientUpdate
 from flora_core.validate import sift, why_refused
-from tests.federation_cases import new_folder
-from tests.hostile_files import LIES, mutate, mutate_json, mutate_safetensors, overwrite, tree
+from tests.support.federations import new_folder
+from tests.support.hostile_files import LIES, mutate, mutate_json, mutate_safetensors, overwrite, tree
 from tests.test_validate import make_update, promised
 
 

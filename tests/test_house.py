@@ -19,7 +19,7 @@ import pytest
 import flora_core
 from flora_core import demo_model
 from flora_core.recipes import load
-from tests.federation_cases import make_model, make_records, make_tokenizer
+from tests.support.federations import make_model, make_records, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -17,8 +17,8 @@ import flora_core as flora
 from flora_core import backends, steps
 from flora_core.loss import client_losses
 from flora_core.ways import WAYS
-from tests import models
-from tests.models import FAMILIES
+from tests.support import models
+from tests.support.models import FAMILIES
 
 SICK = "rslora"
 NAN, INF = float("nan"), float("inf")

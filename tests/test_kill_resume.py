@@ -43,7 +43,7 @@ def run_once(request: dict[str, Any]) -> int:
 
     import torch
 
-    from tests.federation_cases import make_clients, make_federation
+    from tests.support.federations import make_clients, make_federation
 
     count = 0
 
@@ -81,7 +81,7 @@ def load(folder: str, dtype: Any) -> tuple[Any, Any]:
 def serve() -> None:
     """Fork for each request on standard input; kill the fork by the clock if asked; answer how it ended."""
     # Nothing but imports: loading or running a model starts threads, and a fork would inherit the locks they hold.
-    for name in ("transformers.models.llama.modeling_llama", "flora_core.federation", "tests.federation_cases"):
+    for name in ("transformers.models.llama.modeling_llama", "flora_core.federation", "tests.support.federations"):
         importlib.import_module(name)
     # Its bars would fill the file of errors, and a run with a largest file would fail at them.
     importlib.import_module("transformers.utils.logging").disable_progress_bar()
@@ -123,7 +123,7 @@ class Runner:
     """The process that forks the runs."""
 
     def __init__(self, folder: Path):
-        from tests.federation_cases import make_model, make_tokenizer
+        from tests.support.federations import make_model, make_tokenizer
 
         self.model, self.errors = folder / "model", folder / "errors.txt"
         make_model().save_pretrained(self.model)

@@ -17,7 +17,7 @@ from flora_core.build import build_model
 from flora_core.cli import main
 from flora_core.loading import load_model, load_tokenizer, model_folder
 from flora_core.recipes import Recipe, load
-from tests.federation_cases import make_model, make_records, make_tokenizer
+from tests.support.federations import make_model, make_records, make_tokenizer
 
 CPU = torch.device("cpu")
 # A family that transformers does not know, in files beside its weights.

@@ -16,7 +16,7 @@ from flora_core import loss as loss_module
 from flora_core.loss import Head, client_losses
 from flora_core.segments import Segments
 from flora_core.testing import budget_ratio, plain_rounding
-from tests import models
+from tests.support import models
 
 # Several clients, one without a labelled token in this pass, one with a single one.
 TOKENS = Segments.from_lengths([7, 0, 1, 12])

@@ -14,8 +14,8 @@ import flora_core as flora
 from flora_core.pausing import CrowdedError, Paused, is_out_of_memory
 from flora_core.steps import CohortSteps
 from flora_core.trainer import CohortTrainer
-from tests.federation_cases import TRAIN, make_clients, make_model, make_tokenizer
-from tests.models import exact64
+from tests.support.federations import TRAIN, make_clients, make_model, make_tokenizer
+from tests.support.models import exact64
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = (
@@ -178,7 +178,7 @@ import resource, sys, warnings
 import torch
 torch.set_num_threads(1)
 import flora_core as flora
-from tests.federation_cases import make_model, make_tokenizer, make_records
+from tests.support.federations import make_model, make_tokenizer, make_records
 from flora_core.trainer import CohortTrainer
 
 model = make_model(hidden=512)

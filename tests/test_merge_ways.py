@@ -14,7 +14,7 @@ import flora_core as flora
 from flora_core import MergeItem, backends, merge_ways, stacked_merge_many_, tuning
 from flora_core.merge import apply_base_delta_
 from flora_core.testing import MergeCase, make_merge
-from tests.models import tiny
+from tests.support.models import tiny
 
 pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 OPTIONS: dict[str, Any] = dict(rounding="nearest", seed=0, accumulate=torch.float32)

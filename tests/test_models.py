@@ -15,9 +15,9 @@ from torch import nn
 
 import flora_core as flora
 from flora_core.models import decoder_of, is_linear, sequence_limit
-from tests import models
-from tests.attach_cases import TARGETS, client, llama
-from tests.federation_cases import TRAIN, make_clients, make_federation, make_model, make_records, make_tokenizer
+from tests.support import models
+from tests.support.attached import TARGETS, client, llama
+from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_records, make_tokenizer
 
 
 def adapted(model: Any) -> Any:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import abi
+from tests.support.cuda import abi
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -44,7 +44,7 @@ def test_the_fuzzer_finds_nothing(tmp_path, scale):
         pytest.skip("needs a C++ compiler with the address and undefined-behaviour sanitizers")
     native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
     every = scale(0, 1, "instruction sets beside the portable one") and native._native.cpu_isa() > 1
-    sources = [*sorted((CSRC / "common").glob("*.cpp")), CSRC / "cpu/dispatch.cpp", ROOT / "tests/native/fuzz.cpp"]
+    sources = [*sorted((CSRC / "common").glob("*.cpp")), CSRC / "cpu/dispatch.cpp", ROOT / "tests/support/fuzz.cpp"]
     isas = {"portable": [], **(ISA_FLAGS if every else {})}
     jobs = [(source, ["-DFLORA_X86"] if every else []) for source in sources]
     jobs += [(CSRC / f"cpu/isa_{isa}.cpp", flags) for isa, flags in isas.items()]
@@ -126,7 +126,7 @@ STRUCTS = {
 
 @pytest.mark.parametrize(("compiler", "standard"), [("gcc", "c99"), ("g++", "c++11"), ("clang", "c99")])
 def test_the_header_is_plain_c_without_a_warning(compiler, standard, tmp_path):
-    """Every macro and every field, under all warnings; the layout is that of tests/abi.py."""
+    """Every macro and every field, under all warnings; the layout is that of tests/support/cuda/abi.py."""
     if shutil.which(compiler) is None:
         pytest.skip(f"needs {compiler}")
     lines, layout = [], []

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import abi
+from tests.support.cuda import abi
 
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 ISAS = {name: code for name, code in native._ISAS.items() if 0 < code <= native._native.cpu_isa()}

@@ -16,7 +16,7 @@ import flora_core as flora
 from flora_core import LoraWeights, MergeItem, Segments, cohort_adamw_, lora_linears, ops, stacked_merge_many_, testing
 from flora_core.forward import lay_out
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
-from tests import models
+from tests.support import models
 
 MIXED, RANK_0 = LINEAR_SHAPES[0], LINEAR_SHAPES[4]
 OPS = torch.ops.flora

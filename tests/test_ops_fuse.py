@@ -43,7 +43,7 @@ def test_ternary_integers_are_exact(fuse):
 
 
 def backends_and_ways() -> Iterator[Any]:
-    """Every way of every backend that runs here; Triton's are run by tests/triton_ops.py."""
+    """Every way of every backend that runs here; Triton's are run by tests/support/triton/ops.py."""
     for backend in testing.backends("shrink"):
         if backend != "triton":
             kernels, _ = backends.resolve(backend, "shrink")

@@ -16,7 +16,7 @@ import torch
 import flora_core as flora
 from flora_core.recompute import keeping_less, recomputing
 from flora_core.testing import saved_bytes
-from tests import models
+from tests.support import models
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ import flora_core as flora
 from flora_core import LoraWeights, linear, lora_linears, testing
 from flora_core.forward import lay_out
 from flora_core.testing import DTYPES, LINEAR_SHAPES, LinearInputs, make_linear
-from tests import models
+from tests.support import models
 
 SHARED = [LINEAR_SHAPES[i] for i in (0, 2, 4, 6)]
 

@@ -19,9 +19,9 @@ import flora_core as flora
 from flora_core import linear
 from flora_core.testing import budget_ratio
 from flora_core.update import Adapters
-from tests import models, peft_oracle
-from tests.models import FAMILIES, exact64
-from tests.peft_oracle import Trained, first_gradients
+from tests.support import models, peft_oracle
+from tests.support.models import FAMILIES, exact64
+from tests.support.peft_oracle import Trained, first_gradients
 
 CONFIG = flora.TrainConfig(lr=1e-2, keep_optimizer=True)
 # Whether sequences are packed, and whose code computes the logits.

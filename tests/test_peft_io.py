@@ -20,7 +20,7 @@ from flora_core.aggregate import aggregate
 from flora_core.merge import merge_adapter_
 from flora_core.peft_io import load_peft_adapter, save_peft_adapter, save_stacked_adapter
 from flora_core.update import ClientUpdate, RoundResult
-from tests.aggregate_cases import bank_like_update
+from tests.support.rounds import bank_like_update
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 peft = pytest.importorskip("peft")

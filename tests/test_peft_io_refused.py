@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flora_core.peft_io import load_peft_adapter, save_peft_adapter
-from tests.aggregate_cases import bank_like_update
+from tests.support.rounds import bank_like_update
 
 
 @pytest.fixture

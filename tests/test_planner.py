@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import flora_core as flora
 from flora_core import planner
 from flora_core.planner import Demand, measure_bytes_per_token, passes, plan
-from tests import models
+from tests.support import models
 
 EACH = settings(max_examples=150, deadline=None)
 SIZES = st.lists(st.integers(1, 40), max_size=25)

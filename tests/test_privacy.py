@@ -26,7 +26,7 @@ from flora_core.privacy import Privacy, PrivateSum, calibrated, secret_draw, sec
 from flora_core.progress import PlainProgress
 from flora_core.update import ClientUpdate
 from flora_kernels.reference import join_master
-from tests.federation_cases import make_clients, make_federation, make_model, stop_after, target_weights
+from tests.support.federations import make_clients, make_federation, make_model, stop_after, target_weights
 from tests.test_robust import cancelling, dense_norm
 
 HAVE = importlib.util.find_spec("dp_accounting") is not None

@@ -20,7 +20,7 @@ from flora_core.cli import main
 from flora_core.federation_config import Privacy
 from flora_core.peft_io import load_peft_adapter, read_base, read_config
 from flora_core.snapshot import ROUND, STATE, read_body
-from tests.federation_cases import make_clients, make_federation, make_model, make_records, make_tokenizer
+from tests.support.federations import make_clients, make_federation, make_model, make_records, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 HELD_OUT = make_records("b held out", 6)

@@ -26,7 +26,7 @@ from flora_core.pausing import Stopped
 from flora_core.peft_io import save_peft_adapter
 from flora_core.seeds import generator
 from flora_core.update import ClientUpdate
-from tests.federation_cases import files, make_clients, make_federation, make_model, target_weights
+from tests.support.federations import files, make_clients, make_federation, make_model, target_weights
 
 NAMES = "abcdefghij"
 REFUSED = pytest.mark.filterwarnings("ignore:client .* was refused:RuntimeWarning")

@@ -13,11 +13,11 @@ import torch
 
 from flora_core import attention, attention_ways
 from flora_core.repeatable import deterministic_libraries, strict_backward
-from tests import graph_device
+from tests.support import fake_graphs
 
 GPU = torch.device("cuda")
 LENGTHS = (9, 5)
-varlen_attn: Any = graph_device.varlen_attn
+varlen_attn: Any = fake_graphs.varlen_attn
 
 
 class Recorder(torch.autograd.Function):

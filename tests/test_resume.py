@@ -19,7 +19,7 @@ from flora_core import files as files_module
 from flora_core.checkpoint import RunFolder
 from flora_core.files import SaveError
 from flora_core.identity import check_rounds
-from tests.federation_cases import (
+from tests.support.federations import (
     files,
     largest_file,
     make_clients,

@@ -16,7 +16,7 @@ from flora_core.card import model_card
 from flora_core.history import History, summary_tables
 from flora_core.progress import sentence
 from flora_core.saving import converted, dtype_to_save
-from tests.federation_cases import files, make_federation, make_model, no_training
+from tests.support.federations import files, make_federation, make_model, no_training
 
 
 def loaded(folder: Path, dtype: torch.dtype = torch.float32) -> Any:

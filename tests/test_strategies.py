@@ -12,7 +12,7 @@ import torch
 
 from flora_core.aggregate import aggregate, get_strategy
 from flora_core.update import ClientUpdate
-from tests.aggregate_cases import (
+from tests.support.rounds import (
     SHAPES,
     Q,
     a_round,

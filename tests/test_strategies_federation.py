@@ -13,7 +13,7 @@ from flora_core.aggregate import STRATEGIES, get_strategy
 from flora_core.optimizer import CohortAdamW
 from flora_core.penalty import TailPenalty
 from flora_core.server import Server
-from tests.federation_cases import TRAIN, make_clients, make_federation, make_model, make_tokenizer, target_weights
+from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_tokenizer, target_weights
 
 EACH = pytest.mark.parametrize("name", list(STRATEGIES))
 CONFIG = flora.TrainConfig(**{**TRAIN, "weight_decay": 0.1, "clip_norm": 1.0})

@@ -10,7 +10,7 @@ import torch
 
 from flora_core.aggregate import aggregate
 from flora_core.update import ClientUpdate
-from tests.aggregate_cases import (
+from tests.support.rounds import (
     SHAPES,
     Q,
     assert_close,
@@ -171,7 +171,7 @@ def test_flexlora_equals_peft_s_own_svd():
     """``add_weighted_adapter(combination_type="svd")`` at one rank is an independent oracle."""
     import peft
 
-    from tests.federation_cases import make_model
+    from tests.support.federations import make_model
 
     model = make_model(torch.float64)
     config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"])

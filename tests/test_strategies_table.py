@@ -9,10 +9,7 @@ from pathlib import Path
 import pytest
 
 from flora_core.aggregate import STRATEGIES, aggregate, load_strategy
-from tests.aggregate_cases import (
-    make_update,
-    mixed_ranks,
-)
+from tests.support.rounds import make_update, mixed_ranks
 
 BAD_OPTIONS = {
     "tau-0": ("flora_svd", {"tau": 0}, "tau must be above 0 and at most 1, got 0"),

@@ -14,7 +14,7 @@ from flora_core.aggregate import aggregate, get_strategy
 from flora_core.aggregate.downlink import DeltaLog
 from flora_core.merge import apply_base_delta_
 from flora_core.update import ClientUpdate, RoundResult
-from tests.aggregate_cases import (
+from tests.support.rounds import (
     SHAPES,
     Q,
     applied,

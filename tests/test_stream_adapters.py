@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import flora_core as flora
 from flora_core.cli import main
 from flora_core.streaming.shards import Entry, read_shard, same_values
-from tests.streaming_cases import CONFIG, files, save_adapters, save_checkpoint, weights
+from tests.support.checkpoints import CONFIG, files, save_adapters, save_checkpoint, weights
 
 WEIGHTS = "adapter_model.safetensors"
 UP = "model.layers.{}.mlp.up_proj"

@@ -19,7 +19,7 @@ from flora_core.cli import main
 from flora_core.streaming import merge as merge_module
 from flora_core.streaming import write
 from flora_core.testing import budget_ratio, plain_rounding
-from tests.streaming_cases import CONFIG, files, save_adapters, save_checkpoint, weights
+from tests.support.checkpoints import CONFIG, files, save_adapters, save_checkpoint, weights
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 WEIGHTS = (3.0, 1.0, 2.5)

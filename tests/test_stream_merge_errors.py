@@ -15,7 +15,7 @@ import flora_core as flora
 from flora_core.cli import main
 from flora_core.files import SaveError
 from flora_core.streaming import merge as merge_module
-from tests.streaming_cases import CONFIG, files, save_adapters, save_checkpoint, weights
+from tests.support.checkpoints import CONFIG, files, save_adapters, save_checkpoint, weights
 
 
 @pytest.fixture

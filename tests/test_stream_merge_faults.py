@@ -24,7 +24,7 @@ import torch
 import flora_core as flora
 from flora_core.files import SaveError
 from flora_core.streaming import staging, write
-from tests.streaming_cases import files, save_adapters, save_checkpoint, weights
+from tests.support.checkpoints import files, save_adapters, save_checkpoint, weights
 from tests.test_files import watch_renames
 
 ROOT = Path(__file__).resolve().parents[1]

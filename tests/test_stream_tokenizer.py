@@ -10,7 +10,7 @@ import pytest
 
 import flora_core as flora
 from flora_core.cli import main
-from tests.streaming_cases import CONFIG, VOCAB, files, save_adapters, save_checkpoint, weights
+from tests.support.checkpoints import CONFIG, VOCAB, files, save_adapters, save_checkpoint, weights
 
 
 def save_tokenizer(folder: Path, tokens: int, template: str = "BASE", eos: str = "t1") -> None:

@@ -12,7 +12,7 @@ import transformers
 import flora_core as flora
 from flora_core.data.template import IGNORE, Example
 from flora_core.optimizer import CohortAdamW
-from tests import models
+from tests.support import models
 
 TARGETS = ["q_proj", "v_proj"]
 CONFIG = flora.TrainConfig(lr=1e-2, batch_size=2, seed=3)

@@ -26,8 +26,8 @@ from flora_core.data.template import IGNORE, Example
 from flora_core.graphs import Shape, round_up, shape_of
 from flora_core.loss import client_losses
 from flora_core.segments import DeviceSegments, Segments
-from tests import models
-from tests.graph_device import Told, attend_by_offsets
+from tests.support import models
+from tests.support.fake_graphs import Told, attend_by_offsets
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -228,7 +228,7 @@ def test_no_length_on_the_host():
     code = "from bench.gpu_step import check_graphs; found = check_graphs('cpu'); print(found); assert found['green']"
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    words = [sys.executable, "-c", f"import tests.triton_interpreter; {code}"]
+    words = [sys.executable, "-c", f"import tests.support.triton.interpreter; {code}"]
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 

@@ -39,13 +39,13 @@ def interpreted_tests(scale, few: str, everything: str, *files: str) -> None:
     """Run tests under the interpreter: some of them, or at full size everything."""
     full = scale(0, 1, "runs of every interpreted test")
     size, chosen = ("full", everything) if full else ("1", few)
-    words = ("-p", "no:cacheprovider", "-p", "tests.triton_interpreter", f"--scale={size}", "-k", chosen)
+    words = ("-p", "no:cacheprovider", "-p", "tests.support.triton.interpreter", f"--scale={size}", "-k", chosen)
     told = interpreted("-m", "pytest", "-q", *words, *files)
     assert " passed" in told
 
 
 def test_lora_ops_under_the_interpreter(scale):
-    interpreted_tests(scale, FEW_LORA, "test", "tests/triton_ops.py")
+    interpreted_tests(scale, FEW_LORA, "test", "tests/support/triton/ops.py")
 
 
 def test_merge_and_adamw_under_the_interpreter(scale):
@@ -60,7 +60,9 @@ def test_another_version_of_triton_gives_the_same_bits(scale):
             "pip install --target FOLDER triton==3.6.0 'numpy<2.4' (3.6.0's interpreter fails with a newer NumPy)"
         )
     few = [] if scale(0, 1, "digests of every op") else ["--few"]
-    mine, theirs = (json.loads(interpreted("-m", "tests.triton_digest", *few, first=path)) for path in ("", other))
+    mine, theirs = (
+        json.loads(interpreted("-m", "tests.support.triton.digest", *few, first=path)) for path in ("", other)
+    )
     assert mine["versions"]["triton"] != theirs["versions"]["triton"], f"{other} holds this very version"
     assert mine["digests"], "nothing was compared"
     assert mine["digests"] == theirs["digests"]
@@ -70,7 +72,7 @@ def test_the_interpreter_s_bf16_is_right():
     """Casts round to nearest even, products are those of float32, and arithmetic is refused."""
     code = """
 import torch, triton, triton.language as tl
-import tests.triton_interpreter
+import tests.support.triton.interpreter
 
 @triton.jit
 def round_trip(x, y, n: tl.constexpr):
@@ -202,7 +204,7 @@ def test_addresses_are_of_64_bits():
     """What a tile steps over may be more than 32 bits hold; a wrong address crashes the process."""
     code = """
 import torch
-import tests.triton_interpreter
+import tests.support.triton.interpreter
 from flora_core import Segments
 from flora_kernels import reference, triton
 

@@ -26,8 +26,8 @@ pytest.importorskip("triton")
 
 from flora_kernels.triton import counts
 from flora_kernels.triton.common import Tile
-from tests.triton_compile import TARGETS, Built, Target, build, recorded
-from tests.triton_launches import CONFIGURATIONS, FEW, RANKS, ROWS, K, N, adamw, merge
+from tests.support.triton.compile import TARGETS, Built, Target, build, recorded
+from tests.support.triton.launches import CONFIGURATIONS, FEW, RANKS, ROWS, K, N, adamw, merge
 
 
 def built(configuration: str, target: Target) -> list[Built]:

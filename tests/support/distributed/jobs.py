@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from flora_core.testing import budget_ratio
-from tests.distributed_worker import arguments
-from tests.federation_cases import make_federation, make_model, make_records, make_tokenizer
+from tests.support.distributed.worker import arguments
+from tests.support.federations import make_federation, make_model, make_records, make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 # One client a cohort: what a client computes then depends on nothing but itself.
 ALONE: dict[str, Any] = {"token_budget": 1}
 # Cases whose bytes must be those of one process: what each carries from round to round differs.

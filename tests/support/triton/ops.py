@@ -1,7 +1,7 @@
 """The Triton kernels held against the float64 oracles: values, exact integers, the mask, isolation, independence.
 
 Run by tests/test_triton.py in a process of its own under TRITON_INTERPRET=1, and by hand where there is a GPU:
-``python -m pytest tests/triton_ops.py``.
+``python -m pytest tests/support/triton/ops.py``.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, C clients.
 """
 

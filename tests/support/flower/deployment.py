@@ -20,9 +20,9 @@ import psutil
 
 from flora_core.deploy_command import again
 from flora_core.keys import make_keys
-from tests.federation_cases import make_clients, make_model, make_records, make_tokenizer
+from tests.support.federations import make_clients, make_model, make_records, make_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def _free_ports(count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Check the CUDA kernels on a GPU: ``python -m tests.gpu_check``; without one, its emulated half.
+"""Check the CUDA kernels on a GPU: ``python -m tests.support.cuda.gpu_check``; without one, its emulated half.
 
 First each wrapper of ptx.cuh against its emulation, then each kernel against float64 on ragged cases, then times,
 each beside the copy bandwidth of the same run. Needs nvcc, torch and pytest, no network. Writes gpu_check.json into
@@ -26,8 +26,8 @@ from flora_core import Segments, testing
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, MergeCase, make_linear, make_merge
 from flora_kernels import reference
 from flora_kernels.reference import MergeItem
-from tests.cuda_library import ROOT, Library, build_emulated, build_for_gpu
-from tests.probes import PROBES, expected, words_for
+from tests.support.cuda.emulated import ROOT, Library, build_emulated, build_for_gpu
+from tests.support.cuda.probes import PROBES, expected, words_for
 
 BF16 = torch.bfloat16
 KINDS = {"bf16": BF16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}

@@ -1,6 +1,6 @@
 """Digests of what every Triton op gives under the interpreter, to hold one version of Triton against another.
 
-``python -m tests.triton_digest`` prints them as JSON, with the versions (--few: of merges and AdamW alone);
+``python -m tests.support.triton.digest`` prints them as JSON, with the versions (--few: of merges and AdamW alone);
 tests/test_triton.py compares two versions.
 They are not kept in the repository: the interpreter multiplies with NumPy, whose last bits depend on the CPU.
 Letters: M packed tokens, K in_features, N out_features, C clients.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import triton
 
-import tests.triton_interpreter  # noqa: F401 (before the first kernel is defined)
+import tests.support.triton.interpreter  # noqa: F401 (before the first kernel is defined)
 from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing, ways
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
 from tests import test_ops_shared

@@ -27,7 +27,7 @@ from flora_core.privacy import Privacy
 from flora_core.server import Server
 from flora_core.steps import CohortSteps
 from flora_core.trainer import CohortTrainer
-from tests.federation_cases import Stop, make_clients, make_federation, target_weights
+from tests.support.federations import Stop, make_clients, make_federation, target_weights
 
 Fault = Callable[[pytest.MonkeyPatch, dict[str, Any]], None]
 FAULTS: dict[str, tuple[int, Fault]] = {}
@@ -65,7 +65,7 @@ def other_rate(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
 
 @fault(1)
 def other_weights(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    from tests.federation_cases import make_model
+    from tests.support.federations import make_model
 
     changes["model"] = make_model(seed=1)
 
@@ -112,7 +112,7 @@ def fails_within_a_pass(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> N
 
 @fault(0)
 def runs_the_model_alone(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    from tests.federation_cases import make_model
+    from tests.support.federations import make_model
 
     changes["model"] = model = make_model()
 
@@ -190,7 +190,7 @@ def arguments(job: dict[str, Any]) -> dict[str, Any]:
         for one in clients
     ]
     if "base" in changes:
-        from tests.federation_cases import make_model
+        from tests.support.federations import make_model
 
         changes["model"] = make_model(getattr(torch, changes.pop("base")))
     if "held" in changes:

@@ -14,7 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 import flora_core as flora
 from flora_core import flower, flower_node
 from flora_core.site import Site
-from tests.federation_cases import TRAIN, make_clients, make_model, make_records, make_tokenizer
+from tests.support.federations import TRAIN, make_clients, make_model, make_records, make_tokenizer
 
 Fault = Callable[[Message, Message], Message | None]
 
@@ -88,7 +88,7 @@ def serve(grid: MemoryGrid, monkeypatch, out: Path | None, *, strategy: str = "f
 
 def in_process(out: Path | None, taking_part: dict[int, list[str]] | None = None, **changes: Any) -> SimpleNamespace:
     """The same run in one process, one client a cohort; ``taking_part`` names each round's clients."""
-    from tests.federation_cases import make_federation
+    from tests.support.federations import make_federation
 
     federation = make_federation(out, token_budget=1, **changes)
     if taking_part is not None:

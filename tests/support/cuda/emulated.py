@@ -2,7 +2,7 @@
 
 ``Library`` has the functions of ``flora_kernels.reference`` with the same arguments. ``build_emulated`` compiles the
 kernels with the host compiler: every access of theirs is then checked for bounds, races and order. ``build_for_gpu``
-needs nvcc and a GPU: ``at_hand`` then gives the tests kernels that run there (and tests/gpu_check.py times them).
+needs nvcc and a GPU: ``at_hand`` then gives the tests kernels that run there (and tests/support/cuda/gpu_check.py times them).
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from flora_core import backends
 from flora_kernels.reference import Dropout, MergeItem, Ranges
-from tests.abi import (
+from tests.support.cuda.abi import (
     CODES,
     AdamwArgs,
     Clients,
@@ -44,7 +44,7 @@ from tests.abi import (
     vector,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 KEPT = ROOT / ".cache" / "tests"
 HOST_FLAGS = ("-x", "c++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing", "-DFLORA_HOST_SHIM")
 
@@ -66,7 +66,7 @@ class Library:
     """
 
     Dropout, MergeItem = Dropout, MergeItem
-    __name__ = "tests.cuda_library"
+    __name__ = "tests.support.cuda.emulated"
 
     def __init__(self, path: Path, device: str = "cpu", moves: bool = False):
         self.device, self.order, self.fault = torch.device("cpu" if moves else device), 0, ("", "")

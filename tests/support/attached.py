@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import flora_core as flora
-from tests import models
+from tests.support import models
 
 TARGETS = ["q_proj", "v_proj"]
 
