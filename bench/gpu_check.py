@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from bench.protocol import finite
-from flora_core.files import atomic_write_bytes
+from flora_core.common.files import atomic_write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of the selection that bench.gpu_run takes, in a process of its own that compiles its kernels.

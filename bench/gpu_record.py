@@ -19,7 +19,7 @@ from typing import Any
 from bench.deadline import within
 from bench.machine import environment
 from bench.protocol import finite
-from flora_core.files import atomic_write_bytes
+from flora_core.common.files import atomic_write_bytes
 
 # With less than this left nothing begins: its imports alone would take as long.
 LEAST_SECONDS = 2.0

@@ -80,7 +80,7 @@ def stages(folder: Path, words: Sequence[str], left: Callable[[float], str]) -> 
 def tell_targets(folder: Path) -> None:
     """Print what must be shown, and whether it is."""
     from bench.tables import TARGET_HEADER, load, target_rows, verdict_rows
-    from flora_core.progress import print_tables
+    from flora_core.common.tables import print_tables
 
     rows = [*target_rows(load(folder)), *verdict_rows(folder)]
     print_tables([("What must be shown", TARGET_HEADER, [[cell.replace("**", "") for cell in row] for row in rows])])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.protocol import environment
-from flora_core.files import atomic_write_json
+from flora_core.common.files import atomic_write_json
 
 
 class Outcomes:

@@ -22,7 +22,7 @@ import torch
 
 from bench.deadline import OutOfTime
 from bench.machine import ROOT, Load, environment, gpu_now, machine_slug
-from flora_core.files import atomic_write_bytes
+from flora_core.common.files import atomic_write_bytes
 
 # A folder of one's own, so that a trial does not write over results that are committed.
 _ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")

@@ -22,8 +22,8 @@ from typing import Any
 
 from bench.protocol import RESULTS, ROOT, environment
 from flora_core.aggregate import STRATEGIES, get_strategy
-from flora_core.files import atomic_write_bytes
-from flora_core.history import show_bytes
+from flora_core.common.files import atomic_write_bytes
+from flora_core.common.formatting import show_bytes
 
 RANKS = {"mixed": [64, 32, 16, 16, 8, 8, 4, 4, 4, 4], "equal": [16]}
 SPLITS = ("dirichlet05_10", "stratified_10")

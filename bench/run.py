@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ["FLORA_BENCH_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.compile:
         os.environ["FLORA_BENCH_COMPILE"] = "1"
-    from flora_core.progress import print_tables  # after the environment is set: torch reads it
+    from flora_core.common.tables import print_tables  # after the environment is set: torch reads it
 
     if options.list:
         print_tables([("Questions", ["question", "what", "selections that take it"], listed())])

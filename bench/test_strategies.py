@@ -17,7 +17,7 @@ import pytest
 
 from bench.protocol import ROOT, Result, latest
 from bench.strategies_case import CLIENTS, EQUAL_RANK, FRACTION, MODULES, RANKS, WIDTH
-from flora_core.history import show_bytes, show_seconds
+from flora_core.common.formatting import show_bytes, show_seconds
 
 # Name -> strategy, measured modules, options.
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {

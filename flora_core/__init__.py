@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .attach import attach, detach
     from .bank import AdapterBank
     from .cohort import ClientSpec, Cohort
+    from .common.segments import Segments
     from .config import TrainConfig
     from .evaluate import evaluate
     from .explaining import explain
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .optimizer import CohortAdamW
     from .peft_io import load_peft_adapter, save_peft_adapter
     from .rebase import RebaseReport, rebase_adapter
-    from .segments import Segments
     from .streaming import MergeReport, export_adapter, merge_into_checkpoint
     from .trainer import CohortTrainer
     from .update import ClientUpdate, RoundResult

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .checks import check_choice
+from .common.checks import check_choice
 
 LAYOUTS = ("peft", "vllm")
 _EXAMPLES = """examples:
@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     check_choice("layout", options.layout, LAYOUTS)
     from .aggregate import load_strategy
-    from .history import show_bytes
-    from .progress import print_tables
+    from .common.formatting import show_bytes
+    from .common.tables import print_tables
     from .rebase import rebase_adapter
 
     if options.strategy:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .adapter_command import LAYOUTS
-from .checks import check_choice
-from .history import Table, show_bytes, show_number, show_seconds
+from .common.checks import check_choice
+from .common.formatting import show_bytes, show_number, show_seconds
+from .common.tables import Table
 from .strategy_names import check_strategy_name
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def run(options: argparse.Namespace) -> int:
     if options.as_adapter:
         check_choice("layout", options.as_adapter, LAYOUTS)
     check_strategy_name(options.strategy)
-    from .progress import Bar, print_tables
+    from .common.tables import print_tables
+    from .progress import Bar
     from .streaming import export_adapter, merge_into_checkpoint
 
     try:

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from .checks import check_choice, require
-from .segments import DeviceSegments, Segments
-from .tensor_checks import check_tensor
+from .common.checks import check_choice, require
+from .common.segments import DeviceSegments, Segments
+from .common.tensor_checks import check_tensor
 
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
 Numbers = Sequence[float] | torch.Tensor
@@ -198,7 +198,7 @@ def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, cli
     q_C = _thresholds(dropout_C)
     if q_C is None:
         return None
-    require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.seeds")
+    require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.common.seeds")
     row_C = [0] * clients if row_C is None else row_C
     for name, values, low, high in (("dropout_seed_C", seed_C, *_INT64), ("row_C", row_C, 0, 2**31)):
         _check_per_client(name, values)

@@ -17,8 +17,8 @@ from .adapter_config import check_targets, matches_target
 from .backends import resolve
 from .bank import AdapterBank, BankModule
 from .calls import check_fuse
-from .checks import require
 from .cohort import ClientSpec, Cohort
+from .common.checks import require
 from .forward import Batch, find_way
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .models import check_model, is_linear

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from .attention_ways import WAYS, Way, choose
+from .common.segments import DeviceSegments
 from .repeatable import strict_backward
-from .segments import DeviceSegments
 
 NAME = "flora_packed"
 # Arguments that leave plain scaled dot-product attention what it is.

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .checks import nearest, require
 from .cohort import ClientSpec
+from .common.checks import nearest, require
+from .common.devices import pick_device, pick_dtype
+from .common.files import atomic_write_bytes, atomic_write_json, folder_names
 from .data.records import Record
-from .device import pick_device, pick_dtype
 from .distributed import RankError, Ranks, ranks
-from .files import atomic_write_bytes, atomic_write_json, folder_names
 from .history import Event
 from .loading import load_model, load_tokenizer, model_folder
 from .sharding import hold_base

@@ -25,11 +25,11 @@ from .arguments import (
     is_sound,
 )
 from .backends import resolve, without_checks
-from .checks import check_choice, require
+from .common.checks import check_choice, require
+from .common.segments import Segments
+from .common.tensor_checks import check_tensor
 from .fused import Plan, without_autocast
 from .merge_ways import merge_kernels, merge_with
-from .segments import Segments
-from .tensor_checks import check_tensor
 from .ways import WAYS, possible
 
 

@@ -32,8 +32,9 @@ from typing import IO, Any
 import torch
 
 from . import tuning
-from .checks import require
-from .files import (
+from .common.changes import differences
+from .common.checks import require
+from .common.files import (
     SaveError,
     atomic_dir,
     atomic_write_bytes,
@@ -43,14 +44,16 @@ from .files import (
     system_errors,
     try_lock,
 )
+from .common.formatting import show_bytes
+from .common.safetensors_header import parse_json
+from .common.states import finite
 from .fingerprint import Base
-from .headers import parse_json
-from .history import Event, show_bytes
+from .history import Event
 from .identity import ROUNDS as NUM_ROUNDS
-from .identity import check_rounds, differences
+from .identity import check_rounds
 from .peft_io import save_peft_adapter
 from .saving import write_dtype
-from .snapshot import DAMAGE, ROUND, STATE, Snapshot, finite, read_events, read_snapshot, taken_apart, write_snapshot
+from .snapshot import DAMAGE, ROUND, STATE, Snapshot, read_events, read_snapshot, taken_apart, write_snapshot
 from .update import ClientUpdate
 
 RUN, METRICS, ROUNDS, LOCK, PAUSED = "run.json", "metrics.jsonl", "rounds", ".lock", "paused"

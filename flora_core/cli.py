@@ -18,8 +18,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, adapter_command, aggregate_command, deploy_command, extras
-from .checks import nearest
+from . import __version__, adapter_command, aggregate_command, deploy_command
+from .common import extras
+from .common.checks import nearest
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -178,12 +179,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
     """Train by a recipe in this process; of those that torchrun started, only the first one prints."""
-    from .device import limit_threads
+    from .common.devices import limit_threads
 
     limit_threads(recipe.threads)
     if plan_only:
+        from .common.tables import print_tables
         from .dry_run import dry_run
-        from .progress import print_tables
 
         if first:
             print_tables(dry_run(recipe))
@@ -197,9 +198,10 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
 
 def _train(recipe: Recipe, first: bool) -> int:
     from .build import build, save_inputs
+    from .common.tables import print_tables
     from .federation import Federation
     from .history import History, summary_tables
-    from .progress import make_progress, print_tables
+    from .progress import make_progress
     from .report import missing_plots
 
     without = missing_plots(recipe.out) if recipe.out else None

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention, seeds
+from . import attention
 from .adapter_config import AdapterConfig
 from .bank import AdapterBank, BankModule
-from .checks import check_name, require
+from .common import seeds
+from .common.checks import check_name, require
+from .common.segments import DeviceSegments, Segments
 from .linear import Layout, MultiLoRALinear, Route
 from .loss import Head
-from .segments import DeviceSegments, Segments
 from .update import Adapters, ClientUpdate
 
 

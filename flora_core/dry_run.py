@@ -10,8 +10,9 @@ from typing import Any
 from . import planner
 from .attach import attach, detach
 from .build import build_model, specs_of
-from .checks import listed
-from .history import Table, show_bytes
+from .common.checks import listed
+from .common.formatting import show_bytes
+from .common.tables import Table
 from .recipes import Recipe
 from .splits import Split, split_data
 from .trainer import CohortTrainer

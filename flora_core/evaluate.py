@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .checks import require
+from .common.checks import require
 from .data.records import Record, check_records, normalise
 from .data.template import EncodeReport, Example, encode, require_examples
 from .data.tokens import check_ids

@@ -18,11 +18,12 @@ from typing import Any
 from .aggregate import get_strategy
 from .card import model_card
 from .checkpoint import RunFolder
-from .checks import require
 from .cohort import ClientSpec
+from .common.checks import require
+from .common.devices import peak_memory_bytes
+from .common.errors import Stopped
 from .config import TrainConfig
 from .data.records import Record, check_records
-from .device import peak_memory_bytes
 from .distributed import ranks
 from .evaluate import evaluate
 from .federation_config import FederationConfig, FederationResult, history
@@ -30,7 +31,7 @@ from .fingerprint import Base
 from .history import Event
 from .incoming import Remote
 from .models import as_tokenizer, check_model
-from .pausing import Paused, Stopped, stopping
+from .pausing import Paused, stopping
 from .privacy import Privacy, PrivateSum
 from .rebase import rebase_adapter
 from .resuming import Resuming

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .checks import check_choice, check_flag, check_number, require
+from .common.checks import check_choice, check_flag, check_number, require
 from .history import Event
 from .other_names import RECIPE_KEYS, refuses_other_names
 

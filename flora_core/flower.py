@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Strategy
 
 from . import recipes
 from .build import build_held_out, build_model, client_names
-from .checks import require
+from .common.checks import require
 from .federation_config import FederationResult
 from .flower_messages import BROKEN, NodeError, pack, read, record, size_of
 from .history import Event

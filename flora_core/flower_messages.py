@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from . import __version__
-from .checks import require
+from .common.checks import require
 from .site import Tensors
 
 _ORDER, _PAYLOAD, _SHARED = "order", "payload", "shared"

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from . import attention
-from .checks import require
+from .common.checks import require
 from .data.pack import pack, pad
 from .data.template import IGNORE, Example
 from .loss import Head

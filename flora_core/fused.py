@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .segments import Segments
+from .common.segments import Segments
 from .tuning import Shape, choices_for, timer_on
 from .ways import WAYS, possible
 

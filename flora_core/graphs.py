@@ -20,13 +20,13 @@ from . import attention
 from .arguments import dropout_threshold
 from .backends import resolve
 from .cohort import Cohort
+from .common.segments import DeviceSegments, Segments, to_device
 from .config import TrainConfig
 from .data.template import IGNORE, Example
 from .forward import Batch, labelled_hidden, lay_out
 from .linear import Layout
 from .loss import client_losses
 from .optimizer import CohortAdamW
-from .segments import DeviceSegments, Segments, to_device
 from .sharding import sharded
 
 # A shape runs so often as it is, which compiles kernels and measures ways to fuse, before it is captured.

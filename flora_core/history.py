@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .common.formatting import show_bytes, show_error, show_number, show_seconds
+from .common.tables import Table
+
 Event = dict[str, Any]
-Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 # Rows of the table of certificates, at most.
 MOST_ROUNDS = 12
 
@@ -107,38 +109,12 @@ class History:
         )
 
 
-def show_bytes(size: float | None) -> str:
-    """Write a size for people: 3.4 MB."""
-    if size is None:
-        return "-"
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(size) < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def show_seconds(seconds: float | None) -> str:
-    """Write a duration for people: 2 min 05 s."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def show_cost(event: Event) -> str:
     """Write what a private run has cost so far; nothing for a run that is not."""
     cost = event.get("privacy")
     if not cost:
         return ""
     return f", epsilon {cost['epsilon']:.3g} at delta {cost['delta']:g} after {cost['releases']} releases"
-
-
-def show_error(value: float | None) -> str:
-    """Write a relative error: 1.2e-07, and 0 for none at all."""
-    return "0" if value == 0 else show_number(value, ".1e")
 
 
 def show_forms(event: Event) -> str:
@@ -155,11 +131,6 @@ def worst_module(event: Event, kind: str) -> tuple[str, float] | None:
 def hit_rate(event: Event) -> float | None:
     """Return an evaluation's share of right answers, whichever way it counts them."""
     return event.get("exact_match", event.get("accuracy"))
-
-
-def show_number(value: float | None, spec: str = ".3f") -> str:
-    """Write a number, or a dash where there is none."""
-    return "-" if value is None else format(value, spec)
 
 
 def summary_tables(history: History) -> list[Table]:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from .checks import require
 from .cohort import ClientSpec
+from .common.changes import _as_json, _dotted
+from .common.checks import require
+from .common.digests import json_digest
 from .config import TrainConfig
 
 ROUNDS = "federation.rounds"
-# Values of each tensor that count. Another base differs nearly everywhere; reading all of a large one takes minutes.
-_SAMPLED = 16384
 
 
 def identity(
@@ -40,13 +37,6 @@ def identity(
         data = [(example.input_ids, example.labels) for example in spec.data]
         facts |= _dotted(f"clients.{spec.name}", {**own, "data": json_digest(data)})
     return _as_json(facts)
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Name the fields that are not what they were, with both values where they are short."""
-    now = _as_json(now)
-    changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    return [_difference(name, was.get(name), now.get(name)) for name in changed]
 
 
 def check_rounds(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -89,37 +79,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
     }
-
-
-def tensor_digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A sha256 over names, shapes, dtypes and 16384 evenly spaced values of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(1, math.ceil(flat.numel() / _SAMPLED))].cpu().contiguous()
-        digest.update(values.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def json_digest(value: Any) -> str:
-    """A sha256 of a value as JSON; what JSON does not know counts by its text."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _dotted(prefix: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value:
-        return {prefix: value}
-    return {name: leaf for key, part in value.items() for name, leaf in _dotted(f"{prefix}.{key}", part).items()}
-
-
-def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(facts, default=str))
-
-
-def _difference(name: str, was: Any, now: Any) -> str:
-    texts = [json.dumps(value) for value in (was, now)]
-    return f"{name} differs" if max(map(len, texts)) > 60 else f"{name} was {texts[0]}, is {texts[1]}"
 
 
 def _installed(name: str) -> str | None:

@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from .checks import require
 from .cohort import ClientSpec
-from .files import atomic_dir, atomic_write_json, write_safetensors
-from .headers import open_plain
+from .common.checks import require
+from .common.files import atomic_dir, atomic_write_json, write_safetensors
+from .common.safetensors_header import open_plain
 from .pausing import Paused
 from .peft_io import CONFIG, WEIGHTS, load_peft_adapter
 from .update import Adapters, ClientUpdate

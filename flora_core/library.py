@@ -15,9 +15,9 @@ import torch
 
 from . import calls
 from .arguments import LoraWeights, MergeItem, check_adamw, check_merges, check_rows, check_target
-from .checks import require
+from .common.checks import require
+from .common.segments import Segments
 from .fused import Plan, forward, gradients, without_autocast
-from .segments import Segments
 
 Tensors = Sequence[torch.Tensor]
 Ints = Sequence[int]

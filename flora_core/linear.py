@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from .bank import BankModule
-from .checks import require
+from .common.checks import require
+from .common.segments import DeviceSegments, Segments
 from .ops import LoraWeights, lora_linears
-from .segments import DeviceSegments, Segments
 
 
 @dataclass(frozen=True)

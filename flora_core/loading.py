@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from .common.safetensors_header import read_header
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
-from .headers import read_header
 from .models import check_model
 
 T = TypeVar("T")

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .checks import require
 from .cohort import ClientSpec
+from .common.checks import require
 from .config import TrainConfig
 from .data.pack import epoch_order
 from .data.records import check_records

@@ -15,8 +15,8 @@ import torch
 
 from . import calls, library
 from .arguments import HYPER_COLUMNS, LoraWeights, MergeItem, dropout_threshold
+from .common.segments import Segments
 from .fused import LoraLinears, forward, without_autocast
-from .segments import Segments
 
 
 def lora_linear(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from .bank import AdapterBank
-from .checks import require
+from .common.checks import require
+from .common.segments import to_device
 from .config import TrainConfig
 from .ops import HYPER_COLUMNS, cohort_adamw_
-from .segments import to_device
 
 
 class CohortAdamW:

@@ -12,14 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from .update import Adapters
 
 State = dict[str, Any]
 _PROGRESS = ("losses", "tokens", "seconds", "failure")
-# What torch says on a CPU, where it has no type of its own for this.
-_CPU_WORDS = ("can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 class Paused(Exception):  # noqa: N818
@@ -28,21 +24,6 @@ class Paused(Exception):  # noqa: N818
     def __init__(self, state: Mapping[str, State]):
         super().__init__("training stopped between two steps, as was asked")
         self.state = dict(state)
-
-
-class Stopped(SystemExit):
-    """A run stopped as SIGTERM asked, and saved where it is; an uncaught one ends the process with exit code 0."""
-
-    def __init__(self, text: str):
-        super().__init__(0)
-        self.text = text
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class CrowdedError(MemoryError):
-    """Memory does not hold one sequence beside these clients' adapters, gradients and moments."""
 
 
 def client_state(client: Any, step: int, adapters: Adapters, optimizer: Mapping[str, Any] | None) -> State:
@@ -62,19 +43,6 @@ def restore_client(client: Any, state: State) -> Adapters:
     for name in _PROGRESS:
         setattr(client, name, list(state[name]) if name == "losses" else state[name])
     return {module: (pair["A"], pair["B"]) for module, pair in state["adapters"].items()}
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or a CPU."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _CPU_WORDS)
-
-
-def crowded_text(round: int, step: int, what: str) -> str:
-    """Say where memory ran out, and what is done about it; ``round`` and ``step`` count from 0."""
-    text = f"memory ran out at step {step + 1} of round {round + 1}: {what}"
-    return f"{text}; a token_budget or memory_budget_gb avoids this"
 
 
 @contextmanager

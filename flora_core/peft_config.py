@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .adapter_config import match_pattern, matches_target
-from .checks import listed, require
-from .headers import open_plain, parse_json
+from .common.checks import listed, require
+from .common.safetensors_header import open_plain, parse_json
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES, _LARGEST = 4_000_000, sys.float_info.max

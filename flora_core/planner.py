@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .checks import require
 from .cohort import Cohort
+from .common.checks import require
 from .config import TrainConfig
 from .models import decoder_of, sequence_limit
 

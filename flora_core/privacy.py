@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import extras
 from .aggregate.inputs import Stack, Term, stack_of
 from .aggregate.robust import clip_factor
-from .checks import require
+from .common import extras
+from .common.checks import require
+from .common.files import atomic_write_json
+from .common.safetensors_header import parse_json
 from .federation_config import Privacy
-from .files import atomic_write_json
-from .headers import parse_json
 from .update import ClientUpdate, RoundResult
 
 if TYPE_CHECKING:

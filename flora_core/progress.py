@@ -39,10 +39,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any, TextIO
 
-from .history import Event, Table, show_bytes, show_cost, show_error, show_forms, show_number, show_seconds
+from .common.formatting import show_bytes, show_error, show_number, show_seconds
+from .history import Event, show_cost, show_forms
 
 
 def sentence(event: Event) -> str | None:
@@ -280,44 +280,3 @@ class Bar:
         rate = (done - self.start) / seconds if seconds else 0.0
         text = f"{self.what}: {show_bytes(done)} of {show_bytes(whole)}, {show_bytes(rate)}/s"
         return text + (f", {show_seconds((whole - done) / rate)} left" if rate and done < whole else "")
-
-
-def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
-    """Print tables on `stream` (standard output), with rich where it is installed."""
-    out: TextIO = sys.stdout if stream is None else stream
-    for title, columns, full in tables:
-        rows = [
-            [_shortened(cell) if name == "client" else cell for name, cell in zip(columns, row, strict=True)]
-            for row in full
-        ]
-        try:
-            from rich.console import Console
-            from rich.table import Table as RichTable
-        except ImportError:
-            _print_plain(title, columns, rows, out)
-            continue
-        table = RichTable(title=title, title_justify="left")
-        for column, cells in zip(columns, zip(*rows, strict=True) if rows else [()] * len(columns), strict=True):
-            table.add_column(column, justify="right" if _numbers(cells) else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        # A file or pipe has no width of its own; wrapped cells would be unreadable there, and cut ones worse.
-        console = Console(file=out, width=None if out.isatty() else 1000, markup=False, highlight=False)
-        console.print(table)
-
-
-def _shortened(name: str, length: int = 40) -> str:
-    """Return a name that fits a column: clients may have names of any length, which files hold in full."""
-    return name if len(name) <= length else f"{name[: length - 3]}..."
-
-
-def _numbers(cells: Sequence[str]) -> bool:
-    """Whether a column holds numbers with units, which are read by their last digits."""
-    return bool(cells) and all(cell[:1] in "+-.0123456789" for cell in cells if cell)
-
-
-def _print_plain(title: str, columns: list[str], rows: list[list[str]], stream: TextIO) -> None:
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    print(f"\n{title}", file=stream)
-    for row in [columns, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), file=stream)

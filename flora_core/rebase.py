@@ -24,7 +24,7 @@ import torch
 from .aggregate.adapter import as_stack
 from .aggregate.compress import balanced, full_rank, stack_svd
 from .aggregate.inputs import Stack, join_stacks
-from .checks import check_choice, require
+from .common.checks import check_choice, require
 from .exchange import dense_stack
 from .fingerprint import Base, place_of, values
 from .merge import adapter_stack

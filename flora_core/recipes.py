@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from . import strict
 from .adapter_config import AdapterConfig
-from .checks import check_name, check_number, nearest, require
+from .common.checks import check_name, check_number, nearest, require
+from .common.data_paths import data_files
 from .config import TrainConfig
-from .data_paths import data_files
 from .federation_config import FederationConfig
 from .other_names import ADAPTER_FIELDS, RECIPE_KEYS, meant
 from .strategy_names import check_strategy_name

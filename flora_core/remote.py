@@ -19,14 +19,15 @@ from typing import Any, Protocol
 import torch
 
 from .adapter_config import AdapterConfig
-from .checks import listed, require
 from .cohort import ClientSpec
+from .common.checks import listed, require
+from .common.digests import json_digest
 from .config import TrainConfig
 from .distributed import ranks
 from .federation import Federation
 from .federation_config import FederationConfig
 from .history import Event
-from .identity import environment, json_digest
+from .identity import environment
 from .server import Server
 from .site import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
 from .update import Adapters, ClientUpdate, RoundResult

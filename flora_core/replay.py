@@ -18,9 +18,9 @@ from typing import Any
 from .aggregate import aggregate, get_strategy
 from .aggregate.inputs import Stack
 from .checkpoint import ROUNDS, RUN, RunFolder
-from .checks import require
+from .common.checks import require
+from .common.safetensors_header import parse_json
 from .fingerprint import Base
-from .headers import parse_json
 from .peft_io import WEIGHTS, load_peft_adapter, read_base, read_config
 from .snapshot import DAMAGE, check_files, read_body
 from .update import ClientUpdate

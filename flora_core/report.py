@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .extras import remedy
-from .history import History, Table, hit_rate, summary_tables
+from .common.extras import remedy
+from .common.tables import Table
+from .history import History, hit_rate, summary_tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,12 @@ import torch
 
 from . import tuning
 from .checkpoint import RunFolder
+from .common.digests import json_digest, tensor_digest
+from .common.errors import Stopped
+from .common.states import on_device
 from .history import Event
-from .identity import environment, identity, json_digest, tensor_digest
-from .pausing import Paused, Stopped
-from .snapshot import on_device
+from .identity import environment, identity
+from .pausing import Paused
 from .training_round import TrainingRound
 
 

@@ -19,18 +19,18 @@ from .aggregate.downlink import DeltaLog
 from .aggregate.inputs import Stack
 from .aggregate.strategy import BOTH
 from .beside import adapter_beside
-from .checks import require
 from .cohort import Cohort
+from .common.checks import require
+from .common.digests import tensor_digest
+from .common.seeds import derive, generator
+from .common.states import on_device
 from .exchange import dense_stack, light
 from .fingerprint import Base, values, values_of
-from .identity import tensor_digest
 from .linear import is_conv1d
 from .merge import adapter_stack, apply_base_delta_, new_low_bits, target_weights
 from .penalty import TailPenalty
-from .seeds import derive, generator
 from .sharded_merge import apply_to_parts_
 from .sharding import sharded
-from .snapshot import on_device
 from .update import ClientUpdate, RoundResult
 
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .checks import require
+from .common.checks import require
+from .common.formatting import show_bytes
 from .config import TrainConfig
-from .history import show_bytes
 
 if TYPE_CHECKING:
     from .distributed import Ranks

@@ -18,14 +18,15 @@ import torch
 
 from .adapter_config import AdapterConfig
 from .attach import attach, detach
-from .checks import require
 from .cohort import ClientSpec, Cohort
+from .common.checks import require
+from .common.digests import json_digest, tensor_digest
+from .common.files import atomic_dir, write_safetensors
+from .common.seeds import derive
+from .common.states import put_in, take_out
 from .config import TrainConfig
-from .files import atomic_dir, write_safetensors
-from .identity import environment, json_digest, tensor_digest
+from .identity import environment
 from .merge import apply_base_delta_, new_low_bits, target_weights
-from .seeds import derive
-from .snapshot import put_in, take_out
 from .trainer import CohortTrainer
 from .update import Adapters, ClientUpdate, RoundResult
 

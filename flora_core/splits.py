@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from .checks import listed, require
+from .common.checks import listed, require
+from .common.data_paths import data_files
+from .common.seeds import derive
 from .data.partition import partition, partition_file
 from .data.records import Record, load_records
-from .data_paths import data_files
-from .seeds import derive
 
 if TYPE_CHECKING:
     from .recipes import DataRecipe, Recipe

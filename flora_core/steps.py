@@ -14,17 +14,17 @@ from typing import Any
 import torch
 
 from . import planner
-from .checks import require
 from .cohort import Cohort
+from .common.checks import require
+from .common.errors import CrowdedError, crowded_text, is_out_of_memory
+from .common.segments import Segments
 from .data.template import Example
 from .forward import Batch, labelled_hidden, lay_out
 from .graphs import StaticSteps, executor_for, num_labels, why_not
 from .local import LocalClient
 from .loss import client_losses
 from .optimizer import CohortAdamW
-from .pausing import CrowdedError, crowded_text, is_out_of_memory
 from .penalty import TailPenalty
-from .segments import Segments
 from .sharding import sharded
 
 

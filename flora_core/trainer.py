@@ -14,12 +14,13 @@ from typing import Any
 from . import planner
 from .bank import AdapterBank
 from .cohort import ClientSpec, Cohort
+from .common.errors import CrowdedError, crowded_text, is_out_of_memory
 from .config import TrainConfig
 from .forward import evaluation_mode
 from .local import LocalClient, examples_of
 from .models import as_tokenizer, embedding_rows, sequence_limit
 from .optimizer import CohortAdamW
-from .pausing import CrowdedError, Paused, State, client_state, crowded_text, is_out_of_memory, restore_client
+from .pausing import Paused, State, client_state, restore_client
 from .penalty import TailPenalty
 from .recompute import keeping_less
 from .repeatable import deterministic_libraries

@@ -17,6 +17,7 @@ from .aggregate.robust import clipped
 from .attach import attach, detach
 from .checkpoint import RunFolder
 from .cohort import ClientSpec, Cohort
+from .common.seeds import derive, generator
 from .config import TrainConfig
 from .distributed import Ranks
 from .exchange import choose, light, partial_sum, whole
@@ -27,7 +28,6 @@ from .local import LocalClient
 from .pausing import Paused
 from .planner import spread
 from .privacy import PrivateSum
-from .seeds import derive, generator
 from .server import Server
 from .trainer import CohortTrainer
 from .update import ClientUpdate, packed, unpacked

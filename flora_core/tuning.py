@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from .files import atomic_write_json, cache_folder
+from .common.cache import cache_folder
+from .common.files import atomic_write_json
 
 ROUNDS, FORMAT = 7, 1
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]

@@ -13,9 +13,9 @@ from numbers import Real
 import torch
 
 from .aggregate.robust import outliers, product_norm
-from .checks import listed
 from .cohort import Cohort
-from .tensor_checks import FLOAT_DTYPES
+from .common.checks import listed
+from .common.tensor_checks import FLOAT_DTYPES
 from .update import ClientUpdate
 
 

@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flora_core import __version__
+from flora_core.common.cache import cache_folder
 from flora_core.demo_model import WHEEL
-from flora_core.files import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flora_core.checkpoint import RunFolder
-from flora_core.files import SaveError
+from flora_core.common.files import SaveError
 from flora_core.update import ClientUpdate
 from tests.support.federations import files, largest_file, make_federation, make_model, new_folder, stop_after
 

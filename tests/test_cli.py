@@ -216,7 +216,8 @@ def test_doctor_tells_what_runs_and_why_others_do_not(flora):
 
 
 def test_doctor_says_how_to_get_what_is_missing(flora, monkeypatch):
-    from flora_core import device, extras
+    from flora_core import device
+    from flora_core.common import extras
 
     monkeypatch.setattr(extras, "_version", lambda name: None if name in ("gguf", "flwr") else "1")
     monkeypatch.setattr(device, "_product_gflops", lambda dtype: {"torch.float32": 60.0}.get(str(dtype), 0.5))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import flora_core
-from flora_core.extras import EXTRAS
+from flora_core.common.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Importing any of these takes seconds on a slow disk; a command that does it although its arguments are wrong fails.

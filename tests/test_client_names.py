@@ -10,7 +10,7 @@ import pytest
 
 import flora_core as flora
 from flora_core.cli import main
-from flora_core.files import folder_names
+from flora_core.common.files import folder_names
 from tests.support.federations import files, make_federation, make_records, stop_after
 
 ODD_NAMES = {

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from flora_core import cli, distributed
-from flora_core.device import pick_device
+from flora_core.common.devices import pick_device
 from flora_core.exchange import Way, choose
 from flora_core.federation_config import FederationConfig
 from flora_core.planner import spread

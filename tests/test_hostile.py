@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from flora_core import files as files_module
 from flora_core.checkpoint import RunFolder
-from flora_core.headers import read_header
+from flora_core.common import files as files_module
+from flora_core.common.safetensors_header import read_header
 from flora_core.incoming import quarantine, receive
 from flora_core.peft_io import CONFIG, WEIGHTS, load_peft_adapter, save_peft_adapter
 from flora_core.update import ClientUpdate
@@ -88,10 +88,10 @@ def test_what_a_client_left_is_read_as_it_is(sent):
 
 
 def test_more_than_was_promised_is_not_read(sent, monkeypatch):
-    from flora_core import headers
+    from flora_core.common import safetensors_header
 
     os.truncate(sent / WEIGHTS, 3_000_000)
-    monkeypatch.setattr(headers, "_checked", lambda *_: pytest.fail("it was read"))
+    monkeypatch.setattr(safetensors_header, "_checked", lambda *_: pytest.fail("it was read"))
     monkeypatch.setattr("flora_core.incoming._ROOM_BYTES", 1000)
     with pytest.raises(ValueError, match=r"safetensors has 3\.0 MB, more than the 2\.8 kB that it may have"):
         receive(sent, promised())

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from flora_core.files import SaveError
-from flora_core.pausing import Stopped
+from flora_core.common.errors import Stopped
+from flora_core.common.files import SaveError
 
 ROOT = Path(__file__).resolve().parents[1]
 # Each needs other parts of the state: nothing; low bits, moments and masks; a global adapter and who was drawn.

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.pausing import CrowdedError, Paused, is_out_of_memory
+from flora_core.common.errors import CrowdedError, is_out_of_memory
+from flora_core.pausing import Paused
 from flora_core.steps import CohortSteps
 from flora_core.trainer import CohortTrainer
 from tests.support.federations import TRAIN, make_clients, make_model, make_tokenizer

@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flora_core import LoraWeights, Segments, lora_linear, lora_linears, seeds, testing
+from flora_core import LoraWeights, Segments, lora_linear, lora_linears, testing
+from flora_core.common import seeds
 from flora_core.testing import DTYPES, LINEAR_SHAPES, LinearCase, LinearInputs, check_linear, make_linear, run_linear
 
 MIXED, LONE, MANY = LINEAR_SHAPES[0], LINEAR_SHAPES[1], LINEAR_SHAPES[7]

@@ -14,8 +14,8 @@ import torch
 from flora_core import calls, testing
 from flora_core.arguments import LoraWeights, is_sound
 from flora_core.backends import resolve, without_checks
+from flora_core.common.segments import Segments
 from flora_core.ops import lora_linear
-from flora_core.segments import Segments
 
 M, K, N = 7, 24, 17
 TOKENS, RANKS, SCALES = Segments([4, 0, 3]), Segments([3, 2, 0]), (0.5, 2.0, 1.0)

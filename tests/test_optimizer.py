@@ -11,8 +11,8 @@ import transformers
 
 import flora_core as flora
 from flora_core.bank import AdapterBank
+from flora_core.common.segments import Segments
 from flora_core.optimizer import CohortAdamW
-from flora_core.segments import Segments
 from flora_core.testing import check_budget
 from flora_core.update import Adapters
 

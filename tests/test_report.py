@@ -11,8 +11,10 @@ import sys
 import numpy as np
 import pytest
 
-from flora_core.history import History, show_bytes, show_number, show_seconds, summary_tables
-from flora_core.progress import LiveProgress, PlainProgress, make_progress, print_tables, sentence
+from flora_core.common.formatting import show_bytes, show_number, show_seconds
+from flora_core.common.tables import print_tables
+from flora_core.history import History, summary_tables
+from flora_core.progress import LiveProgress, PlainProgress, make_progress, sentence
 from flora_core.report import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server, read_history, write_report
 
 

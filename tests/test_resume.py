@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import files as files_module
 from flora_core.checkpoint import RunFolder
-from flora_core.files import SaveError
+from flora_core.common import files as files_module
+from flora_core.common.files import SaveError
 from flora_core.identity import check_rounds
 from tests.support.federations import (
     files,

@@ -22,10 +22,10 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.files import SaveError
+from flora_core.common.files import SaveError
 from flora_core.streaming import staging, write
+from tests.common.test_files import watch_renames
 from tests.support.checkpoints import files, save_adapters, save_checkpoint, weights
-from tests.test_files import watch_renames
 
 ROOT = Path(__file__).resolve().parents[1]
 _FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile"}

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..checks import require
-from ..seeds import generator
+from ..common.checks import require
+from ..common.seeds import generator
 from ..update import Adapters, ClientUpdate, RoundResult
 from .downlink import wire_dtype
 from .inputs import Stack, Term, round_terms

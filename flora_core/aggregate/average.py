@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice, check_number, require
+from ..common.checks import check_choice, check_number, require
 from ..penalty import TailPenalty
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, averaged, on_the_wire, without

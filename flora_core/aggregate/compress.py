@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..seeds import generator
+from ..common.seeds import generator
 from .inputs import Stack
 
 # Vectors that an iteration carries beyond the triplets that it is to find.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..checks import require
+from ..common.checks import require
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, averaged
 from .inputs import Term, round_terms

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checks import listed, require
-from ..tensor_checks import check_tensor
+from ..common.checks import listed, require
+from ..common.tensor_checks import check_tensor
 from ..update import ClientUpdate
 
 Stack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

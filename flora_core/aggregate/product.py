@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..checks import check_number, require
+from ..common.checks import check_number, require
 from ..update import ClientUpdate, RoundResult
 from .compress import energy_rank, stack_svd
 from .downlink import sent

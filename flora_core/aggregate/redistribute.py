@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice, check_number
+from ..common.checks import check_choice, check_number
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair
 from .compress import balanced, leading_svd, stack_svd

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import torch
 
-from ..checks import check_number, require
+from ..common.checks import check_number, require
 from ..update import ClientUpdate
 
 _EPS = torch.finfo(torch.float64).eps

@@ -21,7 +21,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..checks import nearest, require
+from ..common.checks import nearest, require
 from ..penalty import TailPenalty
 from ..strategy_names import unknown_strategy
 from ..update import Adapters, ClientUpdate, RoundResult

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_choice, check_number, require
+from ..common.checks import check_choice, check_number, require
 from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, as_stack, dtype_name, extended, on_the_wire, without
 from .compress import Svd, as_fresh, leading_svd

@@ -13,8 +13,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from ..checks import check_number
-from ..seeds import generator
+from ..common.checks import check_number
+from ..common.seeds import generator
 from .template import IGNORE, Example
 
 

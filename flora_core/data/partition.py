@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..checks import check_choice, check_name, check_number, nearest, require
-from ..seeds import derive
+from ..common.checks import check_choice, check_name, check_number, nearest, require
+from ..common.seeds import derive
 
 SCHEMES = ("iid", "shard", "dirichlet", "natural")
 _TRIES = 100

@@ -17,7 +17,7 @@ import torch
 
 from ..aggregate import Deviation, Strategy, certify, get_strategy, norm, total
 from ..aggregate.inputs import Stack, check_updates, round_terms, stack_of
-from ..checks import require
+from ..common.checks import require
 from ..peft_config import base_of
 from ..peft_io import CONFIG, WEIGHTS, pair_factors, read_config, refuse_other_tensors, scaling_of, weights_path
 from ..peft_keys import sort_keys

@@ -15,7 +15,7 @@ import torch
 
 from ..aggregate.downlink import wire_dtype
 from ..aggregate.inputs import Stack
-from ..checks import check_choice, require
+from ..common.checks import check_choice, require
 from ..peft_io import save_stacked_adapter
 from ..update import RoundResult
 from .adapters import Adapter, Sum, open_adapters

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checks import listed
+from ..common.checks import listed
 from .adapters import Adapter, Sum
 from .plan import Fit
 from .shards import Checkpoint

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from ..aggregate import Deviation
-from ..checks import require
-from ..files import SaveError, atomic_write_bytes, atomic_write_json
-from ..headers import parse_json
+from ..common.checks import require
+from ..common.files import SaveError, atomic_write_bytes, atomic_write_json
+from ..common.safetensors_header import parse_json
 from .adapters import Sum, open_adapters
 from .bases import check_bases
 from .findings import adapter_facts, find_notes

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..adapter_config import matches_target
-from ..checks import listed, require
+from ..common.checks import listed, require
 from ..peft_config import is_target
 from ..peft_io import refuse_other_tensors
 from .adapters import Adapter

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..checks import listed, require
-from ..headers import parse_json, read_header
+from ..common.checks import listed, require
+from ..common.safetensors_header import parse_json, read_header
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 RECORD = "flora_merge.json"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_choice, listed, require
-from ..headers import parse_json
+from ..common.checks import check_choice, listed, require
+from ..common.safetensors_header import parse_json
 from .adapters import Adapter
 from .shards import Checkpoint
 

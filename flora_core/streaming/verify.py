@@ -21,7 +21,7 @@ import torch
 
 from ..aggregate import Deviation, total
 from ..aggregate.inputs import Stack
-from ..checks import require
+from ..common.checks import require
 from .plan import Target
 from .shards import DTYPES, INDEX, Checkpoint, Shard, read_into, read_shard
 from .write import Advance, blocks, sides

@@ -20,7 +20,7 @@ from typing import BinaryIO
 import torch
 
 from ..aggregate.inputs import Stack
-from ..checks import require
+from ..common.checks import require
 from ..ops import stacked_merge_
 from .plan import Target
 from .shards import DTYPES, Entry, Shard, read_into

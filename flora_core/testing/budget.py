@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..segments import Segments
+from ..common.segments import Segments
 
 Results = Mapping[str, torch.Tensor]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import ops
-from ..checks import require
-from ..segments import Segments
+from ..common.checks import require
+from ..common.segments import Segments
 from .budget import Results, check_budget
 from .cases import NAME_OF, lay_out
 from .dropout import keep_mask

@@ -19,7 +19,7 @@ from .arguments import Dropout
 from .native import _isa
 
 if TYPE_CHECKING:
-    from flora_core.segments import Segments
+    from flora_core.common.segments import Segments
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 # Of this process: what FLORA_ISA names, else the processor's best.

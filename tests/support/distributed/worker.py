@@ -21,8 +21,8 @@ import pytest
 import torch
 
 import flora_core as flora
+from flora_core.common.digests import tensor_digest
 from flora_core.distributed import Ranks, session
-from flora_core.identity import tensor_digest
 from flora_core.privacy import Privacy
 from flora_core.server import Server
 from flora_core.steps import CohortSteps

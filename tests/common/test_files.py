@@ -17,12 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flora_core import files, tuning
+from flora_core import tuning
 from flora_core.checkpoint import RunFolder
-from flora_core.files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
+from flora_core.common import files
+from flora_core.common.files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
 from flora_core.streaming.staging import Staging
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import require
-from .history import show_bytes
+from .formatting import show_bytes
 
 # The format's own dtypes of whole bytes.
 ITEM_BYTES = {

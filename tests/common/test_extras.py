@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from flora_core import extras
+from flora_core.common import extras
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 

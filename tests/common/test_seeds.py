@@ -8,7 +8,7 @@ import itertools
 
 import torch
 
-from flora_core import seeds
+from flora_core.common import seeds
 
 
 def test_derive_gives_the_committed_values():

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import flora_core
-from flora_core import AdapterBank, AdapterConfig, LoraWeights, MergeItem, Segments, backends, checks
+from flora_core import AdapterBank, AdapterConfig, LoraWeights, MergeItem, Segments, backends
+from flora_core.common import checks
 from flora_core.ops import dropout_threshold
 
 META = torch.device("meta")

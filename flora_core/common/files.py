@@ -226,16 +226,6 @@ def _try_lock_windows(file: IO[Any]) -> bool:
     return True
 
 
-def cache_folder() -> Path:
-    """Return the folder of all that is kept between runs: the demo's model, measured choices of kernels.
-
-    It is $FLORA_CACHE; else flora/ in $XDG_CACHE_HOME; else ~/.cache/flora. An empty variable counts as unset.
-    """
-    if os.environ.get("FLORA_CACHE"):
-        return Path(os.environ["FLORA_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flora"
-
-
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
     """Give an unused path beside the target; nothing is left of it when the block ends, well or badly."""
