@@ -95,7 +95,7 @@ def combinations(args: argparse.Namespace) -> Iterator[Run]:
 
 def recipe_of(args: argparse.Namespace, one: Run, out: Path) -> Any:
     """The recipe of one run."""
-    from flora_core.recipes import load
+    from flora_core.config.recipe import load
 
     values = {
         "data": args.data / "dolly15k.jsonl",

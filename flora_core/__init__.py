@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops
-    from .adapter_config import AdapterConfig
     from .aggregate import aggregate
     from .attach import attach, detach
     from .bank import AdapterBank
     from .cohort import ClientSpec, Cohort
     from .common.segments import Segments
-    from .config import TrainConfig
+    from .config.adapter import AdapterConfig
+    from .config.training import TrainConfig
     from .evaluate import evaluate
     from .explaining import explain
     from .federation import Federation, FederationConfig

@@ -14,7 +14,7 @@ from .adapter_command import LAYOUTS
 from .common.checks import check_choice
 from .common.formatting import show_bytes, show_number, show_seconds
 from .common.tables import Table
-from .strategy_names import check_strategy_name
+from .config.strategy_names import check_strategy_name
 
 if TYPE_CHECKING:
     from .streaming import ExportReport, MergeReport

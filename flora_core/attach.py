@@ -13,12 +13,12 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .adapter_config import check_targets, matches_target
 from .backends import resolve
 from .bank import AdapterBank, BankModule
 from .calls import check_fuse
 from .cohort import ClientSpec, Cohort
 from .common.checks import require
+from .config.adapter import check_targets, matches_target
 from .forward import Batch, find_way
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .models import check_model, is_linear

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .adapter_config import AdapterConfig
 from .attach import attach, detach
 from .cohort import ClientSpec
+from .config.adapter import AdapterConfig
 from .fingerprint import check_base
 from .linear import weight_view
 from .update import ClientUpdate

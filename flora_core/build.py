@@ -23,7 +23,7 @@ from .sharding import hold_base
 from .splits import Split, client_names_for, exists, load_part, load_test, split_data
 
 if TYPE_CHECKING:
-    from .recipes import Recipe
+    from .config.recipe import Recipe
 
 
 def build(recipe: Recipe, spread: bool = False) -> tuple[Any, Any, list[ClientSpec], list[Record]]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from .aggregate import get_strategy
-from .config import TrainConfig
+from .config.federation import FederationConfig
+from .config.training import TrainConfig
 from .data.chat import Plain
 from .data.records import normalise
-from .federation_config import FederationConfig
 from .history import Event, History, show_cost
 
 # What evaluations give -> its heading and how it is written.

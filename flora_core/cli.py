@@ -23,7 +23,7 @@ from .common import extras
 from .common.checks import nearest
 
 if TYPE_CHECKING:
-    from .recipes import Recipe
+    from .config.recipe import Recipe
 
 _EXAMPLES = """examples:
   flora run quickstart                                      the demo: ten clients, mixed ranks, three rounds
@@ -168,7 +168,7 @@ def _joined(error: BaseException) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .recipes import load
+    from .config.recipe import load
 
     recipe = load(options.recipe, options.overrides)
     from .distributed import session

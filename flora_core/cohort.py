@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from . import attention
-from .adapter_config import AdapterConfig
 from .bank import AdapterBank, BankModule
 from .common import seeds
 from .common.checks import check_name, require
 from .common.segments import DeviceSegments, Segments
+from .config.adapter import AdapterConfig
 from .linear import Layout, MultiLoRALinear, Route
 from .loss import Head
 from .update import Adapters, ClientUpdate

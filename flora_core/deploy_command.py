@@ -160,7 +160,7 @@ def _names(options: argparse.Namespace) -> list[str]:
     if options.nodes:
         return [check_name(name) for name in options.nodes.split(",")]
     from .build import client_names
-    from .recipes import load
+    from .config.recipe import load
 
     return client_names(load(options.recipe))
 

@@ -13,7 +13,7 @@ from .build import build_model, specs_of
 from .common.checks import listed
 from .common.formatting import show_bytes
 from .common.tables import Table
-from .recipes import Recipe
+from .config.recipe import Recipe
 from .splits import Split, split_data
 from .trainer import CohortTrainer
 

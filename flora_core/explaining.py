@@ -15,7 +15,7 @@ from torch import nn
 from . import attention, merge_ways, tuning
 from .attach import cohort_of
 from .backends import resolve
-from .config import TrainConfig
+from .config.training import TrainConfig
 from .graphs import why_not
 from .linear import MultiLoRALinear
 from .sharding import sharded

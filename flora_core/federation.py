@@ -22,11 +22,12 @@ from .cohort import ClientSpec
 from .common.checks import require
 from .common.devices import peak_memory_bytes
 from .common.errors import Stopped
-from .config import TrainConfig
+from .config.federation import FederationConfig
+from .config.training import TrainConfig
 from .data.records import Record, check_records
 from .distributed import ranks
 from .evaluate import evaluate
-from .federation_config import FederationConfig, FederationResult, history
+from .federation_result import FederationResult, history
 from .fingerprint import Base
 from .history import Event
 from .incoming import Remote

@@ -16,10 +16,10 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from . import recipes
 from .build import build_held_out, build_model, client_names
 from .common.checks import require
-from .federation_config import FederationResult
+from .config import recipe as recipes
+from .federation_result import FederationResult
 from .flower_messages import BROKEN, NodeError, pack, read, record, size_of
 from .history import Event
 from .remote import Answers, RemoteFederation, metrics_of, spec_of

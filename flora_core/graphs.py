@@ -21,7 +21,7 @@ from .arguments import dropout_threshold
 from .backends import resolve
 from .cohort import Cohort
 from .common.segments import DeviceSegments, Segments, to_device
-from .config import TrainConfig
+from .config.training import TrainConfig
 from .data.template import IGNORE, Example
 from .forward import Batch, labelled_hidden, lay_out
 from .linear import Layout

@@ -14,7 +14,7 @@ from .cohort import ClientSpec
 from .common.changes import _as_json, _dotted
 from .common.checks import require
 from .common.digests import json_digest
-from .config import TrainConfig
+from .config.training import TrainConfig
 
 ROUNDS = "federation.rounds"
 

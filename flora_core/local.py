@@ -9,7 +9,7 @@ from typing import Any
 
 from .cohort import ClientSpec
 from .common.checks import require
-from .config import TrainConfig
+from .config.training import TrainConfig
 from .data.pack import epoch_order
 from .data.records import check_records
 from .data.template import EncodeReport, Example, encode, require_examples

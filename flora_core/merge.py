@@ -15,7 +15,7 @@ from .aggregate.certificate import Deviation, sample_rows, total, write_deviatio
 from .aggregate.inputs import Stack, check_adapters
 from .common.checks import check_choice, listed, nearest, require
 from .common.tensor_checks import FLOAT_DTYPES
-from .federation_config import ROUNDINGS
+from .config.federation import ROUNDINGS
 from .fingerprint import check_base
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .ops import MergeItem, stacked_merge_many_

@@ -14,7 +14,7 @@ import torch
 from .bank import AdapterBank
 from .common.checks import require
 from .common.segments import to_device
-from .config import TrainConfig
+from .config.training import TrainConfig
 from .ops import HYPER_COLUMNS, cohort_adamw_
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .cohort import Cohort
 from .common.checks import require
-from .config import TrainConfig
+from .config.training import TrainConfig
 from .models import decoder_of, sequence_limit
 
 T = TypeVar("T")

@@ -32,7 +32,7 @@ from .common import extras
 from .common.checks import require
 from .common.files import atomic_write_json
 from .common.safetensors_header import parse_json
-from .federation_config import Privacy
+from .config.privacy import Privacy
 from .update import ClientUpdate, RoundResult
 
 if TYPE_CHECKING:

@@ -18,14 +18,14 @@ from typing import Any, Protocol
 
 import torch
 
-from .adapter_config import AdapterConfig
 from .cohort import ClientSpec
 from .common.checks import listed, require
 from .common.digests import json_digest
-from .config import TrainConfig
+from .config.adapter import AdapterConfig
+from .config.federation import FederationConfig
+from .config.training import TrainConfig
 from .distributed import ranks
 from .federation import Federation
-from .federation_config import FederationConfig
 from .history import Event
 from .identity import environment
 from .server import Server

@@ -19,7 +19,7 @@ from torch import nn
 
 from .common.checks import require
 from .common.formatting import show_bytes
-from .config import TrainConfig
+from .config.training import TrainConfig
 
 if TYPE_CHECKING:
     from .distributed import Ranks

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from .adapter_config import AdapterConfig
 from .attach import attach, detach
 from .cohort import ClientSpec, Cohort
 from .common.checks import require
@@ -24,7 +23,8 @@ from .common.digests import json_digest, tensor_digest
 from .common.files import atomic_dir, write_safetensors
 from .common.seeds import derive
 from .common.states import put_in, take_out
-from .config import TrainConfig
+from .config.adapter import AdapterConfig
+from .config.training import TrainConfig
 from .identity import environment
 from .merge import apply_base_delta_, new_low_bits, target_weights
 from .trainer import CohortTrainer

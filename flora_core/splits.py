@@ -19,7 +19,7 @@ from .data.partition import partition, partition_file
 from .data.records import Record, load_records
 
 if TYPE_CHECKING:
-    from .recipes import DataRecipe, Recipe
+    from .config.recipe import DataRecipe, Recipe
 
 Parts = dict[str, list[Record]]
 

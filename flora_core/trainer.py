@@ -15,7 +15,7 @@ from . import planner
 from .bank import AdapterBank
 from .cohort import ClientSpec, Cohort
 from .common.errors import CrowdedError, crowded_text, is_out_of_memory
-from .config import TrainConfig
+from .config.training import TrainConfig
 from .forward import evaluation_mode
 from .local import LocalClient, examples_of
 from .models import as_tokenizer, embedding_rows, sequence_limit

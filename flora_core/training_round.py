@@ -18,10 +18,10 @@ from .attach import attach, detach
 from .checkpoint import RunFolder
 from .cohort import ClientSpec, Cohort
 from .common.seeds import derive, generator
-from .config import TrainConfig
+from .config.federation import FederationConfig
+from .config.training import TrainConfig
 from .distributed import Ranks
 from .exchange import choose, light, partial_sum, whole
-from .federation_config import FederationConfig
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
 from .local import LocalClient

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flora_core import AdapterBank, AdapterConfig
-from flora_core.adapter_config import match_pattern, matches_target
+from flora_core.config.adapter import match_pattern, matches_target
 
 NAMES = ("ann", "bob", "cyd")
 SHAPES = {"layer.q": (6, 4), "layer.v": (5, 8)}

@@ -10,8 +10,8 @@ import pytest
 
 import flora_core
 from flora_core.cli import _joined, main
+from flora_core.config.recipe import load
 from flora_core.progress import PlainProgress
-from flora_core.recipes import load
 from tests.support.federations import make_model, make_records, make_tokenizer
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import flora_core as flora
 from flora_core.build import build_clients
-from flora_core.recipes import load
+from flora_core.config.recipe import load
 from tests.support.federations import make_federation, make_model, make_records, make_tokenizer
 
 GOOD = {"instruction": "w1 w2", "output": "w3"}

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from flora_core import cli, distributed
 from flora_core.common.devices import pick_device
+from flora_core.config.federation import FederationConfig
 from flora_core.exchange import Way, choose
-from flora_core.federation_config import FederationConfig
 from flora_core.planner import spread
 from flora_core.remote import RemoteFederation
 from flora_core.update import ClientUpdate

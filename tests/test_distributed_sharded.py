@@ -15,10 +15,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flora_core import sharding
-from flora_core.adapter_config import AdapterConfig
 from flora_core.attach import attach
 from flora_core.cohort import ClientSpec
-from flora_core.config import TrainConfig
+from flora_core.config.adapter import AdapterConfig
+from flora_core.config.training import TrainConfig
 from flora_core.distributed import Ranks
 from flora_core.sharding import check_training, shard_base, why_shard
 from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_ranks

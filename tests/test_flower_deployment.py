@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
-from flora_core import recipes
 from flora_core.build import build
+from flora_core.config import recipe as recipes
 from flora_core.deploy_command import write_app
 from flora_core.federation import Federation
 from tests.support.federations import RANKS

@@ -18,7 +18,7 @@ import pytest
 
 import flora_core
 from flora_core import demo_model
-from flora_core.recipes import load
+from flora_core.config.recipe import load
 from tests.support.federations import make_model, make_records, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

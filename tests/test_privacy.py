@@ -352,7 +352,7 @@ def test_without_the_accountant_it_is_said_what_to_install(monkeypatch):
 
 
 def test_a_recipe_has_privacy(tmp_path):
-    from flora_core.recipes import load
+    from flora_core.config.recipe import load
 
     path = tmp_path / "r.yaml"
     path.write_text("model: m\nfederation: {rounds: 2, weights: uniform, privacy: {clip: 0.5, epsilon: 4}}\n")

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..common.checks import nearest, require
+from ..config.strategy_names import unknown_strategy
 from ..penalty import TailPenalty
-from ..strategy_names import unknown_strategy
 from ..update import Adapters, ClientUpdate, RoundResult
 from .certificate import certify
 from .downlink import smallest_form

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapter_config import matches_target
 from ..common.checks import listed, require
+from ..config.adapter import matches_target
 from ..peft_config import is_target
 from ..peft_io import refuse_other_tensors
 from .adapters import Adapter

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import strict
-from .adapter_config import AdapterConfig
-from .common.checks import check_name, check_number, nearest, require
-from .common.data_paths import data_files
-from .config import TrainConfig
-from .federation_config import FederationConfig
+from ..common.checks import check_name, check_number, nearest, require
+from ..common.data_paths import data_files
+from . import loading
+from .adapter import AdapterConfig
+from .federation import FederationConfig
 from .other_names import ADAPTER_FIELDS, RECIPE_KEYS, meant
 from .strategy_names import check_strategy_name
+from .training import TrainConfig
 
 DEMO_DATA = "demo"
 
@@ -104,10 +104,10 @@ class ClientOverride:
             ("adapter", AdapterConfig, ADAPTER_FIELDS),
             ("train", TrainConfig, RECIPE_KEYS),
         ):
-            values, hints = getattr(self, part), strict.hints_of(cls)
+            values, hints = getattr(self, part), loading.hints_of(cls)
             for key in values:
                 require(key in hints, f"unknown key {part}.{key!r}; {meant(key, hints, others)}")
-                values[key] = strict.convert(hints[key], values[key], f"{part}.{key}")
+                values[key] = loading.convert(hints[key], values[key], f"{part}.{key}")
 
 
 @dataclass
@@ -200,7 +200,7 @@ class Recipe:
         require(len(self.target_modules) > 0, "target_modules must name at least one layer")
         check_strategy_name(self.strategy)
         # Strategies need torch, whose import takes seconds: whatever else can be wrong is found before.
-        from .aggregate import get_strategy, load_strategy
+        from ..aggregate import get_strategy, load_strategy
 
         self.strategy = load_strategy(self.strategy)
         get_strategy(self.strategy).check(self.federation.strategy_options)
@@ -234,7 +234,7 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             section.setdefault("seed", raw.get("seed", 0))
     if isinstance(raw["federation"], dict):
         raw["federation"].setdefault("out", raw["out"])
-    return strict.read(Recipe, raw, str(path))
+    return loading.read(Recipe, raw, str(path))
 
 
 def find(recipe: str | Path) -> Path:
@@ -319,9 +319,9 @@ def _read_override(override: str) -> dict[tuple[str, ...], Any]:
     key, equals, text = override.partition("=")
     require(bool(key and equals), f"override {override!r} must read key=value, such as train.lr=1e-3")
     try:
-        strict.hint_at(Recipe, key)
+        loading.hint_at(Recipe, key)
         # Of data, whatever is no section is short for its path; clients may have any names but those of the keys.
-        if key == "data" and not strict.hints_of(DataRecipe).keys() & _keys_of(text, yaml):
+        if key == "data" and not loading.hints_of(DataRecipe).keys() & _keys_of(text, yaml):
             key = "data.path"
         return _parse(key, text, yaml)
     except (ValueError, TypeError) as error:
@@ -355,12 +355,12 @@ def _parse(key: str, text: str, yaml: Any) -> dict[tuple[str, ...], Any]:
         # A glob, which YAML takes for a reference.
         value = text
     found: dict[tuple[str, ...], Any] = {}
-    for path, kind, one in strict.leaves_at(Recipe, key, value):
+    for path, kind, one in loading.leaves_at(Recipe, key, value):
         is_key = ".".join(path) == key
         name = "the value" if is_key else ".".join(path)
         found[path] = one
         try:
-            strict.convert(kind, one, name, ".".join(path), "the value")
+            loading.convert(kind, one, name, ".".join(path), "the value")
         except TypeError:
             if not is_key or not _is_text(kind, text):
                 raise
@@ -370,7 +370,7 @@ def _parse(key: str, text: str, yaml: Any) -> dict[tuple[str, ...], Any]:
 
 def _is_text(hint: Any, text: str) -> bool:
     try:
-        strict.convert(hint, text, "the value")
+        loading.convert(hint, text, "the value")
     except TypeError:
         return False
     return True

@@ -2,49 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .common.checks import check_choice, check_flag, check_number, require
-from .history import Event
+from ..common.checks import check_choice, check_flag, check_number, require
 from .other_names import RECIPE_KEYS, refuses_other_names
+from .privacy import Privacy
 
 if TYPE_CHECKING:
-    from .update import ClientUpdate
+    from ..update import ClientUpdate
 
 ROUNDINGS = ("low_bits", "nearest", "stochastic")
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """How private a run is; give ``epsilon`` or ``noise_multiplier``.
-
-    Args:
-        clip: C, the norm down to which each client's update of all modules together is scaled.
-        epsilon: What the whole run may cost at ``delta``; the noise is calibrated to it.
-        noise_multiplier: sigma: the noise on the sum has the standard deviation sigma C.
-        delta: At most so likely is epsilon exceeded; well below one over the number of clients.
-    Raises:
-        ValueError or TypeError: If a value is out of range.
-    """
-
-    clip: float
-    epsilon: float | None = None
-    noise_multiplier: float | None = None
-    delta: float = 1e-5
-
-    def __post_init__(self) -> None:
-        one = (self.epsilon is None) != (self.noise_multiplier is None)
-        require(one, "privacy needs epsilon or noise_multiplier, and not both: the one gives the other")
-        for name in ("clip", "epsilon", "noise_multiplier", "delta"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(f"privacy.{name}", value, 0)
-                require(value > 0, f"privacy.{name} must be above 0, got 0")
-        require(self.delta < 1, f"privacy.delta must be below 1, got {self.delta}")
 
 
 # What a model can be saved in: as it is held, as its checkpoint has it, or in a dtype by name (``saving``).
@@ -194,71 +164,3 @@ class FederationConfig:
         if isinstance(self.weights, Mapping):
             return float(self.weights[update.client])
         return 1.0 if self.weights == "uniform" else float(update.metrics[self.weights])
-
-
-@dataclass
-class FederationResult:
-    """What a run leaves.
-
-    Strategies differ in where the global model is. ``flora`` and ``flora_svd`` write it into the weights of the model
-    that ``Federation`` was given. The others keep an adapter beside the base: that model alone is then *not* the result
-    (for most of them it is the untouched base), and must be evaluated and run inside ``apply_to``, which is right for
-    every strategy. ``out/model/`` is the whole global model in every case.
-
-    Args:
-        history: A dict per round: ``round``, ``applied``, ``clients`` {name: its ``client_done`` event}, ``refused``
-            {name: reason}, errors, bytes and seconds, and ``evaluation`` where there was one.
-        before, after: The evaluations before the first and after the last round; None without ``eval_data``.
-        adapter: The global adapter (scalings 1), for strategies that keep one beside the base: the global model is
-            the model of the ``Federation``, as the run left it, plus this.
-        state: What the strategy would carry to the next round.
-        out: The run's folder, None if nothing was saved.
-        events: All events of the run (``flora_core.progress``), those before a resume too.
-    """
-
-    history: list[dict[str, Any]]
-    before: dict[str, Any] | None
-    after: dict[str, Any] | None
-    adapter: ClientUpdate | None
-    state: dict[str, Any]
-    out: Path | None
-    events: list[Event]
-
-    @contextmanager
-    def apply_to(self, model: Any) -> Iterator[Any]:
-        """Give the global model inside the block, whatever the strategy; the weights are not touched.
-
-        Args:
-            model: That of the ``Federation``, after the run; for strategies that leave the base as it is, also the same
-                base loaded anew.
-        Raises:
-            ValueError: If the adapter was trained on another base.
-        Example:
-            >>> with result.apply_to(model) as whole:  # doctest: +SKIP
-            ...     flora.evaluate(whole, tokenizer, "own.jsonl")
-        """
-        if self.adapter is None:
-            yield model
-            return
-        from .beside import adapter_beside
-
-        with adapter_beside(model, self.adapter) as whole:
-            yield whole
-
-
-def history(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Gather a run's events into one dict per round."""
-    rounds: dict[int, dict[str, Any]] = {}
-    for event in events:
-        number, kind = event.get("round", 0), event["event"]
-        if kind == "round_start":
-            rounds[number] = {"round": number, "clients": {}, "refused": {}, "evaluation": None}
-        elif kind == "client_done":
-            rounds[number]["clients"][event["client"]] = event
-            if event.get("refused"):
-                rounds[number]["refused"][event["client"]] = event["refused"]
-        elif kind == "evaluated" and number:
-            rounds[number]["evaluation"] = event
-        elif kind in ("aggregated", "round_end"):
-            rounds[number] |= {key: value for key, value in event.items() if key not in ("event", "clients")}
-    return list(rounds.values())

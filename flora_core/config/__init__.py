@@ -1,0 +1,1 @@
+"""Every setting: adapters, training, federation, privacy, recipes; YAML files and overrides."""
