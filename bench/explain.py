@@ -24,7 +24,7 @@ from bench.rates import rates
 from bench.rivals import FROZEN
 from bench.steps import RIVALS, Step
 from flora_core import steps
-from flora_core.backends import resolve, without_checks
+from flora_core.ops.backends import resolve, without_checks
 from flora_core.optimizer import CohortAdamW
 
 PARTS = ("base products", "LoRA", "attention", "norm", "elementwise", "loss", "optimizer", "data", "host")

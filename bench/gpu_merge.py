@@ -165,8 +165,8 @@ def times(library: Library, name: str, shapes: Shapes, bandwidth: float, device:
 
 
 def pytest_on_device(*before: str, select: str = "") -> dict[str, Any]:
-    """Run tests/test_cuda.py, whose kernels run on the GPU where there is one; ``before``: what runs Python."""
-    command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    """Run tests/kernels/test_cuda.py, whose kernels run on the GPU where there is one; ``before``: what runs Python."""
+    command = [*before, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_cuda.py"]
     command += ["-k", select] if select else []
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = (done.stdout + done.stderr).strip().splitlines()

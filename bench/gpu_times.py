@@ -21,8 +21,9 @@ from torch.nn import functional as F
 
 from bench.deadline import OutOfTime
 from bench.protocol import environment, quantile
-from flora_core import LoraWeights, Segments, testing, ways
-from flora_core.ops import cohort_adamw_, lora_linears
+from flora_core import LoraWeights, Segments, testing
+from flora_core.ops import fusion
+from flora_core.ops.api import cohort_adamw_, lora_linears
 from flora_kernels.triton import counts
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
@@ -231,7 +232,7 @@ class Targets:
     def contenders(self) -> Iterator[tuple[str, Callable[[], Contender]]]:
         """Everybody's name, and what makes him."""
         yield "frozen", self.frozen
-        yield from ((f"flora {way}", lambda w=way: self.flora(w)) for way in ("auto", *ways.WAYS))
+        yield from ((f"flora {way}", lambda w=way: self.flora(w)) for way in ("auto", *fusion.WAYS))
         yield "PEFT bf16", lambda: self.peft(False)
         yield "PEFT", lambda: self.peft(True)
         yield "grouped_mm", self.grouped

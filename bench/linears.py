@@ -20,7 +20,7 @@ from bench.protocol import Check, Missing, Result, interleave
 from bench.rates import device, dtype, rates
 from bench.rivals import FROZEN, Rival, need_bfloat16, ready
 from flora_core import Segments
-from flora_core.ops import lora_linear
+from flora_core.ops.api import lora_linear
 from flora_core.testing import budget_ratio
 from flora_kernels.reference import dropout_keep
 

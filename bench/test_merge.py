@@ -16,7 +16,7 @@ from bench import cohorts
 from bench.cohorts import LINEARS, RANKS
 from bench.protocol import Check, Result, interleave
 from flora_core.merge import apply_base_delta_
-from flora_core.ops import MergeItem, stacked_merge_many_
+from flora_core.ops.api import MergeItem, stacked_merge_many_
 from flora_core.testing import budget_ratio
 
 Weights = dict[str, torch.Tensor]

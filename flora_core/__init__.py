@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ops
     from .aggregate import aggregate
     from .attach import attach, detach
     from .bank import AdapterBank
@@ -23,7 +22,8 @@ if TYPE_CHECKING:
     from .explaining import explain
     from .federation import Federation, FederationConfig
     from .merge import merge_adapter_
-    from .ops import (
+    from .ops import api
+    from .ops.api import (
         LoraWeights,
         MergeItem,
         cohort_adamw_,

@@ -13,15 +13,15 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .backends import resolve
 from .bank import AdapterBank, BankModule
-from .calls import check_fuse
 from .cohort import ClientSpec, Cohort
 from .common.checks import require
 from .config.adapter import check_targets, matches_target
 from .forward import Batch, find_way
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .models import check_model, is_linear
+from .ops.backends import resolve
+from .ops.dispatch import check_fuse
 from .sharding import check_plain, is_sharded, sharded
 
 # A cohort holds its model, and the layers that it wrapped hold it: a strong reference here would keep both for ever.

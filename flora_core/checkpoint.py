@@ -31,7 +31,6 @@ from typing import IO, Any
 
 import torch
 
-from . import tuning
 from .common.changes import differences
 from .common.checks import require
 from .common.files import (
@@ -51,6 +50,7 @@ from .fingerprint import Base
 from .history import Event
 from .identity import ROUNDS as NUM_ROUNDS
 from .identity import check_rounds
+from .ops import autotune
 from .peft_io import save_peft_adapter
 from .saving import write_dtype
 from .snapshot import DAMAGE, ROUND, STATE, Snapshot, read_events, read_snapshot, taken_apart, write_snapshot
@@ -133,7 +133,7 @@ class RunFolder:
             )
             return []
         self.facts = self._read_facts()
-        tuning.use(self.facts["fuse"])
+        autotune.use(self.facts["fuse"])
         both = [{name: one[name] for name in one if name != NUM_ROUNDS} for one in (self.facts["identity"], identity)]
         fields = differences(*both)
         some = "; ".join(fields[:8]) + (f"; and {len(fields) - 8} more" if len(fields) > 8 else "")
@@ -195,7 +195,7 @@ class RunFolder:
 
     def keep_choices(self) -> None:
         """Write down which ways to fuse were measured to be fastest; a resumed run goes on with them."""
-        used = tuning.used()
+        used = autotune.used()
         if used != self.facts.get("fuse", {}):
             self._write_facts(fuse=used)
 

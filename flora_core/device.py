@@ -32,9 +32,9 @@ def doctor() -> dict[str, Any]:
         native (the compiled library in a line, or None),
         packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
     """
-    from .backends import availability
     from .common.cache import cache_folder
     from .demo_model import is_ready
+    from .ops.backends import availability
 
     cache = cache_folder()
     facts: dict[str, Any] = {

@@ -12,12 +12,13 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from . import attention, merge_ways, tuning
+from . import attention
 from .attach import cohort_of
-from .backends import resolve
 from .config.training import TrainConfig
 from .graphs import why_not
 from .linear import MultiLoRALinear
+from .ops import autotune, merging
+from .ops.backends import resolve
 from .sharding import sharded
 
 _KERNELS = {
@@ -76,7 +77,7 @@ def explain(model: nn.Module) -> Explanation:
         f"loss: {head}",
         f"backend: {reason}",
         f"CUDA graphs: {f'off ({against})' if against else 'on, for shapes that come again'}",
-        f"merge: {merge_ways.told(next(iter(cohort.layers.values())).weight)}",
+        f"merge: {merging.told(next(iter(cohort.layers.values())).weight)}",
     )
     return Explanation(rows, notes)
 
@@ -101,7 +102,7 @@ def _fuse(layer: MultiLoRALinear) -> str:
         return f"{layer.fuse} (fixed)"
     if device.type != "cuda":
         return f"separate (nothing is measured on a {device.type.upper()})"
-    return tuning.choices_for(device).told(layer.out_features, layer.in_features, layer.weight.dtype)
+    return autotune.choices_for(device).told(layer.out_features, layer.in_features, layer.weight.dtype)
 
 
 def _tiles(kernels: ModuleType, dtype: torch.dtype, targets: int) -> str:

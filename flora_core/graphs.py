@@ -17,8 +17,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from . import attention
-from .arguments import dropout_threshold
-from .backends import resolve
 from .cohort import Cohort
 from .common.segments import DeviceSegments, Segments, to_device
 from .config.training import TrainConfig
@@ -26,6 +24,8 @@ from .data.template import IGNORE, Example
 from .forward import Batch, labelled_hidden, lay_out
 from .linear import Layout
 from .loss import client_losses
+from .ops.backends import resolve
+from .ops.dropout import dropout_threshold
 from .optimizer import CohortAdamW
 from .sharding import sharded
 

@@ -16,7 +16,7 @@ from torch import nn
 from .bank import BankModule
 from .common.checks import require
 from .common.segments import DeviceSegments, Segments
-from .ops import LoraWeights, lora_linears
+from .ops.api import LoraWeights, lora_linears
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .common.tensor_checks import FLOAT_DTYPES
 from .config.federation import ROUNDINGS
 from .fingerprint import check_base
 from .linear import MultiLoRALinear, is_conv1d, weight_view
-from .ops import MergeItem, stacked_merge_many_
+from .ops.api import MergeItem, stacked_merge_many_
 from .update import ClientUpdate
 
 

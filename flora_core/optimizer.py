@@ -15,7 +15,7 @@ from .bank import AdapterBank
 from .common.checks import require
 from .common.segments import to_device
 from .config.training import TrainConfig
-from .ops import HYPER_COLUMNS, cohort_adamw_
+from .ops.api import HYPER_COLUMNS, cohort_adamw_
 
 
 class CohortAdamW:

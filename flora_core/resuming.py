@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import tuning
 from .checkpoint import RunFolder
 from .common.digests import json_digest, tensor_digest
 from .common.errors import Stopped
 from .common.states import on_device
 from .history import Event
 from .identity import environment, identity
+from .ops import autotune
 from .pausing import Paused
 from .training_round import TrainingRound
 
@@ -101,7 +101,7 @@ class Resuming(TrainingRound):
         state = {name: getattr(self, name) for name in names}
         # What is sharded goes to each rank in parts, by itself.
         apart = {} if self.server.base is None else {"weights": {}, "low_bits": {}}
-        found = self.ranks.send({**state, "server": {**mine, **apart} if mine else {}, "fuse": tuning.used()})
+        found = self.ranks.send({**state, "server": {**mine, **apart} if mine else {}, "fuse": autotune.used()})
         if not self.ranks.first:
             for name in names:
                 setattr(self, name, found[name])

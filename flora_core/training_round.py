@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from . import tuning
 from .aggregate.robust import clipped
 from .attach import attach, detach
 from .checkpoint import RunFolder
@@ -25,6 +24,7 @@ from .exchange import choose, light, partial_sum, whole
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
 from .local import LocalClient
+from .ops import autotune
 from .pausing import Paused
 from .planner import spread
 from .privacy import PrivateSum
@@ -201,7 +201,7 @@ class TrainingRound:
             updates, refused = self._judge(updates, mine)
             failures |= refused
         ready = {update.client: light(update, way.reduced) for update in updates}
-        parts: list[dict[str, Any]] = [{"fuse": tuning.used(), "warnings": self.heard}]
+        parts: list[dict[str, Any]] = [{"fuse": autotune.used(), "warnings": self.heard}]
         for name in mine:
             part = {"client": name, "done": done[name], "failure": failures.get(name)}
             part |= {"update": packed(ready[name]) if name in ready else None, "optimizer": self.optimizer.get(name)}
@@ -235,7 +235,7 @@ class TrainingRound:
             for choices in of_device.values():
                 merged = {**choices, **merged}
         if merged:
-            tuning.use({str(self.server.device): merged})
+            autotune.use({str(self.server.device): merged})
 
     def _ask(self, number: int, names: Sequence[str]) -> Asked:
         """Have the clients elsewhere begin; they are waited for when those here are done."""

@@ -12,9 +12,9 @@ from torch import nn
 
 import flora_core as flora
 from flora_core.attach import candidates
-from flora_core.backends import resolve
 from flora_core.forward import lay_out
 from flora_core.linear import MultiLoRALinear
+from flora_core.ops.backends import resolve
 from tests.support import models
 from tests.support.attached import TARGETS, client, ids, llama
 from tests.support.models import FAMILIES

@@ -14,8 +14,8 @@ import flora_core as flora
 from bench import cohorts, publish
 from bench.cohorts import Packed, SequentialPeft, check_losses, exact_losses
 from bench.protocol import Result, Timing, interleave, quantile
-from flora_core.backends import resolve, without_checks
 from flora_core.data.template import IGNORE, Example
+from flora_core.ops.backends import resolve, without_checks
 from tests.support import models
 from tests.support.bench_clock import GREEN, Pedantic
 

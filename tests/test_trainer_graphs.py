@@ -20,12 +20,13 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import graphs, steps, tuning
+from flora_core import graphs, steps
 from flora_core.cohort import keys_on_device
 from flora_core.common.segments import DeviceSegments, Segments
 from flora_core.data.template import IGNORE, Example
 from flora_core.graphs import Shape, round_up, shape_of
 from flora_core.loss import client_losses
+from flora_core.ops import autotune
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets
 
@@ -301,8 +302,8 @@ def test_ways_are_timed_on_the_device_of_the_tensors(monkeypatch: pytest.MonkeyP
             entered.append(device)
 
     monkeypatch.setattr(torch.cuda, "device", Device)
-    monkeypatch.setattr(tuning, "time_on_gpu", lambda calls: [float(len(calls))])
-    assert tuning.timer_on(torch.device("cuda:1"))([print, print]) == [2.0]
+    monkeypatch.setattr(autotune, "time_on_gpu", lambda calls: [float(len(calls))])
+    assert autotune.timer_on(torch.device("cuda:1"))([print, print]) == [2.0]
     assert entered == [torch.device("cuda:1")]
 
 

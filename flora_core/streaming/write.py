@@ -21,7 +21,7 @@ import torch
 
 from ..aggregate.inputs import Stack
 from ..common.checks import require
-from ..ops import stacked_merge_
+from ..ops.api import stacked_merge_
 from .plan import Target
 from .shards import DTYPES, Entry, Shard, read_into
 from .staging import PARTIAL

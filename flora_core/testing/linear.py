@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import ops
 from ..common.checks import require
 from ..common.segments import Segments
+from ..ops import api
 from .budget import Results, check_budget
 from .cases import NAME_OF, lay_out
 from .dropout import keep_mask
@@ -204,7 +204,7 @@ def _zero_one(result: torch.Tensor) -> None:
 def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "separate") -> dict[str, torch.Tensor]:
     """y, dx, dA and dB of ``lora_linear``; with ``fuse="auto"`` times would decide which kernels a GPU runs."""
     x, A, B = (tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
-    y = ops.lora_linear(
+    y = api.lora_linear(
         x,
         inputs.weight,
         inputs.bias,

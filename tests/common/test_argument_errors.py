@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import flora_core
-from flora_core import AdapterBank, AdapterConfig, LoraWeights, MergeItem, Segments, backends
+from flora_core import AdapterBank, AdapterConfig, LoraWeights, MergeItem, Segments
 from flora_core.common import checks
-from flora_core.ops import dropout_threshold
+from flora_core.ops import backends
+from flora_core.ops.api import dropout_threshold
 
 META = torch.device("meta")
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flora_core import tuning
 from flora_core.checkpoint import RunFolder
 from flora_core.common import files
 from flora_core.common.files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
+from flora_core.ops import autotune
 from flora_core.streaming.staging import Staging
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -346,4 +346,4 @@ def test_everything_is_cached_in_one_folder(variables, folder, monkeypatch):
     for name, value in {"HOME": "/home/x", **variables}.items():
         monkeypatch.setenv(name, value)
     assert files.cache_folder() == Path(folder)
-    assert tuning.Choices({"device": "cpu"}).path.parent == Path(folder)
+    assert autotune.Choices({"device": "cpu"}).path.parent == Path(folder)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from flora_core import backends
+from flora_core.ops import backends
 from flora_kernels.reference import Dropout, MergeItem, Ranges
 from tests.support.cuda.abi import (
     CODES,

@@ -1,7 +1,7 @@
 """Digests of what every Triton op gives under the interpreter, to hold one version of Triton against another.
 
 ``python -m tests.support.triton.digest`` prints them as JSON, with the versions (--few: of merges and AdamW alone);
-tests/test_triton.py compares two versions.
+tests/kernels/test_triton.py compares two versions.
 They are not kept in the repository: the interpreter multiplies with NumPy, whose last bits depend on the CPU.
 Letters: M packed tokens, K in_features, N out_features, C clients.
 """
@@ -22,9 +22,10 @@ import torch
 import triton
 
 import tests.support.triton.interpreter  # noqa: F401 (before the first kernel is defined)
-from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing, ways
+from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing
+from flora_core.ops import fusion
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
-from tests import test_ops_shared
+from tests.ops import test_shared_input
 
 NARROW = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIXED, RANK_0 = LINEAR_SHAPES[0], LINEAR_SHAPES[4]
@@ -38,10 +39,10 @@ def linears() -> Named:
         yield from ((f"{case.id} {name}", out) for name, out in testing.run_linear(inputs, "triton").items())
     for dtype in NARROW.values():
         case = replace(MIXED, dtype=dtype)
-        for fuse in ways.WAYS:
+        for fuse in fusion.WAYS:
             out = testing.run_linear(make_linear(case, masters=True), "triton", fuse)
             yield from ((f"{case.id} {fuse} {name}", result) for name, result in out.items())
-        for target, out in enumerate(test_ops_shared.run(test_ops_shared.three(case, True), "triton")):
+        for target, out in enumerate(test_shared_input.run(test_shared_input.three(case, True), "triton")):
             yield from ((f"{case.id} shared {target} {name}", result) for name, result in out.items())
 
 

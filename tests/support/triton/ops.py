@@ -1,6 +1,6 @@
 """The Triton kernels held against the float64 oracles: values, exact integers, the mask, isolation, independence.
 
-Run by tests/test_triton.py in a process of its own under TRITON_INTERPRET=1, and by hand where there is a GPU:
+Run by tests/kernels/test_triton.py in a process of its own under TRITON_INTERPRET=1, and by hand where there is a GPU:
 ``python -m pytest tests/support/triton/ops.py``.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, C clients.
 """
@@ -18,12 +18,13 @@ import torch
 import triton
 import triton.language as tl
 
-from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing, ways
+from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing
+from flora_core.ops import fusion
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, LinearInputs, make_linear, make_merge
 from flora_kernels import reference, reference_draws
 from flora_kernels import triton as kernels
 from flora_kernels.triton.common import draws_of
-from tests import test_ops_shared
+from tests.ops import test_shared_input
 
 # The package's attribute of that name is the launcher.
 wgrad_file = importlib.import_module("flora_kernels.triton.wgrad")
@@ -77,20 +78,20 @@ def test_targets_that_share_x_are_read_and_written_once(case, dropout, monkeypat
     for name, launch in shared.items():
         counted = lambda *args, n=name, f=launch: launches.append((n, len(args[1]))) or f(*args)  # noqa: E731
         monkeypatch.setattr(kernels, name, counted)
-    inputs = test_ops_shared.three(case, dropout, DEVICE)
+    inputs = test_shared_input.three(case, dropout, DEVICE)
     with testing.nan_filled():
-        out = test_ops_shared.run(inputs, "triton")
-    test_ops_shared.check(inputs, out)
+        out = test_shared_input.run(inputs, "triton")
+    test_shared_input.check(inputs, out)
     assert launches == [("shrink_many", 3), ("expand_many_", 3)]
 
 
 @in_each_dtype
 def test_more_targets_than_a_launch_holds(dtype):
     case = replace(MIXED, dtype=dtype)
-    inputs = test_ops_shared.three(case, True, DEVICE) + test_ops_shared.three(case, True, DEVICE)[1:]
+    inputs = test_shared_input.three(case, True, DEVICE) + test_shared_input.three(case, True, DEVICE)[1:]
     with testing.nan_filled():
-        out = test_ops_shared.run(inputs, "triton")
-    test_ops_shared.check(inputs, out)
+        out = test_shared_input.run(inputs, "triton")
+    test_shared_input.check(inputs, out)
 
 
 @pytest.mark.parametrize("layout", ["padded", "transposed"])
@@ -152,7 +153,7 @@ def test_linear_and_linear_lora(case):
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("fuse", ways.WAYS)
+@pytest.mark.parametrize("fuse", fusion.WAYS)
 @in_each_dtype
 def test_every_way_to_fuse(dtype, fuse, dropout):
     inputs = make_linear(replace(MIXED, dtype=dtype), dropout=dropout, masters=True, device=DEVICE)
@@ -167,7 +168,7 @@ def test_the_choice_by_time_gives_right_results(dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("fuse", ways.WAYS)
+@pytest.mark.parametrize("fuse", fusion.WAYS)
 def test_a_fault_stays_with_its_client_in_every_way(fuse, value):
     inputs, spoilt = make_linear(replace(RANK_0, dtype=torch.bfloat16), device=DEVICE), 2
     clean = testing.run_linear(inputs, "triton", fuse)

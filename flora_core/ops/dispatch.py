@@ -11,26 +11,17 @@ from typing import Any
 
 import torch
 
-from .arguments import (
-    LoraWeights,
-    MergeItem,
-    check_adamw,
-    check_apart,
-    check_kinds,
-    check_merges,
-    check_rows,
-    check_segments,
-    check_target,
-    dropout_of,
-    is_sound,
-)
+from ..common.checks import check_choice, require
+from ..common.segments import Segments
+from ..common.tensor_checks import check_tensor
+from .aliasing import check_apart
+from .autograd import Plan, without_autocast
 from .backends import resolve, without_checks
-from .common.checks import check_choice, require
-from .common.segments import Segments
-from .common.tensor_checks import check_tensor
-from .fused import Plan, without_autocast
-from .merge_ways import merge_kernels, merge_with
-from .ways import WAYS, possible
+from .dropout import dropout_of
+from .fusion import WAYS, possible
+from .merging import merge_kernels, merge_with
+from .types import LoraWeights, MergeItem
+from .validation import check_adamw, check_kinds, check_merges, check_rows, check_segments, check_target, is_sound
 
 
 def plan_linears(

@@ -16,7 +16,7 @@ import torch
 
 from tests.support.cuda import abi
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 SANITIZED = ["-g", "-O1", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-w"]
 ISA_FLAGS = {

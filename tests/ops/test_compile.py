@@ -13,8 +13,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora_core as flora
-from flora_core import LoraWeights, MergeItem, Segments, cohort_adamw_, lora_linears, ops, stacked_merge_many_, testing
+from flora_core import LoraWeights, MergeItem, Segments, cohort_adamw_, lora_linears, stacked_merge_many_, testing
 from flora_core.forward import lay_out
+from flora_core.ops import api
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
 from tests.support import models
 
@@ -91,7 +92,7 @@ def test_adamw_is_registered_right():
 def test_a_compiled_linear_gives_the_same_bits(dtype, dropout, monkeypatch):
     inputs = make_linear(replace(MIXED, dtype=dtype), dropout=dropout, masters=True)
     eager = testing.run_linear(inputs)
-    monkeypatch.setattr(ops, "lora_linear", compiled(ops.lora_linear))
+    monkeypatch.setattr(api, "lora_linear", compiled(api.lora_linear))
     for name, result in testing.run_linear(inputs).items():
         assert torch.equal(result, eager[name]), name
 
@@ -123,7 +124,7 @@ def test_other_tokens_and_seeds_are_traced_once_more_and_then_never():
     inputs, graphs = make_linear(MIXED, dropout=True), []
 
     def run(tokens: Segments, seeds: list[int]) -> torch.Tensor:
-        return ops.lora_linear(
+        return api.lora_linear(
             inputs.x[: tokens.total], inputs.weight, inputs.bias, inputs.A, inputs.B, tokens, inputs.ranks,
             inputs.scaling_C, dropout_C=inputs.dropout_C, dropout_seed_C=seeds,
         )  # fmt: skip
@@ -166,7 +167,7 @@ def test_what_is_wrong_is_said_while_tracing():
     inputs = make_linear(MIXED)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        return ops.lora_linear(
+        return api.lora_linear(
             x, inputs.weight, inputs.bias, inputs.A, inputs.B, inputs.tokens, inputs.ranks, inputs.scaling_C
         )
 

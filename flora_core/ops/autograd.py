@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .common.segments import Segments
-from .tuning import Shape, choices_for, timer_on
-from .ways import WAYS, possible
+from ..common.segments import Segments
+from .autotune import Shape, choices_for, timer_on
+from .fusion import WAYS, possible
 
 Tensors = Sequence[torch.Tensor]
 

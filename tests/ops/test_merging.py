@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import MergeItem, backends, merge_ways, stacked_merge_many_, tuning
+from flora_core import MergeItem, stacked_merge_many_
 from flora_core.merge import apply_base_delta_
+from flora_core.ops import autotune, backends, merging
 from flora_core.testing import MergeCase, make_merge
 from tests.support.models import tiny
 
@@ -37,17 +38,17 @@ def timer(runs: list[int], *times: float) -> Callable[[Sequence[Callable[[], Any
 
 
 @pytest.fixture
-def choices(tmp_path: Path) -> tuning.Choices:
-    return tuning.Choices({"device": "test"}, tmp_path)
+def choices(tmp_path: Path) -> autotune.Choices:
+    return autotune.Choices({"device": "test"}, tmp_path)
 
 
 @pytest.mark.parametrize(("times", "wanted"), [((2.0, 1.0), "native"), ((1.0, 2.0), "reference")])
 def test_the_faster_one_is_taken_and_kept(times, wanted, choices, tmp_path):
     runs: list[int] = []
     for _ in range(2):
-        assert merge_ways.pick(items(), ["reference", "native"], choices, timer(runs, *times), **OPTIONS) == wanted
-    again = tuning.Choices({"device": "test"}, tmp_path)
-    assert merge_ways.pick(items(), ["reference", "native"], again, timer(runs, 0.0, 0.0), **OPTIONS) == wanted
+        assert merging.pick(items(), ["reference", "native"], choices, timer(runs, *times), **OPTIONS) == wanted
+    again = autotune.Choices({"device": "test"}, tmp_path)
+    assert merging.pick(items(), ["reference", "native"], again, timer(runs, 0.0, 0.0), **OPTIONS) == wanted
     assert runs == [2]
     assert wanted in again.told(20, 24, torch.bfloat16, "merge")
     assert again.told(20, 99, torch.bfloat16, "merge") == "measured at its first merge"
@@ -57,48 +58,48 @@ def test_the_faster_one_is_taken_and_kept(times, wanted, choices, tmp_path):
 @pytest.mark.parametrize("low_bits", [False, True])
 def test_a_measurement_changes_no_weight(low_bits, choices):
     mine, before = items(low_bits=low_bits), items(low_bits=low_bits)
-    merge_ways.pick(mine, ["reference", "native"], choices, timer([], 1.0, 2.0), **OPTIONS)
+    merging.pick(mine, ["reference", "native"], choices, timer([], 1.0, 2.0), **OPTIONS)
     for one, other in zip(mine, before, strict=True):
         assert torch.equal(one.weight, other.weight)
         assert one.low_bits is None or not one.low_bits.any()
 
 
 def test_a_measurement_copies_a_part_of_a_large_model(monkeypatch):
-    monkeypatch.setattr(merge_ways, "SAMPLE_BYTES", 2 * items()[0].weight.nbytes)
-    assert [len(merge_ways._copies(items(count))) for count in (1, 2, 5)] == [1, 2, 2]
+    monkeypatch.setattr(merging, "SAMPLE_BYTES", 2 * items()[0].weight.nbytes)
+    assert [len(merging._copies(items(count))) for count in (1, 2, 5)] == [1, 2, 2]
 
 
 def test_what_is_summed_otherwise_is_measured_apart(choices):
     runs: list[int] = []
     for options in (OPTIONS, {**OPTIONS, "accumulate": torch.float64}, {**OPTIONS, "rounding": "stochastic"}):
-        merge_ways.pick(items(), ["reference", "native"], choices, timer(runs, 1.0, 2.0), **options)
-    merge_ways.pick(items(low_bits=True), ["reference", "native"], choices, timer(runs, 1.0, 2.0), **OPTIONS)
+        merging.pick(items(), ["reference", "native"], choices, timer(runs, 1.0, 2.0), **options)
+    merging.pick(items(low_bits=True), ["reference", "native"], choices, timer(runs, 1.0, 2.0), **OPTIONS)
     assert len(runs) == 4
 
 
 def test_while_a_graph_is_captured_the_first_is_taken(choices):
     runs: list[int] = []
-    assert merge_ways.pick(items(), ["native", "reference"], choices, timer(runs), False, **OPTIONS) == "native"
+    assert merging.pick(items(), ["native", "reference"], choices, timer(runs), False, **OPTIONS) == "native"
     assert runs == []
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """As if these backends were to be had for tensors on a GPU."""
-    monkeypatch.setattr(merge_ways, "able", lambda op, tensor=None: list(names))
+    monkeypatch.setattr(merging, "able", lambda op, tensor=None: list(names))
 
 
 def test_contenders_on_a_gpu(monkeypatch):
     on_gpu(monkeypatch, "triton", "native", "reference")
     same = items()
-    assert merge_ways.contenders(same) == ["triton", "native"]
-    assert merge_ways.contenders([*same, replace(same[0], A=same[0].A.half())]) == ["triton"]
+    assert merging.contenders(same) == ["triton", "native"]
+    assert merging.contenders([*same, replace(same[0], A=same[0].A.half())]) == ["triton"]
     on_gpu(monkeypatch, "reference")
-    assert merge_ways.contenders(same) == ["reference"]
+    assert merging.contenders(same) == ["reference"]
 
 
 def test_a_cpu_takes_native_and_a_name_is_taken_as_it_is(monkeypatch):
-    assert merge_ways.merge_kernels(items(), "auto", **OPTIONS).__name__ == "flora_kernels.native"
-    assert merge_ways.merge_kernels(items(), "reference", **OPTIONS).__name__ == "flora_kernels.reference"
+    assert merging.merge_kernels(items(), "auto", **OPTIONS).__name__ == "flora_kernels.native"
+    assert merging.merge_kernels(items(), "reference", **OPTIONS).__name__ == "flora_kernels.reference"
     called = []
     monkeypatch.setattr("flora_kernels.native.merge_many_", lambda stacks, **_: called.append(len(stacks)))
     stacked_merge_many_(items())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flora_core import Segments, cohort_adamw_, testing
-from flora_core.ops import HYPER_COLUMNS
+from flora_core.ops.api import HYPER_COLUMNS
 
 LR, BETA1, BETA2, EPS, DECAY, STEP, CLIP = range(7)
 STEPS = 6

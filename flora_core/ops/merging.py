@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .arguments import MergeItem
+from .autotune import Choices, Shape, Timer, choices_for, timer_on
 from .backends import able, resolve
-from .tuning import Choices, Shape, Timer, choices_for, timer_on
+from .types import MergeItem
 
 OP = "merge_many_"
 # What is measured works on copies of the first weights, up to so many bytes.

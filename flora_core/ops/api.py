@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from . import calls, library
-from .arguments import HYPER_COLUMNS, LoraWeights, MergeItem, dropout_threshold
-from .common.segments import Segments
-from .fused import LoraLinears, forward, without_autocast
+from ..common.segments import Segments
+from . import custom_ops, dispatch
+from .autograd import LoraLinears, forward, without_autocast
+from .dropout import dropout_threshold
+from .types import HYPER_COLUMNS, LoraWeights, MergeItem
 
 
 def lora_linear(
@@ -52,7 +53,7 @@ def lora_linear(
         row_C: Index of each client's first token within its optimizer step; 0 unless given.
         backend: auto, reference, triton or native.
         fuse: How the base product and the branch are put together: separate, prewrite, kernel or augmented (see
-            ``flora_core.ways``); auto takes the fastest, measured once per shape on a GPU, and separate on a CPU.
+            ``flora_core.ops.fusion``); auto takes the fastest, measured once per shape on a GPU, and separate on a CPU.
     Returns:
         y_MN in the dtype of x_MK; differentiable in x_MK, A_PK and B_PN, gradients of the factors in their dtype.
     Raises:
@@ -85,7 +86,7 @@ def lora_linears(
         row_C: Index of each client's first token within its optimizer step; 0 unless given.
         backend: auto, reference, triton or native.
         fuse: How the base product and the branch are put together: separate, prewrite, kernel or augmented (see
-            ``flora_core.ways``); auto takes the fastest, measured once per shape on a GPU, and separate on a CPU.
+            ``flora_core.ops.fusion``); auto takes the fastest, measured once per shape on a GPU, and separate on a CPU.
     Returns:
         One y_MN per target, as ``lora_linear`` gives it.
     Raises:
@@ -93,8 +94,8 @@ def lora_linears(
     Deterministic: yes.
     """
     if torch.compiler.is_compiling():
-        return library.lora_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
-    plan = calls.plan_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
+        return custom_ops.lora_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
+    plan = dispatch.plan_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
     factors = [factor for target in targets for factor in (target.A, target.B)]
     with without_autocast(x_MK):
         if not torch.is_grad_enabled():
@@ -152,7 +153,7 @@ def stacked_merge_many_(
         ValueError: If a shape, a device or an option does not fit; nothing is changed then. TypeError for a dtype.
     Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
     """
-    run = library.stacked_merge_many_ if torch.compiler.is_compiling() else calls.merge
+    run = custom_ops.stacked_merge_many_ if torch.compiler.is_compiling() else dispatch.merge
     run(items, rounding, seed, accumulate, backend)
 
 
@@ -180,7 +181,7 @@ def cohort_adamw_(
         ValueError: If lengths do not fit or a buffer is not contiguous.
     Deterministic: yes. Source: arXiv 1711.05101, as ``torch.optim.AdamW`` computes it.
     """
-    run = library.cohort_adamw_ if torch.compiler.is_compiling() else calls.adamw
+    run = custom_ops.cohort_adamw_ if torch.compiler.is_compiling() else dispatch.adamw
     run((param, grad, exp_avg, exp_avg_sq), segments, hyper_CH, owner, backend)
 
 

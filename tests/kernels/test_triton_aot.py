@@ -2,7 +2,7 @@
 
 Every launcher is called on tensors without data, its launch is kept instead of run, and what it would have compiled is
 compiled for each target: so nothing is checked that cannot be chosen, and nothing that can be chosen is left out.
-``python -m tests.test_triton_aot`` writes the tables of docs/kernels.md.
+``python -m tests.kernels.test_triton_aot`` writes the tables of docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def test_tf32_is_three_products_and_never_one():
 
 
 def test_the_published_table_has_every_configuration():
-    page = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text().partition("<!-- tables -->")[2]
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text().partition("<!-- tables -->")[2]
     assert re.findall(r"^\| (\S+) \| \d+ / ", page, re.MULTILINE) == list(CONFIGURATIONS)
 
 
@@ -205,7 +205,7 @@ def tables() -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    page = Path(__file__).parents[1] / "docs" / "kernels.md"
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
     written, faults = tables()
     page.write_text(page.read_text().partition("<!-- tables -->")[0] + f"<!-- tables -->\n\n{written}\n")
     sys.exit("\n".join(faults) or None)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from . import calls
-from .arguments import LoraWeights, MergeItem, check_adamw, check_merges, check_rows, check_target
-from .common.checks import require
-from .common.segments import Segments
-from .fused import Plan, forward, gradients, without_autocast
+from ..common.checks import require
+from ..common.segments import Segments
+from . import dispatch
+from .autograd import Plan, forward, gradients, without_autocast
+from .types import LoraWeights, MergeItem
+from .validation import check_adamw, check_merges, check_rows, check_target
 
 Tensors = Sequence[torch.Tensor]
 Ints = Sequence[int]
@@ -43,7 +44,7 @@ def _plan(x: torch.Tensor, weights: Tensors, biases: Sequence[torch.Tensor | Non
     targets = [LoraWeights(*parts) for parts in zip(weights, biases, A, B, parts, scales, strict=True)]
     probabilities = _pick(dropout, dropouts)
     keys = _rows(seed, seeds, len(weights), clients) if len(seed) or len(seeds) else None
-    return calls.plan_linears(x, targets, Segments(tokens), probabilities, keys, _pick(row, rows), backend, fuse)
+    return dispatch.plan_linears(x, targets, Segments(tokens), probabilities, keys, _pick(row, rows), backend, fuse)
 
 
 @torch.library.custom_op("flora::lora_linears", mutates_args=())
@@ -183,7 +184,7 @@ def _stacked_merge_many_(
     accumulate: str,
     backend: str,
 ) -> None:
-    calls.merge(_items(weights, A, B, coef, low_bits, low_of), rounding, seed, accumulate, backend)
+    dispatch.merge(_items(weights, A, B, coef, low_bits, low_of), rounding, seed, accumulate, backend)
 
 
 @_stacked_merge_many_.register_fake
@@ -208,7 +209,7 @@ def _cohort_adamw_(
     owner: Sequence[int],
     backend: str,
 ) -> None:
-    calls.adamw((param, grad, exp_avg, exp_avg_sq), Segments(segments), hyper_CH, owner, backend)
+    dispatch.adamw((param, grad, exp_avg, exp_avg_sq), Segments(segments), hyper_CH, owner, backend)
 
 
 @_cohort_adamw_.register_fake

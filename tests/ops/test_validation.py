@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from flora_core import calls, testing
-from flora_core.arguments import LoraWeights, is_sound
-from flora_core.backends import resolve, without_checks
+from flora_core import testing
 from flora_core.common.segments import Segments
-from flora_core.ops import lora_linear
+from flora_core.ops import dispatch
+from flora_core.ops.api import lora_linear
+from flora_core.ops.backends import resolve, without_checks
+from flora_core.ops.types import LoraWeights
+from flora_core.ops.validation import is_sound
 
 M, K, N = 7, 24, 17
 TOKENS, RANKS, SCALES = Segments([4, 0, 3]), Segments([3, 2, 0]), (0.5, 2.0, 1.0)
@@ -35,7 +37,7 @@ def target(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, LoraWeight
 def test_a_sound_call_takes_the_kernels_without_checks():
     x, one = target()
     kernels, _ = resolve("native", "shrink", x)
-    assert calls.plan_linears(x, [one], TOKENS).kernels is without_checks(kernels) is not kernels
+    assert dispatch.plan_linears(x, [one], TOKENS).kernels is without_checks(kernels) is not kernels
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 
-from flora_core import backends, testing, tuning, ways
+from flora_core import testing
 from flora_core.checkpoint import RunFolder
+from flora_core.ops import autotune, backends, fusion
+from flora_core.ops.autotune import Choices, Shape
 from flora_core.testing import DTYPES, LINEAR_SHAPES, make_linear, run_linear
-from flora_core.tuning import Choices, Shape
 
 MIXED, LONE, EMPTY, RANK_0, NOBODY, ODD = (LINEAR_SHAPES[i] for i in (0, 1, 2, 4, 5, 6))
-in_each_way = pytest.mark.parametrize("fuse", ways.WAYS)
+in_each_way = pytest.mark.parametrize("fuse", fusion.WAYS)
 
 
 @in_each_way
@@ -47,7 +48,7 @@ def backends_and_ways() -> Iterator[Any]:
     for backend in testing.backends("shrink"):
         if backend != "triton":
             kernels, _ = backends.resolve(backend, "shrink")
-            yield from (pytest.param(backend, way, id=f"{backend}-{way}") for way in ways.possible(kernels))
+            yield from (pytest.param(backend, way, id=f"{backend}-{way}") for way in fusion.possible(kernels))
 
 
 @pytest.mark.parametrize(("backend", "fuse"), list(backends_and_ways()))
@@ -80,11 +81,11 @@ def test_what_overflows_in_16_bits_stays_with_its_client():
 def test_the_ways_are_other_computations(monkeypatch):
     """Each way runs what it says; else the tests above would try one and the same four times."""
     inputs, called = make_linear(MIXED), []
-    for name, function in ways.WAYS.items():
-        monkeypatch.setitem(ways.WAYS, name, lambda *args, n=name, f=function: called.append(n) or f(*args))
-    for fuse in (*ways.WAYS, "auto"):
+    for name, function in fusion.WAYS.items():
+        monkeypatch.setitem(fusion.WAYS, name, lambda *args, n=name, f=function: called.append(n) or f(*args))
+    for fuse in (*fusion.WAYS, "auto"):
         run_linear(inputs, "reference", fuse)
-    assert called == [*ways.WAYS, "separate"]
+    assert called == [*fusion.WAYS, "separate"]
 
 
 def test_an_unknown_way_is_refused():
@@ -151,10 +152,10 @@ def new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
     """Forgets what this process knows, as a new one would."""
 
     def forget() -> None:
-        monkeypatch.setattr(tuning, "_OF_DEVICE", {})
-        monkeypatch.setattr(tuning, "_RECORDED", {})
+        monkeypatch.setattr(autotune, "_OF_DEVICE", {})
+        monkeypatch.setattr(autotune, "_RECORDED", {})
 
-    monkeypatch.setattr(tuning, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(autotune, "cache_folder", lambda: tmp_path / "cache")
     forget()
     return forget
 
@@ -165,27 +166,27 @@ def test_a_resumed_run_keeps_its_choices(tmp_path: Path, new_process: Callable[[
     run.begin({"a": 1}, {})
     run.keep_choices()
     assert "fuse" not in json.loads((tmp_path / "run" / "run.json").read_text())
-    assert tuning.choices_for(cpu).pick(SHAPE, TWO, timer(5.0, 4.0)) == "prewrite"
+    assert autotune.choices_for(cpu).pick(SHAPE, TWO, timer(5.0, 4.0)) == "prewrite"
     run.keep_choices()
-    recorded = tuning.used()
+    recorded = autotune.used()
     new_process()
     # In the meantime another run has measured the other way to be faster.
     (cache,) = (tmp_path / "cache").iterdir()
     cache.unlink()
-    assert tuning.choices_for(cpu).pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
+    assert autotune.choices_for(cpu).pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
     new_process()
     RunFolder(tmp_path / "run").begin({"a": 1}, {})
-    assert tuning.choices_for(cpu).pick(SHAPE, TWO, timer()) == "prewrite"
-    assert tuning.used() == recorded
+    assert autotune.choices_for(cpu).pick(SHAPE, TWO, timer()) == "prewrite"
+    assert autotune.used() == recorded
 
 
 def test_choices_for_a_device_that_is_not_here_are_kept(new_process: Callable[[], None]):
     recorded = {"cuda:7": {SHAPE.key: {"way": "kernel", "us": {}}}}
-    tuning.use(recorded)
-    assert tuning.used() == recorded
+    autotune.use(recorded)
+    assert autotune.used() == recorded
 
 
-NO_TIMES = json.dumps({"format": tuning.FORMAT, "platform": PLATFORM, "choices": {SHAPE.key: {"way": "prewrite"}}})
+NO_TIMES = json.dumps({"format": autotune.FORMAT, "platform": PLATFORM, "choices": {SHAPE.key: {"way": "prewrite"}}})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flora_kernels.arguments import Dropout
-from tests.test_native_arrays import arrays, close, product
+from tests.kernels.test_native_arrays import arrays, close, product
 
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 

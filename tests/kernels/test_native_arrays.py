@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from flora_core import MergeItem, Segments, backends, ops
+from flora_core import MergeItem, Segments
+from flora_core.ops import api, backends
 from flora_kernels.arguments import Dropout
 
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
@@ -248,7 +249,7 @@ def test_auto_takes_native_on_a_cpu_and_says_so():
     assert module is native
     assert re.match(r"native \(auto", why)
     t = {name: torch.from_numpy(array) for name, array in arrays().items()}
-    ops.stacked_merge_many_([MergeItem(W, t["A_PK"], t["B_PN"], t["coef_P"])], backend="native")
+    api.stacked_merge_many_([MergeItem(W, t["A_PK"], t["B_PN"], t["coef_P"])], backend="native")
     assert close(W.numpy(), product(arrays()), torch.float32)
 
 

@@ -1,6 +1,6 @@
 """The CUDA kernels as compiled: registers, no spills, tensor-core instructions, 16-byte accesses, no float atomics.
 
-``python tests/test_cuda_code.py`` writes the table of docs/kernels.md.
+``python tests/kernels/test_cuda_code.py`` writes the table of docs/kernels.md.
 """
 
 from __future__ import annotations

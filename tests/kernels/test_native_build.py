@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EMBED = ROOT / "examples/embed"
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 PYTHON = {**os.environ, "PYTHONPATH": str(native.prefix().parent), "OMP_NUM_THREADS": "1"}

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flora_core import testing
-from flora_core.ops import dropout_threshold
+from flora_core.ops.api import dropout_threshold
 from flora_core.testing import LINEAR_SHAPES, make_linear, ulp
 from flora_kernels import reference
 from flora_kernels.reference import Dropout, dropout_keep, join_master, philox4x32, split_master

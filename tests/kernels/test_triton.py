@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flora_core import backends, ops
+from flora_core.ops import api, backends
 from flora_core.testing import LINEAR_SHAPES, make_linear, run_linear
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton")
 # The interpreter takes milliseconds a program: make test runs all of it in bfloat16 and one shape in the others,
 # make test-all everything. A sum in float64 takes one interpreted step per rank.
@@ -49,7 +49,7 @@ def test_lora_ops_under_the_interpreter(scale):
 
 
 def test_merge_and_adamw_under_the_interpreter(scale):
-    interpreted_tests(scale, FEW, "triton", "tests/test_stacked_merge.py", "tests/test_cohort_adamw.py")
+    interpreted_tests(scale, FEW, "triton", "tests/ops/test_stacked_merge.py", "tests/ops/test_cohort_adamw.py")
 
 
 def test_another_version_of_triton_gives_the_same_bits(scale):
@@ -179,7 +179,7 @@ def test_every_op_has_the_reference_s_name_and_arguments():
         assert inspect.signature(getattr(triton, name)) == inspect.signature(getattr(reference, name)), name
     assert triton.Dropout is reference.Dropout
     assert set(triton.DTYPES) <= set(triton.__all__)
-    assert ops.HYPER_COLUMNS.index("clip_scale") + 1 == triton.adamw._COLUMNS
+    assert api.HYPER_COLUMNS.index("clip_scale") + 1 == triton.adamw._COLUMNS
 
 
 def test_a_tile_measured_here_goes_first_and_the_reason_is_told(monkeypatch):

@@ -6,65 +6,18 @@ H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from .common.checks import check_choice, require
-from .common.segments import DeviceSegments, Segments
-from .common.tensor_checks import check_tensor
+from ..common.checks import check_choice, require
+from ..common.segments import DeviceSegments, Segments
+from ..common.tensor_checks import check_tensor
+from .types import HYPER_COLUMNS, LoraWeights, MergeItem
 
-HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
-Numbers = Sequence[float] | torch.Tensor
-Named = Sequence[tuple[str, torch.Tensor]]
 _INT64 = -(2**63), 2**63
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
-@dataclass(frozen=True)
-class LoraWeights:
-    """One target of ``lora_linears``: the frozen base, the stacked adapters and their ranges.
-
-    Args:
-        weight: Frozen weight (N, K), any strides.
-        bias: Frozen bias (N) or None.
-        A, B: Stacked factors (P, K) and (P, N).
-        ranks: Segments over P.
-        scaling_C: Scale s of each client.
-        dropout_seed_C: This target's dropout keys; None takes the row that ``lora_linears`` was given.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    A: torch.Tensor
-    B: torch.Tensor
-    ranks: Segments
-    scaling_C: Sequence[float] | torch.Tensor
-    dropout_seed_C: Sequence[int] | torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class MergeItem:
-    """One weight of ``stacked_merge_many_`` with its stack, for ``W += B^T diag(coef) A``.
-
-    Args:
-        weight: W (N, K), float32, bfloat16, float16 or float64; updated.
-        A: (P, K); row p belongs to one rank of one client.
-        B: (P, N), stored rank by rank: PEFT's ``lora_B.weight.T``.
-        coef: (P), what each rank is multiplied by: its client's weight times scaling.
-        low_bits: int16 (N, K); makes a bfloat16 W the upper half of an fp32 master, and is updated too.
-    """
-
-    weight: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    coef: torch.Tensor
-    low_bits: torch.Tensor | None = None
 
 
 def check_kinds(tokens: Any, targets: Any) -> None:
@@ -160,53 +113,6 @@ def _is_plain(tensor: torch.Tensor, dtypes: tuple[torch.dtype, ...], device: tor
     )
 
 
-def dropout_threshold(probability: float) -> int:
-    """q = round(65536 p): an element is kept where its 16-bit draw is at least q.
-
-    Raises:
-        ValueError: If p is not in [0, 1), or so near 1 that nothing would be kept.
-    """
-    q = round(65536 * probability) if 0 <= probability < 1 else 65536
-    require(q < 65536, f"dropout must be at least 0 and below 1 - 2**-17, got {probability}")
-    return q
-
-
-@functools.lru_cache(maxsize=256)
-def _host_thresholds(dropout_C: tuple[float, ...]) -> tuple[int, ...] | None:
-    """q of each client; None where nobody drops anything."""
-    q_C = tuple(dropout_threshold(p) for p in dropout_C)
-    return q_C if any(q_C) else None
-
-
-def _thresholds(dropout_C: Numbers) -> tuple[int, ...] | torch.Tensor | None:
-    """As ``_host_thresholds``; a GPU's stays there, unread: p = 1 then drops everything. int32 are q itself."""
-    if isinstance(dropout_C, torch.Tensor) and dropout_C.dtype == torch.int32:
-        return dropout_C
-    if not isinstance(dropout_C, torch.Tensor):
-        return _host_thresholds(tuple(dropout_C))
-    if dropout_C.device.type != "cpu":
-        return (dropout_C.double() * 65536).round().to(torch.int32)
-    return _host_thresholds(tuple(dropout_C.tolist()))
-
-
-def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, clients: int) -> Any:
-    """The kernels' description of a target's dropout; None where nobody drops anything."""
-    if dropout_C is None:
-        return None
-    _check_per_client("dropout_C", dropout_C)
-    require(len(dropout_C) == clients, f"dropout_C must have {clients} entries, one per client, got {len(dropout_C)}")
-    q_C = _thresholds(dropout_C)
-    if q_C is None:
-        return None
-    require(seed_C is not None, "dropout_seed_C must be given where dropout_C is above 0; see flora_core.common.seeds")
-    row_C = [0] * clients if row_C is None else row_C
-    for name, values, low, high in (("dropout_seed_C", seed_C, *_INT64), ("row_C", row_C, 0, 2**31)):
-        _check_per_client(name, values)
-        require(len(values) == clients, f"{name} must have {clients} entries, one per client, got {len(values)}")
-        _check_whole(name, values, low, high)
-    return kernels.Dropout(q_C, seed_C, row_C)
-
-
 def _check_whole(name: str, values: Any, low: int, high: int) -> None:
     """Check that numbers are whole and, where the host knows them, that low <= number < high."""
     if isinstance(values, torch.Tensor):
@@ -256,62 +162,6 @@ def _check_merge(prefix: str, item: MergeItem, rounding: str) -> None:
         rounding == "nearest" or weight.dtype == torch.bfloat16,
         f"rounding='stochastic' is for bfloat16 weights, {prefix}weight_NK is {weight.dtype}; use 'nearest'",
     )
-
-
-def check_apart(written: Named, read: Named = ()) -> None:
-    """Check that what is written has a place for each element, and shares none with what is read or written beside it.
-
-    A kernel would give one of several answers.
-    """
-    for name, tensor in written:
-        if not tensor.is_contiguous() and _shares_places(tensor):
-            steps = " and ".join(map(str, tensor.stride()))
-            raise ValueError(f"{name} must have a place for each element, got strides {steps}; pass its clone()")
-    places: dict[int, list[tuple[int, bool, str, torch.Tensor]]] = defaultdict(list)
-    for is_written, group in ((True, written), (False, read)):
-        for name, tensor in group:
-            if tensor.numel():
-                places[tensor.untyped_storage().data_ptr()].append((tensor.data_ptr(), is_written, name, tensor))
-    for sharing in places.values():
-        if len(sharing) > 1 and any(one[1] for one in sharing):
-            _check_apart_in_storage(sorted(sharing, key=lambda one: one[:3]))
-
-
-def _check_apart_in_storage(sharing: Sequence[tuple[int, bool, str, torch.Tensor]]) -> None:
-    """As ``check_apart``, for tensors of one storage in the order of their addresses."""
-    for i, (start, is_written, name, tensor) in enumerate(sharing):
-        stop = start + _reach(tensor)
-        for other_start, other_written, other, beside in sharing[i + 1 :]:
-            if other_start >= stop:
-                break
-            if (is_written or other_written) and not _are_columns_apart(tensor, beside, other_start - start):
-                names = (name, other) if is_written else (other, name)
-                raise ValueError("{} is written and must share no memory with {}; pass its clone()".format(*names))
-
-
-def _shares_places(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie in one place: an axis must step over all that the smaller steps reach."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += (size - 1) * stride
-    return False
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _are_columns_apart(one: torch.Tensor, other: torch.Tensor, ahead: int) -> bool:
-    """Whether two tensors, the other so many bytes ahead, are ranges of columns of one matrix, without a common one."""
-    if one.dim() != 2 or other.dim() != 2 or one.dtype != other.dtype or one.stride() != other.stride():
-        return False
-    (pitch, step), size = one.stride(), one.element_size()
-    ahead %= max(pitch * size, 1)
-    return step == 1 and one.shape[1] * size <= ahead and ahead + other.shape[1] * size <= pitch * size
 
 
 def check_adamw(

@@ -1,6 +1,6 @@
 """The native library against float64, the reference's bits and itself: instruction sets, threads, ragged and strided.
 
-tests/test_stacked_merge.py, test_ops.py and test_cohort_adamw.py run on it too, through the public ops.
+tests/ops/test_stacked_merge.py, test_ops.py and test_cohort_adamw.py run on it too, through the public ops.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks.
 """
 
