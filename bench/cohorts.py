@@ -22,12 +22,12 @@ import flora_core as flora
 from bench.grid import LINEARS, MODELS
 from bench.grid import TEN as RANKS
 from bench.protocol import Check
+from flora_core.adapters.update import Adapters
 from flora_core.data.pack import pad
 from flora_core.data.template import IGNORE, Example
 from flora_core.demo_model import demo_model_dir
 from flora_core.forward import evaluation_mode
 from flora_core.repeatable import deterministic_libraries
-from flora_core.update import Adapters
 from tests.support.models import exact64
 
 LR = 3e-4

@@ -20,8 +20,8 @@ from bench.grid import TARGETS, Case
 from bench.protocol import Check, Missing
 from bench.rates import device, dtype
 from bench.rivals import Rival
+from flora_core.adapters.update import Adapters
 from flora_core.common.seeds import derive
-from flora_core.update import Adapters
 from tests.support.models import exact64
 
 STEPS = 2

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from bench.protocol import ROOT, Result, Timing, latest, machine_folder
+from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregate import aggregate
 from flora_core.common.formatting import show_bytes, show_seconds
 from flora_core.common.seeds import generator
 from flora_core.merge import apply_base_delta_, new_low_bits
-from flora_core.update import ClientUpdate, RoundResult
 from flora_core.validate import sift
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregate import aggregate, get_strategy
 from flora_core.aggregate.compress import OVERSAMPLING, is_core_cheaper, is_whole_cheaper
 from flora_core.common.devices import peak_memory_bytes
 from flora_core.common.seeds import generator
-from flora_core.update import ClientUpdate, RoundResult
 
 CLIENTS, FRACTION, RANKS, EQUAL_RANK = 1000, 0.1, (4, 8, 16, 32, 64), 16
 # Llama-7B: q and v of 32 layers, N = K = 4096.

@@ -55,8 +55,8 @@ def make(folder: Path, size: Size) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from flora_core.peft_io import save_peft_adapter
-    from flora_core.update import ClientUpdate
+    from flora_core.adapters.peft import save_peft_adapter
+    from flora_core.adapters.update import ClientUpdate
 
     config = LlamaConfig(
         hidden_size=size.hidden,

@@ -11,9 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapters.bank import AdapterBank
+    from .adapters.peft import load_peft_adapter, save_peft_adapter
+    from .adapters.update import ClientUpdate, RoundResult
     from .aggregate import aggregate
     from .attach import attach, detach
-    from .bank import AdapterBank
     from .cohort import ClientSpec, Cohort
     from .common.segments import Segments
     from .config.adapter import AdapterConfig
@@ -33,11 +35,9 @@ if TYPE_CHECKING:
         stacked_merge_many_,
     )
     from .optimizer import CohortAdamW
-    from .peft_io import load_peft_adapter, save_peft_adapter
     from .rebase import RebaseReport, rebase_adapter
     from .streaming import MergeReport, export_adapter, merge_into_checkpoint
     from .trainer import CohortTrainer
-    from .update import ClientUpdate, RoundResult
 
 _HOMES = {
     "adapter_config": "AdapterConfig",

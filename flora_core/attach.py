@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .bank import AdapterBank, BankModule
+from .adapters.bank import AdapterBank, BankModule
 from .cohort import ClientSpec, Cohort
 from .common.checks import require
 from .config.adapter import check_targets, matches_target

@@ -31,6 +31,9 @@ from typing import IO, Any
 
 import torch
 
+from .adapters.base import Base
+from .adapters.peft import save_peft_adapter
+from .adapters.update import ClientUpdate
 from .common.changes import differences
 from .common.checks import require
 from .common.files import (
@@ -46,15 +49,12 @@ from .common.files import (
 from .common.formatting import show_bytes
 from .common.safetensors_header import parse_json
 from .common.states import finite
-from .fingerprint import Base
 from .history import Event
 from .identity import ROUNDS as NUM_ROUNDS
 from .identity import check_rounds
 from .ops import autotune
-from .peft_io import save_peft_adapter
 from .saving import write_dtype
 from .snapshot import DAMAGE, ROUND, STATE, Snapshot, read_events, read_snapshot, taken_apart, write_snapshot
-from .update import ClientUpdate
 
 RUN, METRICS, ROUNDS, LOCK, PAUSED = "run.json", "metrics.jsonl", "rounds", ".lock", "paused"
 # Events after which a reader may want metrics.jsonl to be on the disk.

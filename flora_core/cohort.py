@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from . import attention
-from .bank import AdapterBank, BankModule
+from .adapters.bank import AdapterBank, BankModule
+from .adapters.update import Adapters, ClientUpdate
 from .common import seeds
 from .common.checks import check_name, require
 from .common.segments import DeviceSegments, Segments
 from .config.adapter import AdapterConfig
 from .linear import Layout, MultiLoRALinear, Route
 from .loss import Head
-from .update import Adapters, ClientUpdate
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from .adapters.update import ClientUpdate
 from .aggregate.inputs import Stack, round_terms, stack_of
-from .update import ClientUpdate
 
 _SUM_BYTES = torch.float64.itemsize
 

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .adapters.base import Base
+from .adapters.update import ClientUpdate
 from .aggregate import get_strategy
 from .card import model_card
 from .checkpoint import RunFolder
@@ -28,7 +30,6 @@ from .data.records import Record, check_records
 from .distributed import ranks
 from .evaluate import evaluate
 from .federation_result import FederationResult, history
-from .fingerprint import Base
 from .history import Event
 from .incoming import Remote
 from .models import as_tokenizer, check_model
@@ -40,7 +41,6 @@ from .saving import converted, dtype_to_save
 from .server import Server
 from .sharding import hold_base
 from .trainer import CohortTrainer
-from .update import ClientUpdate
 from .validate import promised
 
 # Clients that are checked together before training: their adapters are in memory at one time.

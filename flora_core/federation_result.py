@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .history import Event
 
 if TYPE_CHECKING:
-    from .update import ClientUpdate
+    from .adapters.update import ClientUpdate
 
 
 @dataclass

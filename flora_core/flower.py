@@ -16,6 +16,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
+from .adapters.update import ClientUpdate
 from .build import build_held_out, build_model, client_names
 from .common.checks import require
 from .config import recipe as recipes
@@ -24,7 +25,6 @@ from .flower_messages import BROKEN, NodeError, pack, read, record, size_of
 from .history import Event
 from .remote import Answers, RemoteFederation, metrics_of, spec_of
 from .site import Tensors, Terms
-from .update import ClientUpdate
 
 # What a safetensors header takes for one tensor, at most, beside the name.
 _HEADER_BYTES = 256

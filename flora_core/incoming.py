@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from .adapters.peft import CONFIG, WEIGHTS, load_peft_adapter
+from .adapters.update import Adapters, ClientUpdate
 from .cohort import ClientSpec
 from .common.checks import require
 from .common.files import atomic_dir, atomic_write_json, write_safetensors
 from .common.safetensors_header import open_plain
 from .pausing import Paused
-from .peft_io import CONFIG, WEIGHTS, load_peft_adapter
-from .update import Adapters, ClientUpdate
 
 QUARANTINE, REASON = "quarantine", "reason.json"
 # Besides eight bytes a number: a header has about 120 bytes a tensor, a config is a few thousand.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bank import BankModule
+from .adapters.bank import BankModule
 from .common.checks import require
 from .common.segments import DeviceSegments, Segments
 from .ops.api import LoraWeights, lora_linears

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from .adapters.base import check_base
+from .adapters.update import ClientUpdate
 from .aggregate.certificate import Deviation, sample_rows, total, write_deviation
 from .aggregate.inputs import Stack, check_adapters
 from .common.checks import check_choice, listed, nearest, require
 from .common.tensor_checks import FLOAT_DTYPES
 from .config.federation import ROUNDINGS
-from .fingerprint import check_base
 from .linear import MultiLoRALinear, is_conv1d, weight_view
 from .ops.api import MergeItem, stacked_merge_many_
-from .update import ClientUpdate
 
 
 def merge_adapter_(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .bank import AdapterBank
+from .adapters.bank import AdapterBank
 from .common.checks import require
 from .common.segments import to_device
 from .config.training import TrainConfig

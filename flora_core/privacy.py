@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .adapters.update import ClientUpdate, RoundResult
 from .aggregate.inputs import Stack, Term, stack_of
 from .aggregate.robust import clip_factor
 from .common import extras
@@ -33,7 +34,6 @@ from .common.checks import require
 from .common.files import atomic_write_json
 from .common.safetensors_header import parse_json
 from .config.privacy import Privacy
-from .update import ClientUpdate, RoundResult
 
 if TYPE_CHECKING:
     from .server import Server

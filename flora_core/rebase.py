@@ -21,18 +21,18 @@ from pathlib import Path
 
 import torch
 
+from .adapters.base import Base, place_of, values
+from .adapters.peft import save_stacked_adapter
+from .adapters.update import RoundResult
 from .aggregate.adapter import as_stack
 from .aggregate.compress import balanced, full_rank, stack_svd
 from .aggregate.inputs import Stack, join_stacks
 from .common.checks import check_choice, require
 from .exchange import dense_stack
-from .fingerprint import Base, place_of, values
 from .merge import adapter_stack
-from .peft_io import save_stacked_adapter
 from .replay import SavedRound, read_rounds, replay
 from .snapshot import STATE
 from .streaming.export import LAYOUTS, VLLM_RANKS, of_one_rank
-from .update import RoundResult
 
 _CPU = torch.device("cpu")
 

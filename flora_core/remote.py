@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .adapters.update import Adapters, ClientUpdate, RoundResult
 from .cohort import ClientSpec
 from .common.checks import listed, require
 from .common.digests import json_digest
@@ -30,7 +31,6 @@ from .history import Event
 from .identity import environment
 from .server import Server
 from .site import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
-from .update import Adapters, ClientUpdate, RoundResult
 from .validate import promised
 
 _ASK_AGAIN_SECONDS = 0.5

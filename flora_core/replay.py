@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .adapters.base import Base
+from .adapters.peft import WEIGHTS, load_peft_adapter, read_base, read_config
+from .adapters.update import ClientUpdate
 from .aggregate import aggregate, get_strategy
 from .aggregate.inputs import Stack
 from .checkpoint import ROUNDS, RUN, RunFolder
 from .common.checks import require
 from .common.safetensors_header import parse_json
-from .fingerprint import Base
-from .peft_io import WEIGHTS, load_peft_adapter, read_base, read_config
 from .snapshot import DAMAGE, check_files, read_body
-from .update import ClientUpdate
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from .adapters.base import Base, values, values_of
+from .adapters.penalty import TailPenalty
+from .adapters.update import ClientUpdate, RoundResult
 from .aggregate import Certificate, Deviation, aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
 from .aggregate.inputs import Stack
@@ -25,13 +28,10 @@ from .common.digests import tensor_digest
 from .common.seeds import derive, generator
 from .common.states import on_device
 from .exchange import dense_stack, light
-from .fingerprint import Base, values, values_of
 from .linear import is_conv1d
 from .merge import adapter_stack, apply_base_delta_, new_low_bits, target_weights
-from .penalty import TailPenalty
 from .sharded_merge import apply_to_parts_
 from .sharding import sharded
-from .update import ClientUpdate, RoundResult
 
 
 class Server:

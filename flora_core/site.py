@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .adapters.update import Adapters, ClientUpdate, RoundResult
 from .attach import attach, detach
 from .cohort import ClientSpec, Cohort
 from .common.checks import require
@@ -28,7 +29,6 @@ from .config.training import TrainConfig
 from .identity import environment
 from .merge import apply_base_delta_, new_low_bits, target_weights
 from .trainer import CohortTrainer
-from .update import Adapters, ClientUpdate, RoundResult
 
 Tensors = dict[str, torch.Tensor]
 COPY, PLACE = "copy.safetensors", "copy.json"

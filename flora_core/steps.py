@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import planner
+from .adapters.penalty import TailPenalty
 from .cohort import Cohort
 from .common.checks import require
 from .common.errors import CrowdedError, crowded_text, is_out_of_memory
@@ -24,7 +25,6 @@ from .graphs import StaticSteps, executor_for, num_labels, why_not
 from .local import LocalClient
 from .loss import client_losses
 from .optimizer import CohortAdamW
-from .penalty import TailPenalty
 from .sharding import sharded
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from . import planner
-from .bank import AdapterBank
+from .adapters.bank import AdapterBank
+from .adapters.penalty import TailPenalty
+from .adapters.update import ClientUpdate
 from .cohort import ClientSpec, Cohort
 from .common.errors import CrowdedError, crowded_text, is_out_of_memory
 from .config.training import TrainConfig
@@ -21,12 +23,10 @@ from .local import LocalClient, examples_of
 from .models import as_tokenizer, embedding_rows, sequence_limit
 from .optimizer import CohortAdamW
 from .pausing import Paused, State, client_state, restore_client
-from .penalty import TailPenalty
 from .recompute import keeping_less
 from .repeatable import deterministic_libraries
 from .sharding import check_training
 from .steps import CohortSteps
-from .update import ClientUpdate
 
 Event = dict[str, Any]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .adapters.update import ClientUpdate, packed, unpacked
 from .aggregate.robust import clipped
 from .attach import attach, detach
 from .checkpoint import RunFolder
@@ -30,7 +31,6 @@ from .planner import spread
 from .privacy import PrivateSum
 from .server import Server
 from .trainer import CohortTrainer
-from .update import ClientUpdate, packed, unpacked
 from .validate import sift
 
 

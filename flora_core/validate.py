@@ -12,11 +12,11 @@ from numbers import Real
 
 import torch
 
+from .adapters.update import ClientUpdate
 from .aggregate.robust import outliers, product_norm
 from .cohort import Cohort
 from .common.checks import listed
 from .common.tensor_checks import FLOAT_DTYPES
-from .update import ClientUpdate
 
 
 def promised(cohort: Cohort, client: str) -> ClientUpdate:

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import STRATEGIES, aggregate, get_strategy
-from flora_core.update import ClientUpdate
 from tests.support.rounds import (
     SHAPES,
     a_round,

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import Certificate, Deviation, aggregate, certify, norm, sample_rows, total, write_deviation
-from flora_core.update import ClientUpdate
 
 
 def stack(p, k, n, dtype=torch.float64):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import aggregate
 from flora_core.aggregate.compress import full_rank
 from flora_core.aggregate.downlink import DeltaLog, smallest_form
 from flora_core.merge import apply_base_delta_, new_low_bits
-from flora_core.update import ClientUpdate
 
 
 def stack(p, n=40, k=30, dtype=torch.float32):

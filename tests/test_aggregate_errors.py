@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregate import STRATEGIES, Strategy, aggregate, register, table
 from flora_core.aggregate import strategy as strategy_module
-from flora_core.update import ClientUpdate, RoundResult
 
 
 def update(client="a", rank=2, k=8, n=6, weight: Any = 1.0, module="q_proj", scaling=2.0) -> ClientUpdate:

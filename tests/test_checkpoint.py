@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.checkpoint import RunFolder
 from flora_core.common.files import SaveError
-from flora_core.update import ClientUpdate
 from tests.support.federations import files, largest_file, make_federation, make_model, new_folder, stop_after
 
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 
 from flora_core import cli, distributed
+from flora_core.adapters.update import ClientUpdate
 from flora_core.common.devices import pick_device
 from flora_core.config.federation import FederationConfig
 from flora_core.exchange import Way, choose
 from flora_core.planner import spread
 from flora_core.remote import RemoteFederation
-from flora_core.update import ClientUpdate
 from tests.support.federations import make_federation, make_model
 from tests.test_kill_resume import told
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.peft_io import load_peft_adapter
+from flora_core.adapters.peft import load_peft_adapter
 from tests.support.federations import (
     assert_within_one_ulp,
     make_clients,

@@ -133,7 +133,13 @@ def test_every_form_of_import_is_seen():
     code = "from .. import ops\nfrom ..bank import x\nfrom .pack import y\nimport a.b\ndef f():\n    from . import z\n"
     hidden = "if TYPE_CHECKING:\n    from ..trainer import T\n"
     found = [name for _, name in imports(ast.parse(code + hidden), ("flora_core", "data"))]
-    assert found == ["flora_core.ops", "flora_core.bank.x", "flora_core.data.pack.y", "a.b", "flora_core.data.z"]
+    assert found == [
+        "flora_core.ops",
+        "flora_core.adapters.bank.x",
+        "flora_core.data.pack.y",
+        "a.b",
+        "flora_core.data.z",
+    ]
 
 
 @cache

@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import aggregate
 from flora_core.merge import apply_base_delta_, merge_adapter_, new_low_bits, target_weights
-from flora_core.update import ClientUpdate
 from flora_kernels.reference import join_master
 
 N, K = 70, 50

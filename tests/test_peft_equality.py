@@ -17,8 +17,8 @@ import torch
 
 import flora_core as flora
 from flora_core import linear
+from flora_core.adapters.update import Adapters
 from flora_core.testing import budget_ratio
-from flora_core.update import Adapters
 from tests.support import models, peft_oracle
 from tests.support.models import FAMILIES, exact64
 from tests.support.peft_oracle import Trained, first_gradients

@@ -19,12 +19,12 @@ import torch
 
 import flora_core as flora
 from flora_core import privacy as privacy_module
+from flora_core.adapters.update import ClientUpdate
 from flora_core.common.errors import Stopped
 from flora_core.merge import new_low_bits
 from flora_core.merge import target_weights as writable
 from flora_core.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
 from flora_core.progress import PlainProgress
-from flora_core.update import ClientUpdate
 from flora_kernels.reference import join_master
 from tests.support.federations import make_clients, make_federation, make_model, stop_after, target_weights
 from tests.test_robust import cancelling, dense_norm

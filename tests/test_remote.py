@@ -18,14 +18,14 @@ import pytest
 import torch
 
 import flora_core as flora
+from flora_core.adapters.peft import save_peft_adapter
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import aggregate
 from flora_core.common.errors import Stopped
 from flora_core.common.seeds import generator
 from flora_core.incoming import Asked, Task, receive
 from flora_core.merge import apply_base_delta_
 from flora_core.merge import target_weights as writable
-from flora_core.peft_io import save_peft_adapter
-from flora_core.update import ClientUpdate
 from tests.support.federations import files, make_clients, make_federation, make_model, target_weights
 
 NAMES = "abcdefghij"

@@ -10,8 +10,8 @@ import math
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import aggregate, get_strategy
-from flora_core.update import ClientUpdate
 from tests.support.rounds import (
     SHAPES,
     Q,

@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.strategies_case import PUBLISHED, counted_gflop, work
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import STRATEGIES, aggregate, get_strategy
 from flora_core.aggregate import strategy as strategy_module
 from flora_core.aggregate.downlink import Form
-from flora_core.update import ClientUpdate
 
 # (ranks, N, K): a small stack, a stack wider than the matrix, and one large enough for iterating.
 CASES = {"few": ((6, 3, 2), 120, 90), "wide": ((50, 40), 120, 90), "many": ((8,) * 12, 1200, 900)}

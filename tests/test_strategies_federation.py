@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import flora_core as flora
+from flora_core.adapters.penalty import TailPenalty
 from flora_core.aggregate import STRATEGIES, get_strategy
 from flora_core.optimizer import CohortAdamW
-from flora_core.penalty import TailPenalty
 from flora_core.server import Server
 from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_tokenizer, target_weights
 
@@ -174,7 +174,7 @@ def test_hetlora_s_penalty_makes_clients_give_rows_up():
 @pytest.mark.parametrize("name", ["ffa", "rolora"])
 def test_the_federation_freezes_what_the_strategy_says(name, tmp_path):
     result = run(name, rounds=3, out=tmp_path).run()
-    from flora_core.peft_io import load_peft_adapter
+    from flora_core.adapters.peft import load_peft_adapter
 
     rounds = [
         [load_peft_adapter(tmp_path / "rounds" / f"{number:04d}" / client).adapters for client in "abc"]

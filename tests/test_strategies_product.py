@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate import aggregate
-from flora_core.update import ClientUpdate
 from tests.support.rounds import (
     SHAPES,
     Q,

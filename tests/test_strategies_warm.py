@@ -10,10 +10,10 @@ import math
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregate import aggregate, get_strategy
 from flora_core.aggregate.downlink import DeltaLog
 from flora_core.merge import apply_base_delta_
-from flora_core.update import ClientUpdate, RoundResult
 from tests.support.rounds import (
     SHAPES,
     Q,

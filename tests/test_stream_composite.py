@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import flora_core as flora
-from flora_core.fingerprint import Base, values_of
+from flora_core.adapters.base import Base, values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 TEXT: dict[str, Any] = dict(

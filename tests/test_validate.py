@@ -12,8 +12,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregate.robust import product_norm
-from flora_core.update import ClientUpdate
 from flora_core.validate import sift, why_refused
 
 K, N = 12, 20

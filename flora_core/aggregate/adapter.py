@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
+from ..adapters.update import Adapters, ClientUpdate, RoundResult
 from ..common.checks import require
 from ..common.seeds import generator
-from ..update import Adapters, ClientUpdate, RoundResult
 from .downlink import wire_dtype
 from .inputs import Stack, Term, round_terms
 from .strategy import Strategy

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from ..adapters.penalty import TailPenalty
+from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_choice, check_number, require
-from ..penalty import TailPenalty
-from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, averaged, on_the_wire, without
 from .certificate import norm
 from .compress import stack_svd

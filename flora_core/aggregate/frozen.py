@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import require
-from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, averaged
 from .inputs import Term, round_terms
 from .strategy import register

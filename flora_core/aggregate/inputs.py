@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..adapters.update import ClientUpdate
 from ..common.checks import listed, require
 from ..common.tensor_checks import check_tensor
-from ..update import ClientUpdate
 
 Stack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_number, require
-from ..update import ClientUpdate, RoundResult
 from .compress import energy_rank, stack_svd
 from .downlink import sent
 from .inputs import Stack, exact_stacks, round_terms

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_choice, check_number
-from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair
 from .compress import balanced, leading_svd, stack_svd
 from .inputs import Term, stack_of

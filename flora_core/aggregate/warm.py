@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_choice, check_number, require
-from ..update import ClientUpdate, RoundResult
 from .adapter import AdapterStrategy, Pair, as_stack, dtype_name, extended, on_the_wire, without
 from .compress import Svd, as_fresh, leading_svd
 from .inputs import round_terms, stack_of

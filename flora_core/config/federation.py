@@ -12,7 +12,7 @@ from .other_names import RECIPE_KEYS, refuses_other_names
 from .privacy import Privacy
 
 if TYPE_CHECKING:
-    from ..update import ClientUpdate
+    from ..adapters.update import ClientUpdate
 
 ROUNDINGS = ("low_bits", "nearest", "stochastic")
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from ..adapters.peft import CONFIG, WEIGHTS, pair_factors, read_config, refuse_other_tensors, scaling_of, weights_path
+from ..adapters.peft_config import base_of
+from ..adapters.peft_keys import sort_keys
+from ..adapters.update import ClientUpdate
 from ..aggregate import Deviation, Strategy, certify, get_strategy, norm, total
 from ..aggregate.inputs import Stack, check_updates, round_terms, stack_of
 from ..common.checks import require
-from ..peft_config import base_of
-from ..peft_io import CONFIG, WEIGHTS, pair_factors, read_config, refuse_other_tensors, scaling_of, weights_path
-from ..peft_keys import sort_keys
-from ..update import ClientUpdate
 from .shards import DTYPES, Entry, read_shard, read_tensor
 
 

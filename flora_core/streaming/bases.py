@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..fingerprint import Base, check_base
-from ..peft_io import RECORD, read_base
+from ..adapters.base import Base, check_base
+from ..adapters.peft import RECORD, read_base
 from .adapters import Adapter
 from .plan import Target
 from .shards import read_tensor

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from ..adapters.peft import save_stacked_adapter
+from ..adapters.update import RoundResult
 from ..aggregate.downlink import wire_dtype
 from ..aggregate.inputs import Stack
 from ..common.checks import check_choice, require
-from ..peft_io import save_stacked_adapter
-from ..update import RoundResult
 from .adapters import Adapter, Sum, open_adapters
 from .bases import check_bases
 from .findings import adapter_facts, find_notes

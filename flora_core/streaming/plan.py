@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..adapters.peft import refuse_other_tensors
+from ..adapters.peft_config import is_target
 from ..common.checks import listed, require
 from ..config.adapter import matches_target
-from ..peft_config import is_target
-from ..peft_io import refuse_other_tensors
 from .adapters import Adapter
 from .names import PACKED, BaseNames, Reading, exact_readings, find_reading, shortened
 from .shards import DTYPES, Checkpoint, Entry, same_values

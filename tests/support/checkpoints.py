@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from flora_core.peft_io import save_peft_adapter
-from flora_core.update import ClientUpdate
+from flora_core.adapters.peft import save_peft_adapter
+from flora_core.adapters.update import ClientUpdate
 
 HIDDEN, MIDDLE, VOCAB = 32, 48, 64
 SHAPES = {"self_attn.q_proj": (HIDDEN, HIDDEN), "mlp.up_proj": (MIDDLE, HIDDEN), "mlp.down_proj": (HIDDEN, MIDDLE)}

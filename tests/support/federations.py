@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import flora_core as flora
+from flora_core.adapters.peft import load_peft_adapter
+from flora_core.adapters.update import ClientUpdate
 from flora_core.checkpoint import RunFolder
-from flora_core.peft_io import load_peft_adapter
 from flora_core.testing import ulp
-from flora_core.update import ClientUpdate
 
 WORDS = [f"w{i}" for i in range(24)]
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)

@@ -17,8 +17,8 @@ import transformers
 from torch import nn
 
 import flora_core as flora
+from flora_core.adapters.update import Adapters
 from flora_core.data.template import IGNORE, Example
-from flora_core.update import Adapters
 
 VOCAB = 61
 WINDOW = 4

@@ -25,10 +25,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import flora_core as flora
+from flora_core.adapters.update import Adapters
 from flora_core.data.pack import epoch_order
 from flora_core.data.template import IGNORE, Example
 from flora_core.optimizer import CohortAdamW
-from flora_core.update import Adapters
 
 
 def philox(group: np.ndarray, row: np.ndarray, key: int, rounds: int = 7) -> list[np.ndarray]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregate import get_strategy
-from flora_core.update import ClientUpdate, RoundResult
 
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.0.v_proj": (8, 16), "layers.1.q_proj": (24, 16)}  # (N, K)
 Q = "layers.0.q_proj"

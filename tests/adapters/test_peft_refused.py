@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flora_core.peft_io import load_peft_adapter, save_peft_adapter
+from flora_core.adapters.peft import load_peft_adapter, save_peft_adapter
 from tests.support.rounds import bank_like_update
 
 
@@ -82,7 +82,7 @@ def test_harmless_and_default_fields_are_ignored(saved):
 def test_every_field_that_peft_writes_is_known():
     """A field that a newer peft adds must be judged: read, harmless, or refused unless unset."""
     peft = pytest.importorskip("peft")
-    from flora_core import peft_config as known
+    from flora_core.adapters import peft_config as known
 
     defaults = peft.LoraConfig().to_dict()
     unknown = set(defaults) - known._HARMLESS - known._READ - set(known._REFUSED)

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from .common.checks import listed, require
-from .common.files import atomic_dir, atomic_write_json, write_safetensors
-from .common.safetensors_header import open_plain, parse_json, read_header
-from .common.tensor_checks import FLOAT_DTYPES
-from .config.adapter import match_pattern
-from .fingerprint import Base, values_of
+from ..common.checks import listed, require
+from ..common.files import atomic_dir, atomic_write_json, write_safetensors
+from ..common.safetensors_header import open_plain, parse_json, read_header
+from ..common.tensor_checks import FLOAT_DTYPES
+from ..config.adapter import match_pattern
+from .base import Base, values_of
 from .peft_config import CONFIG, base_of, is_target, make_config, read_config, scaling_of
 from .peft_keys import Keys, sort_keys
 from .update import Adapters, ClientUpdate, RoundResult

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .fingerprint import Base
+from .base import Base
 
 Adapters = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -27,7 +27,7 @@ class ClientUpdate:
         weight: Share in the aggregation before normalising: the number of examples unless set otherwise.
         metrics: ``loss_first``, ``loss_last``, ``tokens``, ``examples``, ``seconds``, ...
         base: The name of the base model that it was trained on, where that is known.
-        trained_on: The weights of that base, where they are known (``flora_core.fingerprint``).
+        trained_on: The weights of that base, where they are known (``flora_core.adapters.base``).
     """
 
     client: str

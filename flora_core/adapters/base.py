@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .common.checks import require
-from .common.tensor_checks import FLOAT_DTYPES
+from ..common.checks import require
+from ..common.tensor_checks import FLOAT_DTYPES
 
 _VALUES = 256
 

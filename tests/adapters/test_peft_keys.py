@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import flora_core as flora
-from flora_core.peft_keys import plain_name
+from flora_core.adapters.peft_keys import plain_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 WEIGHTS = "adapter_model.safetensors"

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.fingerprint import Base, check_base, values_of
-from flora_core.peft_io import RECORD, read_base
-from flora_core.update import packed, unpacked
+from flora_core.adapters.base import Base, check_base, values_of
+from flora_core.adapters.peft import RECORD, read_base
+from flora_core.adapters.update import packed, unpacked
 from tests.support.federations import make_federation, make_model, target_weights
 
 SHAPE = (96, 64)

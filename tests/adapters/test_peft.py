@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from flora_core.adapters.peft import load_peft_adapter, save_peft_adapter, save_stacked_adapter
+from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregate import aggregate
 from flora_core.merge import merge_adapter_
-from flora_core.peft_io import load_peft_adapter, save_peft_adapter, save_stacked_adapter
-from flora_core.update import ClientUpdate, RoundResult
 from tests.support.rounds import bank_like_update
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
