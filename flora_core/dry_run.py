@@ -14,7 +14,7 @@ from .common.checks import listed
 from .common.formatting import show_bytes
 from .common.tables import Table
 from .config.recipe import Recipe
-from .splits import Split, split_data
+from .data.splits import Split, split_data
 from .trainer import CohortTrainer
 
 

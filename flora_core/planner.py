@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -13,7 +13,6 @@ from .common.checks import require
 from .config.training import TrainConfig
 from .models import decoder_of, sequence_limit
 
-T = TypeVar("T")
 # Tokens in flight where nothing limits them. On two CPU cores a step is fastest at one to two thousand tokens (measured
 # on 8 layers of SmolLM2's shape: 128 to 512 tokens are up to 1.5 times slower); a GPU wants to fill its matrix units.
 _DEFAULT_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -131,26 +130,6 @@ def _within(groups, cohorts, budget: int, limit: int, cost, bytes_per_token: flo
         f"memory_budget_gb={limit / 1e9:g} cannot hold one client's longest sequence; the least is {least / 1e9:.2f} "
         "(lower max_length, or turn gradient_checkpointing on)"
     )
-
-
-def passes(items: Sequence[tuple[T, int]], budget: int, *, padded: bool = False) -> list[list[T]]:
-    """Cut (item, tokens) pairs into consecutive passes of about equal size within the budget.
-
-    ``padded`` counts every item at the length of the longest in its pass. An item longer than the budget goes alone.
-    """
-    total = sum(tokens for _, tokens in items)
-    even = -(-total // max(1, -(-total // budget)))
-    limit = budget if padded else min(budget, even + max((tokens for _, tokens in items), default=0) // 2)
-    cut: list[list[T]] = []
-    count, filled, longest = 0, 0, 0
-    for item, tokens in items:
-        size = (count + 1) * max(longest, tokens) if padded else filled + tokens
-        if not cut or (count and size > limit):
-            cut.append([])
-            count, filled, longest = 0, 0, 0
-        cut[-1].append(item)
-        count, filled, longest = count + 1, filled + tokens, max(longest, tokens)
-    return cut
 
 
 def spread(work: Mapping[str, float], ranks: int) -> list[list[str]]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import flora_core as flora
 from flora_core import planner
-from flora_core.planner import Demand, measure_bytes_per_token, passes, plan
+from flora_core.data.pack import passes
+from flora_core.planner import Demand, measure_bytes_per_token, plan
 from tests.support import models
 
 EACH = settings(max_examples=150, deadline=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -116,3 +117,26 @@ def _shifted(example: Example) -> list[int]:
 def _row(parts: Iterable[Iterable[int]]) -> Tensor:
     """Join lists of ints into an int64 tensor [1, M]."""
     return torch.tensor(list(chain.from_iterable(parts)), dtype=torch.int64).unsqueeze(0)
+
+
+T = TypeVar("T")
+
+
+def passes(items: Sequence[tuple[T, int]], budget: int, *, padded: bool = False) -> list[list[T]]:
+    """Cut (item, tokens) pairs into consecutive passes of about equal size within the budget.
+
+    ``padded`` counts every item at the length of the longest in its pass. An item longer than the budget goes alone.
+    """
+    total = sum(tokens for _, tokens in items)
+    even = -(-total // max(1, -(-total // budget)))
+    limit = budget if padded else min(budget, even + max((tokens for _, tokens in items), default=0) // 2)
+    cut: list[list[T]] = []
+    count, filled, longest = 0, 0, 0
+    for item, tokens in items:
+        size = (count + 1) * max(longest, tokens) if padded else filled + tokens
+        if not cut or (count and size > limit):
+            cut.append([])
+            count, filled, longest = 0, 0, 0
+        cut[-1].append(item)
+        count, filled, longest = count + 1, filled + tokens, max(longest, tokens)
+    return cut

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from .common.checks import listed, require
-from .common.data_paths import data_files
-from .common.seeds import derive
-from .data.partition import partition, partition_file
-from .data.records import Record, load_records
+from ..common.checks import listed, require
+from ..common.data_paths import data_files
+from ..common.seeds import derive
+from .partition import partition, partition_file
+from .records import Record, load_records
 
 if TYPE_CHECKING:
-    from .config.recipe import DataRecipe, Recipe
+    from ..config.recipe import DataRecipe, Recipe
 
 Parts = dict[str, list[Record]]
 
@@ -164,7 +164,7 @@ def _whole(recipe: Recipe) -> Split:
 
 
 def _demo(recipe: Recipe) -> Split:
-    from .data.demo import make_demo
+    from .demo import make_demo
 
     count = recipe.clients.count or len(recipe.clients.names or recipe.clients.ranks)
     with tempfile.TemporaryDirectory() as folder:

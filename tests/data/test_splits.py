@@ -10,8 +10,8 @@ import pytest
 
 from flora_core.build import build_client, build_clients, build_held_out, client_names
 from flora_core.config.recipe import Recipe, load
+from flora_core.data.splits import Split, split_data
 from flora_core.dry_run import describe_held_out
-from flora_core.splits import Split, split_data
 
 WARDS = ["St. Mary Hospital", "Clinic B", "clinic b", "a/b"]
 
