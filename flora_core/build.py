@@ -17,10 +17,10 @@ from .common.devices import pick_device, pick_dtype
 from .common.files import atomic_write_bytes, atomic_write_json, folder_names
 from .data.records import Record
 from .data.splits import Split, client_names_for, exists, load_part, load_test, split_data
-from .distributed import RankError, Ranks, ranks
+from .distributed.sharding import hold_base
+from .distributed.world import RankError, Ranks, ranks
 from .history import Event
 from .loading import load_model, load_tokenizer, model_folder
-from .sharding import hold_base
 
 if TYPE_CHECKING:
     from .config.recipe import Recipe

@@ -171,7 +171,7 @@ def _run(options: argparse.Namespace) -> int:
     from .config.recipe import load
 
     recipe = load(options.recipe, options.overrides)
-    from .distributed import session
+    from .distributed.world import session
 
     with session() as ranks:
         return _run_recipe(recipe, options.dry_run, ranks.first)

@@ -15,11 +15,11 @@ from torch import nn
 from . import attention
 from .attach import cohort_of
 from .config.training import TrainConfig
+from .distributed.sharding import sharded
 from .graphs import why_not
 from .linear import MultiLoRALinear
 from .ops import autotune, merging
 from .ops.backends import resolve
-from .sharding import sharded
 
 _KERNELS = {
     "reference": "torch, client by client",

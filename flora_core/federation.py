@@ -27,7 +27,8 @@ from .common.errors import Stopped
 from .config.federation import FederationConfig
 from .config.training import TrainConfig
 from .data.records import Record, check_records
-from .distributed import ranks
+from .distributed.sharding import hold_base
+from .distributed.world import ranks
 from .evaluate import evaluate
 from .federation_result import FederationResult, history
 from .history import Event
@@ -39,7 +40,6 @@ from .rebase import rebase_adapter
 from .resuming import Resuming
 from .saving import converted, dtype_to_save
 from .server import Server
-from .sharding import hold_base
 from .trainer import CohortTrainer
 from .validate import promised
 

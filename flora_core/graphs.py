@@ -21,13 +21,13 @@ from .cohort import Cohort
 from .common.segments import DeviceSegments, Segments, to_device
 from .config.training import TrainConfig
 from .data.template import IGNORE, Example
+from .distributed.sharding import sharded
 from .forward import Batch, labelled_hidden, lay_out
 from .linear import Layout
 from .loss import client_losses
 from .ops.backends import resolve
 from .ops.dropout import dropout_threshold
 from .optimizer import CohortAdamW
-from .sharding import sharded
 
 # A shape runs so often as it is, which compiles kernels and measures ways to fuse, before it is captured.
 WARM_UP = 2

@@ -25,7 +25,7 @@ from .common.digests import json_digest
 from .config.adapter import AdapterConfig
 from .config.federation import FederationConfig
 from .config.training import TrainConfig
-from .distributed import ranks
+from .distributed.world import ranks
 from .federation import Federation
 from .history import Event
 from .identity import environment

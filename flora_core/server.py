@@ -27,11 +27,11 @@ from .common.checks import require
 from .common.digests import tensor_digest
 from .common.seeds import derive, generator
 from .common.states import on_device
+from .distributed.sharding import sharded
 from .exchange import dense_stack, light
 from .linear import is_conv1d
 from .merge import adapter_stack, apply_base_delta_, new_low_bits, target_weights
 from .sharded_merge import apply_to_parts_
-from .sharding import sharded
 
 
 class Server:

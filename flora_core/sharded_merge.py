@@ -11,8 +11,8 @@ import torch
 
 from .aggregate.certificate import Deviation, sample_rows, total
 from .aggregate.inputs import Stack
+from .distributed.sharding import ShardedBase
 from .merge import apply_base_delta_
-from .sharding import ShardedBase
 
 
 def apply_to_parts_(

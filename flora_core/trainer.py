@@ -18,6 +18,7 @@ from .adapters.update import ClientUpdate
 from .cohort import ClientSpec, Cohort
 from .common.errors import CrowdedError, crowded_text, is_out_of_memory
 from .config.training import TrainConfig
+from .distributed.sharding import check_training
 from .forward import evaluation_mode
 from .local import LocalClient, examples_of
 from .models import as_tokenizer, embedding_rows, sequence_limit
@@ -25,7 +26,6 @@ from .optimizer import CohortAdamW
 from .pausing import Paused, State, client_state, restore_client
 from .recompute import keeping_less
 from .repeatable import deterministic_libraries
-from .sharding import check_training
 from .steps import CohortSteps
 
 Event = dict[str, Any]

@@ -20,7 +20,7 @@ from .cohort import ClientSpec, Cohort
 from .common.seeds import derive, generator
 from .config.federation import FederationConfig
 from .config.training import TrainConfig
-from .distributed import Ranks
+from .distributed.world import Ranks
 from .exchange import choose, light, partial_sum, whole
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive

@@ -1,4 +1,4 @@
-"""What ``tests/test_distributed.py`` has torchrun start: runs a list of jobs, one after another, on every rank.
+"""What ``tests/distributed/test_processes.py`` has torchrun start: runs a list of jobs, one after another, on every rank.
 
 A job is {"name", "out", "changes": for ``make_federation``, "fault": name of a fault below}. What came of it on a rank
 goes to ``<results>/<name>-<rank>.json``: the type and text of the error, or a digest of the weights.
@@ -22,7 +22,7 @@ import torch
 
 import flora_core as flora
 from flora_core.common.digests import tensor_digest
-from flora_core.distributed import Ranks, session
+from flora_core.distributed.world import Ranks, session
 from flora_core.privacy import Privacy
 from flora_core.server import Server
 from flora_core.steps import CohortSteps

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .common.checks import require
-from .common.formatting import show_bytes
-from .config.training import TrainConfig
+from ..common.checks import require
+from ..common.formatting import show_bytes
+from ..config.training import TrainConfig
 
 if TYPE_CHECKING:
-    from .distributed import Ranks
+    from .world import Ranks
 
 # What a rank brings to a meeting before a pass: nothing to run, a forward pass, or one with its backward.
 _NONE, _FORWARD, _TRAINING = 0, 1, 2

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flora_core import cli, distributed
+from flora_core import cli
 from flora_core.adapters.update import ClientUpdate
 from flora_core.common.devices import pick_device
 from flora_core.config.federation import FederationConfig
+from flora_core.distributed import world
 from flora_core.exchange import Way, choose
 from flora_core.planner import spread
 from flora_core.remote import RemoteFederation
@@ -64,10 +65,10 @@ def test_others_that_are_not_there_are_an_error_in_time(monkeypatch):
     found = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for variable, value in found.items():
         monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(distributed, "_JOIN_SECONDS", 1)
+    monkeypatch.setattr(world, "_JOIN_SECONDS", 1)
     with (
-        pytest.raises(distributed.RankError, match=r"not found at MASTER_ADDR:MASTER_PORT = 127\.0\.0\.1:1 .*rdzv"),
-        distributed.session(),
+        pytest.raises(world.RankError, match=r"not found at MASTER_ADDR:MASTER_PORT = 127\.0\.0\.1:1 .*rdzv"),
+        world.session(),
     ):
         pass
 
@@ -75,7 +76,7 @@ def test_others_that_are_not_there_are_an_error_in_time(monkeypatch):
 def test_a_timeout_that_is_no_number(monkeypatch):
     monkeypatch.setenv("FLORA_RANK_TIMEOUT_S", "soon")
     with pytest.raises(ValueError, match="FLORA_RANK_TIMEOUT_S must be a number of seconds above 0, got 'soon'"):
-        distributed._wait_seconds()
+        world._wait_seconds()
 
 
 def test_processes_of_one_machine_have_a_gpu_each_or_none(monkeypatch):
@@ -95,7 +96,7 @@ def test_processes_of_one_machine_have_a_gpu_each_or_none(monkeypatch):
 @pytest.fixture
 def group_of_one(monkeypatch, tmp_path):
     """A process group with nobody else in it."""
-    monkeypatch.setattr(distributed, "_JOINED", [])
+    monkeypatch.setattr(world, "_JOINED", [])
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -103,7 +104,7 @@ def group_of_one(monkeypatch, tmp_path):
 
 def test_a_group_of_one_is_one_process(group_of_one, tmp_path):
     make_federation(tmp_path / "group", rounds=1).run()
-    with distributed.session() as ranks:
+    with world.session() as ranks:
         assert (ranks.rank, ranks.size, ranks.moved_bytes) == (0, 1, 0)
     starts = [event for event in told(tmp_path / "group") if event["event"] == "round_start"]
     assert "shares" not in starts[0]

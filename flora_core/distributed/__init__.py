@@ -1,0 +1,1 @@
+"""The processes that torchrun starts: meeting, moving states, a base in shards."""
