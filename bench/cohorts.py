@@ -26,8 +26,8 @@ from flora_core.adapters.update import Adapters
 from flora_core.data.pack import pad
 from flora_core.data.template import IGNORE, Example
 from flora_core.demo_model import demo_model_dir
-from flora_core.forward import evaluation_mode
-from flora_core.repeatable import deterministic_libraries
+from flora_core.model.deterministic import deterministic_libraries
+from flora_core.model.forward import evaluation_mode
 from tests.support.models import exact64
 
 LR = 3e-4

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 
 import flora_core as flora
 from flora_core import graphs, steps
-from flora_core.forward import lay_out
+from flora_core.model.batch import lay_out
 from flora_core.testing import plain_rounding
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets

@@ -21,7 +21,7 @@ from bench.protocol import Check, Missing
 from bench.rates import device, dtype
 from bench.rivals import FROZEN, Rival, need_bfloat16, need_gpu, need_package
 from flora_core import Segments
-from flora_core.loss import client_losses
+from flora_core.model.loss import client_losses
 
 Work = Callable[[], Any]
 FEW, COMPILE_SECONDS = 10, 75.0

@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from .adapters.peft import load_peft_adapter, save_peft_adapter
     from .adapters.update import ClientUpdate, RoundResult
     from .aggregate import aggregate
-    from .attach import attach, detach
-    from .cohort import ClientSpec, Cohort
     from .common.segments import Segments
     from .config.adapter import AdapterConfig
     from .config.training import TrainConfig
-    from .evaluate import evaluate
     from .explaining import explain
     from .federation import Federation, FederationConfig
     from .merge import merge_adapter_
+    from .model.attachment import attach, detach
+    from .model.client import ClientSpec
+    from .model.cohort import Cohort
+    from .model.evaluation import evaluate
     from .ops import api
     from .ops.api import (
         LoraWeights,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cohort import ClientSpec
 from .common.checks import nearest, require
 from .common.devices import pick_device, pick_dtype
 from .common.files import atomic_write_bytes, atomic_write_json, folder_names
@@ -21,6 +20,7 @@ from .distributed.sharding import hold_base
 from .distributed.world import RankError, Ranks, ranks
 from .history import Event
 from .loading import load_model, load_tokenizer, model_folder
+from .model.client import ClientSpec
 
 if TYPE_CHECKING:
     from .config.recipe import Recipe

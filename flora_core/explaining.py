@@ -12,12 +12,12 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from . import attention
-from .attach import cohort_of
 from .config.training import TrainConfig
 from .distributed.sharding import sharded
 from .graphs import why_not
-from .linear import MultiLoRALinear
+from .model import attention
+from .model.attachment import cohort_of
+from .model.layer import MultiLoRALinear
 from .ops import autotune, merging
 from .ops.backends import resolve
 

@@ -20,7 +20,6 @@ from .adapters.update import ClientUpdate
 from .aggregate import get_strategy
 from .card import model_card
 from .checkpoint import RunFolder
-from .cohort import ClientSpec
 from .common.checks import require
 from .common.devices import peak_memory_bytes
 from .common.errors import Stopped
@@ -29,11 +28,12 @@ from .config.training import TrainConfig
 from .data.records import Record, check_records
 from .distributed.sharding import hold_base
 from .distributed.world import ranks
-from .evaluate import evaluate
 from .federation_result import FederationResult, history
 from .history import Event
 from .incoming import Remote
-from .models import as_tokenizer, check_model
+from .model.accepted import as_tokenizer, check_model
+from .model.client import ClientSpec
+from .model.evaluation import evaluate
 from .pausing import Paused, stopping
 from .privacy import Privacy, PrivateSum
 from .rebase import rebase_adapter

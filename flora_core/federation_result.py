@@ -58,7 +58,7 @@ class FederationResult:
         if self.adapter is None:
             yield model
             return
-        from .beside import adapter_beside
+        from .model.with_adapter import adapter_beside
 
         with adapter_beside(model, self.adapter) as whole:
             yield whole

@@ -16,15 +16,15 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from . import attention
-from .cohort import Cohort
 from .common.segments import DeviceSegments, Segments, to_device
 from .config.training import TrainConfig
 from .data.template import IGNORE, Example
 from .distributed.sharding import sharded
-from .forward import Batch, labelled_hidden, lay_out
-from .linear import Layout
-from .loss import client_losses
+from .model import attention
+from .model.batch import Batch, labelled_hidden, lay_out
+from .model.cohort import Cohort
+from .model.layer import Layout
+from .model.loss import client_losses
 from .ops.backends import resolve
 from .ops.dropout import dropout_threshold
 from .optimizer import CohortAdamW

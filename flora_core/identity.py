@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from .cohort import ClientSpec
 from .common.changes import _as_json, _dotted
 from .common.checks import require
 from .common.digests import json_digest
 from .config.training import TrainConfig
+from .model.client import ClientSpec
 
 ROUNDS = "federation.rounds"
 

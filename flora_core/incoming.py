@@ -22,10 +22,10 @@ import torch
 
 from .adapters.peft import CONFIG, WEIGHTS, load_peft_adapter
 from .adapters.update import Adapters, ClientUpdate
-from .cohort import ClientSpec
 from .common.checks import require
 from .common.files import atomic_dir, atomic_write_json, write_safetensors
 from .common.safetensors_header import open_plain
+from .model.client import ClientSpec
 from .pausing import Paused
 
 QUARANTINE, REASON = "quarantine", "reason.json"

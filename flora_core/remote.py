@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 
 from .adapters.update import Adapters, ClientUpdate, RoundResult
-from .cohort import ClientSpec
 from .common.checks import listed, require
 from .common.digests import json_digest
 from .config.adapter import AdapterConfig
@@ -29,6 +28,7 @@ from .distributed.world import ranks
 from .federation import Federation
 from .history import Event
 from .identity import environment
+from .model.client import ClientSpec
 from .server import Server
 from .site import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
 from .validate import promised

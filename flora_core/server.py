@@ -21,16 +21,17 @@ from .aggregate import Certificate, Deviation, aggregate, get_strategy
 from .aggregate.downlink import DeltaLog
 from .aggregate.inputs import Stack
 from .aggregate.strategy import BOTH
-from .beside import adapter_beside
-from .cohort import Cohort
 from .common.checks import require
 from .common.digests import tensor_digest
 from .common.seeds import derive, generator
 from .common.states import on_device
 from .distributed.sharding import sharded
 from .exchange import dense_stack, light
-from .linear import is_conv1d
-from .merge import adapter_stack, apply_base_delta_, new_low_bits, target_weights
+from .merge import adapter_stack, apply_base_delta_, new_low_bits
+from .model.cohort import Cohort
+from .model.targets import target_weights
+from .model.weights import is_conv1d
+from .model.with_adapter import adapter_beside
 from .sharded_merge import apply_to_parts_
 
 

@@ -17,8 +17,6 @@ from typing import Any
 import torch
 
 from .adapters.update import Adapters, ClientUpdate, RoundResult
-from .attach import attach, detach
-from .cohort import ClientSpec, Cohort
 from .common.checks import require
 from .common.digests import json_digest, tensor_digest
 from .common.files import atomic_dir, write_safetensors
@@ -27,7 +25,11 @@ from .common.states import put_in, take_out
 from .config.adapter import AdapterConfig
 from .config.training import TrainConfig
 from .identity import environment
-from .merge import apply_base_delta_, new_low_bits, target_weights
+from .merge import apply_base_delta_, new_low_bits
+from .model.attachment import attach, detach
+from .model.client import ClientSpec
+from .model.cohort import Cohort
+from .model.targets import target_weights
 from .trainer import CohortTrainer
 
 Tensors = dict[str, torch.Tensor]

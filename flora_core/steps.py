@@ -15,16 +15,16 @@ import torch
 
 from . import planner
 from .adapters.penalty import TailPenalty
-from .cohort import Cohort
 from .common.checks import require
 from .common.errors import CrowdedError, crowded_text, is_out_of_memory
 from .common.segments import Segments
 from .data.template import Example
 from .distributed.sharding import sharded
-from .forward import Batch, labelled_hidden, lay_out
 from .graphs import StaticSteps, executor_for, num_labels, why_not
 from .local import LocalClient
-from .loss import client_losses
+from .model.batch import Batch, labelled_hidden, lay_out
+from .model.cohort import Cohort
+from .model.loss import client_losses
 from .optimizer import CohortAdamW
 
 

@@ -14,9 +14,7 @@ import torch
 
 from .adapters.update import ClientUpdate, packed, unpacked
 from .aggregate.robust import clipped
-from .attach import attach, detach
 from .checkpoint import RunFolder
-from .cohort import ClientSpec, Cohort
 from .common.seeds import derive, generator
 from .config.federation import FederationConfig
 from .config.training import TrainConfig
@@ -25,6 +23,9 @@ from .exchange import choose, light, partial_sum, whole
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
 from .local import LocalClient
+from .model.attachment import attach, detach
+from .model.client import ClientSpec
+from .model.cohort import Cohort
 from .ops import autotune
 from .pausing import Paused
 from .planner import spread

@@ -14,9 +14,9 @@ import torch
 
 from .adapters.update import ClientUpdate
 from .aggregate.robust import outliers, product_norm
-from .cohort import Cohort
 from .common.checks import listed
 from .common.tensor_checks import FLOAT_DTYPES
+from .model.cohort import Cohort
 
 
 def promised(cohort: Cohort, client: str) -> ClientUpdate:

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import linear
 from flora_core.adapters.update import Adapters
+from flora_core.model import layer as linear
 from flora_core.testing import budget_ratio
 from tests.support import models, peft_oracle
 from tests.support.models import FAMILIES, exact64

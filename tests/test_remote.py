@@ -25,7 +25,7 @@ from flora_core.common.errors import Stopped
 from flora_core.common.seeds import generator
 from flora_core.incoming import Asked, Task, receive
 from flora_core.merge import apply_base_delta_
-from flora_core.merge import target_weights as writable
+from flora_core.model.targets import target_weights as writable
 from tests.support.federations import files, make_clients, make_federation, make_model, target_weights
 
 NAMES = "abcdefghij"

@@ -21,11 +21,11 @@ import torch
 
 import flora_core as flora
 from flora_core import graphs, steps
-from flora_core.cohort import keys_on_device
 from flora_core.common.segments import DeviceSegments, Segments
 from flora_core.data.template import IGNORE, Example
 from flora_core.graphs import Shape, round_up, shape_of
-from flora_core.loss import client_losses
+from flora_core.model.cohort import keys_on_device
+from flora_core.model.loss import client_losses
 from flora_core.ops import autotune
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets

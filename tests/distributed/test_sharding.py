@@ -14,13 +14,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flora_core.attach import attach
-from flora_core.cohort import ClientSpec
 from flora_core.config.adapter import AdapterConfig
 from flora_core.config.training import TrainConfig
 from flora_core.distributed import sharding
 from flora_core.distributed.sharding import check_training, shard_base, why_shard
 from flora_core.distributed.world import Ranks
+from flora_core.model.attachment import attach
+from flora_core.model.client import ClientSpec
 from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_ranks
 from tests.support.distributed.worker import arguments
 from tests.support.federations import files, make_federation, make_model, stop_after

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.recompute import keeping_less, recomputing
+from flora_core.model.recompute import keeping_less, recomputing
 from flora_core.testing import saved_bytes
 from tests.support import models
 

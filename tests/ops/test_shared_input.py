@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import LoraWeights, linear, lora_linears, testing
-from flora_core.forward import lay_out
+from flora_core import LoraWeights, lora_linears, testing
+from flora_core.model import layer as linear
+from flora_core.model.batch import lay_out
 from flora_core.testing import DTYPES, LINEAR_SHAPES, LinearInputs, make_linear
 from tests.support import models
 

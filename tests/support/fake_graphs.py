@@ -57,10 +57,10 @@ def varlen_attn(
 
 def attend_by_offsets(patch: Any) -> None:
     """Have packed attention take the way of ``varlen_attn`` on a CPU."""
-    from flora_core import attention, attention_ways
+    from flora_core.model import attention, attention_kernels
 
-    patch.setattr(attention_ways, "_varlen", lambda: varlen_attn)
-    patch.setattr(attention, "choose", lambda *_: attention_ways.Way("varlen", "a stand-in"))
+    patch.setattr(attention_kernels, "_varlen", lambda: varlen_attn)
+    patch.setattr(attention, "choose", lambda *_: attention_kernels.Way("varlen", "a stand-in"))
 
 
 __all__ = ["Told", "attend_by_offsets", "varlen_attn"]

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from flora_core import attention, attention_ways
-from flora_core.repeatable import deterministic_libraries, strict_backward
+from flora_core.model import attention, attention_kernels
+from flora_core.model.deterministic import deterministic_libraries, strict_backward
 from tests.support import fake_graphs
 
 GPU = torch.device("cuda")
@@ -100,11 +100,11 @@ def test_attention_runs_its_backward_strictly(monkeypatch: pytest.MonkeyPatch):
         return record(plain(q, k, v, **options), "product", seen)
 
     plain = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(attention_ways, "_varlen", lambda: attend)
+    monkeypatch.setattr(attention_kernels, "_varlen", lambda: attend)
     q, k, v = qkv()
     with deterministic_libraries(GPU):
         projected: list[Any] = [record(t, "projection", seen) for t in (q, k, v)]
-        out = attention_ways.varlen(projected[0], projected[1], projected[2], LENGTHS, None, None)
+        out = attention_kernels.varlen(projected[0], projected[1], projected[2], LENGTHS, None, None)
         seen.clear()  # a trial of fewer heads has its own backward
         record(out, "rest", seen).sum().backward()
         assert seen == [("rest", False), ("varlen", True), *[("projection", False)] * 3]
@@ -129,9 +129,9 @@ def test_fewer_heads_are_passed_on_only_where_they_give_the_same_results():
         return varlen_attn(query, *tiled, *args, **options)
 
     cpu, sizes = torch.device("cpu"), (4, 2, 16)
-    assert attention_ways._takes_fewer_heads(takes, cpu, torch.float32, sizes)
-    assert not attention_ways._takes_fewer_heads(refuses, cpu, torch.float32, sizes)
-    assert not attention_ways._takes_fewer_heads(mistakes, cpu, torch.float32, sizes)
+    assert attention_kernels._takes_fewer_heads(takes, cpu, torch.float32, sizes)
+    assert not attention_kernels._takes_fewer_heads(refuses, cpu, torch.float32, sizes)
+    assert not attention_kernels._takes_fewer_heads(mistakes, cpu, torch.float32, sizes)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -150,6 +150,6 @@ def test_grouped_heads_give_the_same_output_either_way(native: bool, monkeypatch
         window_size=(-1, 0),
         enable_gqa=True,
     )
-    monkeypatch.setattr(attention_ways, "_varlen", lambda: attend)
-    torch.testing.assert_close(attention_ways.varlen(q, k, v, LENGTHS, None, None), expected)
+    monkeypatch.setattr(attention_kernels, "_varlen", lambda: attend)
+    torch.testing.assert_close(attention_kernels.varlen(q, k, v, LENGTHS, None, None), expected)
     assert shapes[-1] == (2 if native else 4)

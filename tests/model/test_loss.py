@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flora_core import loss as loss_module
 from flora_core.common.segments import Segments
-from flora_core.loss import Head, client_losses
+from flora_core.model import loss as loss_module
+from flora_core.model.loss import Head, client_losses
 from flora_core.testing import budget_ratio, plain_rounding
 from tests.support import models
 

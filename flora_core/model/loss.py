@@ -14,8 +14,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .common.segments import DeviceSegments, Segments
-from .models import decoder_of
+from ..common.segments import DeviceSegments, Segments
+from .accepted import decoder_of
 
 # Logits held at a time: 2**24 numbers, 64 MiB in float32.
 _CHUNK_LOGITS = 1 << 24

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .common.segments import DeviceSegments
-from .repeatable import strict_backward
+from ..common.segments import DeviceSegments
+from .deterministic import strict_backward
 
 Lengths = tuple[int, ...] | DeviceSegments
 _NARROW = (torch.bfloat16, torch.float16)

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from .common.checks import require
-from .data.pack import passes
-from .data.records import Record, check_records, normalise
-from .data.template import EncodeReport, Example, encode, require_examples
-from .data.tokens import check_ids
-from .forward import Way, alone, evaluation_mode, find_way, labelled_hidden, lay_out
+from ..common.checks import require
+from ..data.pack import passes
+from ..data.records import Record, check_records, normalise
+from ..data.template import EncodeReport, Example, encode, require_examples
+from ..data.tokens import check_ids
+from .accepted import as_tokenizer, embedding_rows, to_evaluate
+from .batch import labelled_hidden, lay_out
+from .forward import Way, alone, evaluation_mode, find_way
 from .loss import Head
-from .models import as_tokenizer, embedding_rows, to_evaluate
 
 _LETTERS = "ABCDEFGHIJ"
 _CHUNK_LOGITS = 1 << 24

@@ -11,9 +11,9 @@ import transformers
 from torch import nn
 
 import flora_core as flora
-from flora_core.attach import candidates
-from flora_core.forward import lay_out
-from flora_core.linear import MultiLoRALinear
+from flora_core.model.attachment import candidates
+from flora_core.model.batch import lay_out
+from flora_core.model.layer import MultiLoRALinear
 from flora_core.ops.backends import resolve
 from tests.support import models
 from tests.support.attached import TARGETS, client, ids, llama

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .adapters.base import check_base
-from .adapters.update import ClientUpdate
-from .attach import attach, detach
-from .cohort import ClientSpec
-from .config.adapter import AdapterConfig
-from .linear import weight_view
+from ..adapters.base import check_base
+from ..adapters.update import ClientUpdate
+from ..config.adapter import AdapterConfig
+from .attachment import attach, detach
+from .client import ClientSpec
+from .weights import weight_view
 
 
 @contextmanager

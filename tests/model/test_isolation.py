@@ -15,7 +15,7 @@ import torch
 
 import flora_core as flora
 from flora_core import steps
-from flora_core.loss import client_losses
+from flora_core.model.loss import client_losses
 from flora_core.ops import backends
 from flora_core.ops.fusion import WAYS
 from tests.support import models

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
-from flora_core import attention, attention_ways
-from flora_core.attention_ways import apart, block_mask, choose, flex
+from flora_core.model import attention, attention_kernels
+from flora_core.model.attention_kernels import apart, block_mask, choose, flex
 from flora_core.testing import budget_ratio, plain_rounding
 from tests.support import models
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 
 def told(monkeypatch: pytest.MonkeyPatch, **lacking: str) -> None:
     reasons = {**HERE, **{name.replace("_", "-"): why for name, why in lacking.items()}}
-    monkeypatch.setattr(attention_ways, "missing", lambda: reasons)
+    monkeypatch.setattr(attention_kernels, "missing", lambda: reasons)
 
 
 def test_the_first_that_is_here_and_takes_the_tensors(monkeypatch: pytest.MonkeyPatch):
@@ -55,9 +55,9 @@ def test_on_a_cpu_and_for_what_is_not_plain_every_sequence_is_alone(monkeypatch:
 
 
 def test_what_is_missing_here_is_said():
-    attention_ways.missing.cache_clear()
-    assert attention_ways.missing().keys() == HERE.keys()
-    assert "flash_attn" in (attention_ways.missing()["flash-attn"] or "flash_attn")
+    attention_kernels.missing.cache_clear()
+    assert attention_kernels.missing().keys() == HERE.keys()
+    assert "flash_attn" in (attention_kernels.missing()["flash-attn"] or "flash_attn")
 
 
 def qkv(heads: int = 4, kv_heads: int = 2) -> list[torch.Tensor]:
@@ -109,7 +109,7 @@ def test_flex_keeps_a_fault_in_its_sequence(which: int, value: float):
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """A masked product over everything, which leaks by itself: flex attention has no backward pass on a CPU."""
-    owner = attention_ways._owner(LENGTHS, CPU)
+    owner = attention_kernels._owner(LENGTHS, CPU)
     mask = (owner[:, None] == owner[None, :]).tril()
     return (q @ k.mT).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
@@ -128,7 +128,7 @@ def gradients(attend: Any, value: float | None, where: str) -> tuple[torch.Tenso
 @pytest.mark.parametrize("where", ["v", "dy"])
 def test_gradients_stay_apart(where: str):
     def guarded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return apart(dense, q, k, v, attention_ways._owner(LENGTHS, CPU), len(LENGTHS))
+        return apart(dense, q, k, v, attention_kernels._owner(LENGTHS, CPU), len(LENGTHS))
 
     clean = gradients(dense, None, where)
     assert all(map(torch.equal, gradients(guarded, None, where), clean))
@@ -145,16 +145,16 @@ def test_the_variable_length_ways_are_asked_as_their_signatures_say(monkeypatch:
     """Neither runs on a CPU: what they are given is checked against torch's own signature, and recorded."""
     import inspect
 
-    signature, asked = inspect.signature(attention_ways._varlen()), {}
+    signature, asked = inspect.signature(attention_kernels._varlen()), {}
 
     def varlen_attn(query: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         asked.update(signature.bind(query, *args, **options).arguments)
         return query
 
     varlen_attn.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    monkeypatch.setattr(attention_ways, "_varlen", lambda: varlen_attn)
+    monkeypatch.setattr(attention_kernels, "_varlen", lambda: varlen_attn)
     q, k, v = qkv()
-    out = attention_ways.varlen(q, k, v, LENGTHS, 6, 0.5)
+    out = attention_kernels.varlen(q, k, v, LENGTHS, 6, 0.5)
     assert torch.equal(out, q[0].transpose(0, 1))
     assert asked["cu_seq_q"].tolist() == [0, 9, 18, 19, 159, 176]
     assert (asked["max_q"], asked["scale"], asked["window_size"], asked["enable_gqa"]) == (140, 0.5, (5, 0), True)
@@ -162,7 +162,7 @@ def test_the_variable_length_ways_are_asked_as_their_signatures_say(monkeypatch:
 
 @pytest.mark.parametrize("nested", [False, True], ids=["per layer", "composite"])
 def test_the_head_size_is_the_largest_of_the_language_model_s_layers(nested):
-    from flora_core.attention import _head_size
+    from flora_core.model.attention import _head_size
 
     sizes: dict[str, Any] = dict(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .attention_ways import WAYS, Way, choose
-from .common.segments import DeviceSegments
-from .repeatable import strict_backward
+from ..common.segments import DeviceSegments
+from .attention_kernels import WAYS, Way, choose
+from .deterministic import strict_backward
 
 NAME = "flora_packed"
 # Arguments that leave plain scaled dot-product attention what it is.

@@ -13,16 +13,19 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from .adapters.bank import AdapterBank, BankModule
-from .cohort import ClientSpec, Cohort
-from .common.checks import require
-from .config.adapter import check_targets, matches_target
-from .distributed.sharding import check_plain, is_sharded, sharded
-from .forward import Batch, find_way
-from .linear import MultiLoRALinear, is_conv1d, weight_view
-from .models import check_model, is_linear
-from .ops.backends import resolve
-from .ops.dispatch import check_fuse
+from ..adapters.bank import AdapterBank, BankModule
+from ..common.checks import require
+from ..config.adapter import check_targets, matches_target
+from ..distributed.sharding import check_plain, is_sharded, sharded
+from ..ops.backends import resolve
+from ..ops.dispatch import check_fuse
+from .accepted import check_model, is_linear
+from .batch import Batch
+from .client import ClientSpec
+from .cohort import Cohort
+from .forward import find_way
+from .layer import MultiLoRALinear
+from .weights import is_conv1d, weight_view
 
 # A cohort holds its model, and the layers that it wrapped hold it: a strong reference here would keep both for ever.
 _COHORTS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Cohort]] = weakref.WeakKeyDictionary()

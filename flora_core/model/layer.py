@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters.bank import BankModule
-from .common.checks import require
-from .common.segments import DeviceSegments, Segments
-from .ops.api import LoraWeights, lora_linears
+from ..adapters.bank import BankModule
+from ..common.checks import require
+from ..common.segments import DeviceSegments, Segments
+from ..ops.api import LoraWeights, lora_linears
+from .weights import weight_view
 
 
 @dataclass(frozen=True)
@@ -194,14 +195,3 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
     tokens: Any = layout.tokens  # the kernels take either kind
     with torch.autocast(device, enabled=False):
         return lora_linears(x_MK, targets, tokens, dropout_C=dropout_C, row_C=layout.row_C, **options)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D, which stores its weight K x N."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def weight_view(module: Any) -> torch.Tensor:
-    """The detached weight of a Linear or Conv1D as N x K; writing to it changes the module."""
-    weight = module.weight.detach()
-    return weight.T if is_conv1d(module) else weight

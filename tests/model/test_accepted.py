@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import flora_core as flora
-from flora_core.models import decoder_of, is_linear, sequence_limit
+from flora_core.model.accepted import decoder_of, is_linear, sequence_limit
 from tests.support import models
 from tests.support.attached import TARGETS, client, llama
 from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_records, make_tokenizer

@@ -1,0 +1,1 @@
+"""One resident causal language model with the adapters of many clients."""
