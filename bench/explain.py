@@ -23,9 +23,9 @@ from bench.protocol import RESULTS, SMOKE, Result, Timing, machine_folder
 from bench.rates import rates
 from bench.rivals import FROZEN
 from bench.steps import RIVALS, Step
-from flora_core import steps
 from flora_core.ops.backends import resolve, without_checks
-from flora_core.optimizer import CohortAdamW
+from flora_core.training import steps
+from flora_core.training.optimizer import CohortAdamW
 
 PARTS = ("base products", "LoRA", "attention", "norm", "elementwise", "loss", "optimizer", "data", "host")
 LINEAR = "linear"  # a layer with or without adapters: its products are the base's, the rest is LoRA's

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import flora_core as flora
-from flora_core import graphs, steps
 from flora_core.model.batch import lay_out
 from flora_core.testing import plain_rounding
+from flora_core.training import static_steps, steps
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets
 
@@ -134,9 +134,9 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
     runner = flora.CohortTrainer(cohort, flora.TrainConfig(lr=1e-2, batch_size=1, cuda_graphs=wanted))
     with pytest.MonkeyPatch.context() as patch, models.exact64() if way == "exact" else nullcontext():
         # Few sizes, so that they come again in a short training.
-        patch.setattr(graphs, "round_up", lambda count, _: max(32, 1 << (count - 1).bit_length()))
+        patch.setattr(static_steps, "round_up", lambda count, _: max(32, 1 << (count - 1).bit_length()))
         if way == "called":
-            patch.setattr(steps, "executor_for", lambda _: graphs.Eager())
+            patch.setattr(steps, "executor_for", lambda _: static_steps.Eager())
         if device == "cpu" and static:
             attend_by_offsets(patch)
             patch.setattr(steps, "why_not", lambda *_: None)

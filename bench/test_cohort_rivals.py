@@ -12,7 +12,7 @@ from bench.protocol import Result, interleave
 from bench.rates import device, rates
 from bench.rivals import ready
 from bench.steps import RIVALS, Step
-from flora_core.graphs import WARM_UP
+from flora_core.training.cuda_graphs import WARM_UP
 
 QUESTION = "cohort_rivals"
 # On a CPU a third of the layers tells as much: the step is a sum over layers, and the head's share is larger.

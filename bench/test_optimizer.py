@@ -11,8 +11,8 @@ from bench.grid import TARGETS, Case
 from bench.protocol import Check, Result, interleave
 from bench.rates import device, rates
 from bench.rivals import Rival, ready
-from flora_core.optimizer import CohortAdamW
 from flora_core.testing import budget_ratio
+from flora_core.training.optimizer import CohortAdamW
 
 QUESTION = "optimizer"
 LR = 3e-4

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .common.segments import Segments
     from .config.adapter import AdapterConfig
     from .config.training import TrainConfig
-    from .explaining import explain
     from .federation import Federation, FederationConfig
     from .merge import merge_adapter_
     from .model.attachment import attach, detach
@@ -35,10 +34,11 @@ if TYPE_CHECKING:
         stacked_merge_,
         stacked_merge_many_,
     )
-    from .optimizer import CohortAdamW
     from .rebase import RebaseReport, rebase_adapter
     from .streaming import MergeReport, export_adapter, merge_into_checkpoint
-    from .trainer import CohortTrainer
+    from .training.explanation import explain
+    from .training.optimizer import CohortAdamW
+    from .training.trainer import CohortTrainer
 
 _HOMES = {
     "adapter_config": "AdapterConfig",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import planner
 from .build import build_model, specs_of
 from .common.checks import listed
 from .common.formatting import show_bytes
@@ -15,7 +14,8 @@ from .common.tables import Table
 from .config.recipe import Recipe
 from .data.splits import Split, split_data
 from .model.attachment import attach, detach
-from .trainer import CohortTrainer
+from .training import planner
+from .training.trainer import CohortTrainer
 
 
 def dry_run(recipe: Recipe) -> list[Table]:

@@ -34,13 +34,13 @@ from .incoming import Remote
 from .model.accepted import as_tokenizer, check_model
 from .model.client import ClientSpec
 from .model.evaluation import evaluate
-from .pausing import Paused, stopping
 from .privacy import Privacy, PrivateSum
 from .rebase import rebase_adapter
 from .resuming import Resuming
 from .saving import converted, dtype_to_save
 from .server import Server
-from .trainer import CohortTrainer
+from .training.pause import Paused, stopping
+from .training.trainer import CohortTrainer
 from .validate import promised
 
 # Clients that are checked together before training: their adapters are in memory at one time.

@@ -26,7 +26,7 @@ from .common.checks import require
 from .common.files import atomic_dir, atomic_write_json, write_safetensors
 from .common.safetensors_header import open_plain
 from .model.client import ClientSpec
-from .pausing import Paused
+from .training.pause import Paused
 
 QUARANTINE, REASON = "quarantine", "reason.json"
 # Besides eight bytes a number: a header has about 120 bytes a tensor, a config is a few thousand.

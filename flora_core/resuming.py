@@ -15,7 +15,7 @@ from .common.states import on_device
 from .history import Event
 from .identity import environment, identity
 from .ops import autotune
-from .pausing import Paused
+from .training.pause import Paused
 from .training_round import TrainingRound
 
 

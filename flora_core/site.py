@@ -30,7 +30,7 @@ from .model.attachment import attach, detach
 from .model.client import ClientSpec
 from .model.cohort import Cohort
 from .model.targets import target_weights
-from .trainer import CohortTrainer
+from .training.trainer import CohortTrainer
 
 Tensors = dict[str, torch.Tensor]
 COPY, PLACE = "copy.safetensors", "copy.json"

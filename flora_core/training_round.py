@@ -22,16 +22,16 @@ from .distributed.world import Ranks
 from .exchange import choose, light, partial_sum, whole
 from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
-from .local import LocalClient
 from .model.attachment import attach, detach
 from .model.client import ClientSpec
 from .model.cohort import Cohort
 from .ops import autotune
-from .pausing import Paused
-from .planner import spread
 from .privacy import PrivateSum
 from .server import Server
-from .trainer import CohortTrainer
+from .training.client import LocalClient
+from .training.pause import Paused
+from .training.planner import spread
+from .training.trainer import CohortTrainer
 from .validate import sift
 
 

@@ -24,7 +24,7 @@ import pytest
 from flora_core.checkpoint import RunFolder
 from flora_core.common.errors import Stopped
 from flora_core.common.files import SaveError
-from flora_core.pausing import stopping
+from flora_core.training.pause import stopping
 from tests.support.federations import files, make_clients, make_federation, make_model
 from tests.test_kill_resume import CASES, Runner, left_behind, told
 

@@ -15,8 +15,8 @@ from flora_core.common.devices import pick_device
 from flora_core.config.federation import FederationConfig
 from flora_core.distributed import world
 from flora_core.exchange import Way, choose
-from flora_core.planner import spread
 from flora_core.remote import RemoteFederation
+from flora_core.training.planner import spread
 from tests.support.federations import make_federation, make_model
 from tests.test_kill_resume import told
 

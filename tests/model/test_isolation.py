@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import steps
 from flora_core.model.loss import client_losses
 from flora_core.ops import backends
 from flora_core.ops.fusion import WAYS
+from flora_core.training import steps
 from tests.support import models
 from tests.support.models import FAMILIES
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from flora_core.graphs import Graphs
+from flora_core.training.cuda_graphs import Graphs
 
 
 class Told(Graphs):

@@ -28,7 +28,7 @@ import flora_core as flora
 from flora_core.adapters.update import Adapters
 from flora_core.data.pack import epoch_order
 from flora_core.data.template import IGNORE, Example
-from flora_core.optimizer import CohortAdamW
+from flora_core.training.optimizer import CohortAdamW
 
 
 def philox(group: np.ndarray, row: np.ndarray, key: int, rounds: int = 7) -> list[np.ndarray]:

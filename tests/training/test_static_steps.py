@@ -20,17 +20,17 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import graphs, steps
 from flora_core.common.segments import DeviceSegments, Segments
 from flora_core.data.template import IGNORE, Example
-from flora_core.graphs import Shape, round_up, shape_of
 from flora_core.model.cohort import keys_on_device
 from flora_core.model.loss import client_losses
 from flora_core.ops import autotune
+from flora_core.training import static_steps, steps
+from flora_core.training.static_steps import Shape, round_up, shape_of
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def static(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(steps, "why_not", lambda cohort, config: None if config.cuda_graphs else "off")
     monkeypatch.setattr(steps, "executor_for", executor)
     # Few sizes, so that they come again in a short training.
-    monkeypatch.setattr(graphs, "round_up", lambda count, sizes: max(64, 1 << (count - 1).bit_length()))
+    monkeypatch.setattr(static_steps, "round_up", lambda count, sizes: max(64, 1 << (count - 1).bit_length()))
     return made
 
 
@@ -114,7 +114,7 @@ def test_shapes_come_from_a_short_list():
 
 
 def test_a_function_is_called_then_captured_then_replayed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(graphs, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(static_steps, "MOST_GRAPHS", 2)
     executor, ran = Told(), []
     for _ in range(5):
         for key in ("a", "b", "c", None):
@@ -164,13 +164,13 @@ def test_why_not_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     cohort = flora.attach(models.tiny("llama", torch.float32), models.clients(), ["q_proj"])
     on_gpu: Any = type("OnGpu", (), {"device": torch.device("cuda")})()
     cohort.bank.param = on_gpu
-    why = lambda **settings: graphs.why_not(cohort, flora.TrainConfig(**settings)) or ""  # noqa: E731
+    why = lambda **settings: static_steps.why_not(cohort, flora.TrainConfig(**settings)) or ""  # noqa: E731
     assert why(cuda_graphs=False) == "cuda_graphs=False"
     assert why(gradient_checkpointing=True).startswith("gradient checkpointing reads")
     assert "reads the clients' lengths on the host" in why()
-    monkeypatch.setattr(graphs, "_on_device", lambda cohort: True)
+    monkeypatch.setattr(static_steps, "_on_device", lambda cohort: True)
     assert why().startswith("attention runs per sequence, which reads lengths on the host")
-    monkeypatch.setattr(graphs.attention, "choose", lambda *args: graphs.attention.Way("varlen", ""))
+    monkeypatch.setattr(static_steps.attention, "choose", lambda *args: static_steps.attention.Way("varlen", ""))
     assert why() == ""
     cohort.packs = False
     assert why().startswith("sequences are padded")
@@ -262,10 +262,10 @@ def test_dropout_keys_begin_at_aligned_addresses(clients: int):
 
 def test_labels_are_filled_up_by_the_padding_s_own_rows(static: list[Any]):
     cohort = flora.attach(models.tiny("llama"), models.clients(), ["q_proj"])
-    static_pass = graphs.StaticPass(cohort, Shape(64, 48, 16), 20, contextlib.nullcontext)
+    static_pass = static_steps.StaticPass(cohort, Shape(64, 48, 16), 20, contextlib.nullcontext)
     batches = [models.examples(0, (9, 4)), models.examples(1, (20,)), [], [], []]
     static_pass.fill(batches, [1] * 5, [0] * 5, {path: [1] * 5 for path in cohort.layers})
-    labelled = sum(graphs.num_labels(example) for batch in batches for example in batch)
+    labelled = sum(static_steps.num_labels(example) for batch in batches for example in batch)
     rows = static_pass.part["labels"][labelled:].tolist()
     assert len(rows) > 10
     assert rows == [33 + i % 31 for i in range(len(rows))], "each of the padding's rows before any of them again"
@@ -288,7 +288,7 @@ def test_a_pass_waits_for_the_streams_of_its_own_device(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[device.index])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    graphs.Cuda(torch.device("cuda:1")).call(lambda: asked.append("called"))
+    static_steps.Cuda(torch.device("cuda:1")).call(lambda: asked.append("called"))
     one = torch.device("cuda:1")
     assert asked == [(one, "waits for", one), "called", (one, "waits for", one)]
 

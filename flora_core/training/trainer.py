@@ -11,22 +11,22 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..adapters.bank import AdapterBank
+from ..adapters.penalty import TailPenalty
+from ..adapters.update import ClientUpdate
+from ..common.errors import CrowdedError, crowded_text, is_out_of_memory
+from ..config.training import TrainConfig
+from ..distributed.sharding import check_training
+from ..model.accepted import as_tokenizer, embedding_rows, sequence_limit
+from ..model.client import ClientSpec
+from ..model.cohort import Cohort
+from ..model.deterministic import deterministic_libraries
+from ..model.forward import evaluation_mode
+from ..model.recompute import keeping_less
 from . import planner
-from .adapters.bank import AdapterBank
-from .adapters.penalty import TailPenalty
-from .adapters.update import ClientUpdate
-from .common.errors import CrowdedError, crowded_text, is_out_of_memory
-from .config.training import TrainConfig
-from .distributed.sharding import check_training
-from .local import LocalClient, examples_of
-from .model.accepted import as_tokenizer, embedding_rows, sequence_limit
-from .model.client import ClientSpec
-from .model.cohort import Cohort
-from .model.deterministic import deterministic_libraries
-from .model.forward import evaluation_mode
-from .model.recompute import keeping_less
+from .client import LocalClient, examples_of
 from .optimizer import CohortAdamW
-from .pausing import Paused, State, client_state, restore_client
+from .pause import Paused, State, client_state, restore_client
 from .steps import CohortSteps
 
 Event = dict[str, Any]

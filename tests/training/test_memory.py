@@ -12,13 +12,13 @@ import torch
 
 import flora_core as flora
 from flora_core.common.errors import CrowdedError, is_out_of_memory
-from flora_core.pausing import Paused
-from flora_core.steps import CohortSteps
-from flora_core.trainer import CohortTrainer
+from flora_core.training.pause import Paused
+from flora_core.training.steps import CohortSteps
+from flora_core.training.trainer import CohortTrainer
 from tests.support.federations import TRAIN, make_clients, make_model, make_tokenizer
 from tests.support.models import exact64
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = (
     "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
 )
@@ -116,7 +116,7 @@ def test_another_error_is_not_taken_for_memory(monkeypatch):
 
 def test_memory_that_runs_out_while_weights_are_written_is_not_tried_again(monkeypatch):
     """A step that is half done must not be done twice."""
-    from flora_core.optimizer import CohortAdamW
+    from flora_core.training.optimizer import CohortAdamW
 
     def fail(*_):
         raise RuntimeError(CPU)
@@ -180,7 +180,7 @@ import torch
 torch.set_num_threads(1)
 import flora_core as flora
 from tests.support.federations import make_model, make_tokenizer, make_records
-from flora_core.trainer import CohortTrainer
+from flora_core.training.trainer import CohortTrainer
 
 model = make_model(hidden=512)
 specs = [flora.ClientSpec(n, make_records(n, 8), flora.AdapterConfig(4, 8)) for n in "abcd"]

@@ -11,7 +11,7 @@ import transformers
 
 import flora_core as flora
 from flora_core.data.template import IGNORE, Example
-from flora_core.optimizer import CohortAdamW
+from flora_core.training.optimizer import CohortAdamW
 from tests.support import models
 
 TARGETS = ["q_proj", "v_proj"]

@@ -13,8 +13,8 @@ import flora_core as flora
 from flora_core.adapters.bank import AdapterBank
 from flora_core.adapters.update import Adapters
 from flora_core.common.segments import Segments
-from flora_core.optimizer import CohortAdamW
 from flora_core.testing import check_budget
+from flora_core.training.optimizer import CohortAdamW
 
 NAMES = ("a", "b", "none", "c")
 SHAPES = {"q": (12, 8), "v": (5, 8)}  # (N, K)

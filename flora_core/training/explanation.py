@@ -12,14 +12,14 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .config.training import TrainConfig
-from .distributed.sharding import sharded
-from .graphs import why_not
-from .model import attention
-from .model.attachment import cohort_of
-from .model.layer import MultiLoRALinear
-from .ops import autotune, merging
-from .ops.backends import resolve
+from ..config.training import TrainConfig
+from ..distributed.sharding import sharded
+from ..model import attention
+from ..model.attachment import cohort_of
+from ..model.layer import MultiLoRALinear
+from ..ops import autotune, merging
+from ..ops.backends import resolve
+from .static_steps import why_not
 
 _KERNELS = {
     "reference": "torch, client by client",

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flora_core as flora
-from flora_core import planner
 from flora_core.data.pack import passes
-from flora_core.planner import Demand, measure_bytes_per_token, plan
+from flora_core.training import planner
+from flora_core.training.planner import Demand, measure_bytes_per_token, plan
 from tests.support import models
 
 EACH = settings(max_examples=150, deadline=None)

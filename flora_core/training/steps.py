@@ -13,19 +13,20 @@ from typing import Any
 
 import torch
 
+from ..adapters.penalty import TailPenalty
+from ..common.checks import require
+from ..common.errors import CrowdedError, crowded_text, is_out_of_memory
+from ..common.segments import Segments
+from ..data.template import Example
+from ..distributed.sharding import sharded
+from ..model.batch import Batch, labelled_hidden, lay_out
+from ..model.cohort import Cohort
+from ..model.loss import client_losses
 from . import planner
-from .adapters.penalty import TailPenalty
-from .common.checks import require
-from .common.errors import CrowdedError, crowded_text, is_out_of_memory
-from .common.segments import Segments
-from .data.template import Example
-from .distributed.sharding import sharded
-from .graphs import StaticSteps, executor_for, num_labels, why_not
-from .local import LocalClient
-from .model.batch import Batch, labelled_hidden, lay_out
-from .model.cohort import Cohort
-from .model.loss import client_losses
+from .client import LocalClient
+from .cuda_graphs import executor_for
 from .optimizer import CohortAdamW
+from .static_steps import StaticSteps, num_labels, why_not
 
 
 class CohortSteps:
