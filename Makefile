@@ -86,7 +86,7 @@ test-all: environment
 soak: environment
 	mkdir -p docs/logs
 	$(PYTEST) --scale=full -ra --durations=10 tests/test_faults.py tests/test_hostile.py tests/test_kill_resume.py \
-	    tests/training/test_memory.py tests/test_privacy.py tests/test_remote.py tests/test_robust.py 2>&1 | tee docs/logs/soak.txt
+	    tests/training/test_memory.py tests/test_privacy.py tests/test_remote.py tests/aggregation/test_norms.py 2>&1 | tee docs/logs/soak.txt
 
 # A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list

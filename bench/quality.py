@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.protocol import RESULTS, ROOT, environment
-from flora_core.aggregate import STRATEGIES, get_strategy
+from flora_core.aggregation import STRATEGIES, get_strategy
 from flora_core.common.files import atomic_write_bytes
 from flora_core.common.formatting import show_bytes
 

@@ -19,7 +19,7 @@ import torch
 
 from bench.protocol import ROOT, Result, Timing, latest, machine_folder
 from flora_core.adapters.update import ClientUpdate, RoundResult
-from flora_core.aggregate import aggregate
+from flora_core.aggregation import aggregate
 from flora_core.common.formatting import show_bytes, show_seconds
 from flora_core.common.seeds import generator
 from flora_core.merge import apply_base_delta_, new_low_bits

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from flora_core.adapters.update import ClientUpdate, RoundResult
-from flora_core.aggregate import aggregate, get_strategy
-from flora_core.aggregate.compress import OVERSAMPLING, is_core_cheaper, is_whole_cheaper
+from flora_core.aggregation import aggregate, get_strategy
+from flora_core.aggregation.svd import OVERSAMPLING, is_core_cheaper, is_whole_cheaper
 from flora_core.common.devices import peak_memory_bytes
 from flora_core.common.seeds import generator
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .adapters.bank import AdapterBank
     from .adapters.peft import load_peft_adapter, save_peft_adapter
     from .adapters.update import ClientUpdate, RoundResult
-    from .aggregate import aggregate
+    from .aggregation import aggregate
     from .common.segments import Segments
     from .config.adapter import AdapterConfig
     from .config.training import TrainConfig

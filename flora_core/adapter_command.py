@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command."""
     check_choice("layout", options.layout, LAYOUTS)
-    from .aggregate import load_strategy
+    from .aggregation import load_strategy
     from .common.formatting import show_bytes
     from .common.tables import print_tables
     from .rebase import rebase_adapter

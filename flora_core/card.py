@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .aggregate import get_strategy
+from .aggregation import get_strategy
 from .config.federation import FederationConfig
 from .config.training import TrainConfig
 from .data.chat import Plain

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .adapters.update import ClientUpdate
-from .aggregate.inputs import Stack, round_terms, stack_of
+from .aggregation.terms import Stack, round_terms, stack_of
 
 _SUM_BYTES = torch.float64.itemsize
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from .adapters.base import Base
 from .adapters.update import ClientUpdate
-from .aggregate import get_strategy
+from .aggregation import get_strategy
 from .card import model_card
 from .checkpoint import RunFolder
 from .common.checks import require

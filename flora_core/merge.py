@@ -11,8 +11,8 @@ import torch
 
 from .adapters.base import check_base
 from .adapters.update import ClientUpdate
-from .aggregate.certificate import Deviation, sample_rows, total, write_deviation
-from .aggregate.inputs import Stack, check_adapters
+from .aggregation.certificate import Deviation, sample_rows, total, write_deviation
+from .aggregation.terms import Stack, check_adapters
 from .common.checks import check_choice, listed, require
 from .config.federation import ROUNDINGS
 from .model.targets import target_weights

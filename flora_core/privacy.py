@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adapters.update import ClientUpdate, RoundResult
-from .aggregate.inputs import Stack, Term, stack_of
-from .aggregate.robust import clip_factor
+from .aggregation.norms import clip_factor
+from .aggregation.terms import Stack, Term, stack_of
 from .common import extras
 from .common.checks import require
 from .common.files import atomic_write_json

@@ -24,9 +24,9 @@ import torch
 from .adapters.base import Base, place_of, values
 from .adapters.peft import save_stacked_adapter
 from .adapters.update import RoundResult
-from .aggregate.adapter import as_stack
-from .aggregate.compress import balanced, full_rank, stack_svd
-from .aggregate.inputs import Stack, join_stacks
+from .aggregation.global_adapter import as_stack
+from .aggregation.svd import balanced, full_rank, stack_svd
+from .aggregation.terms import Stack, join_stacks
 from .common.checks import check_choice, require
 from .exchange import dense_stack
 from .merge import adapter_stack

@@ -18,8 +18,8 @@ from typing import Any
 from .adapters.base import Base
 from .adapters.peft import WEIGHTS, load_peft_adapter, read_base, read_config
 from .adapters.update import ClientUpdate
-from .aggregate import aggregate, get_strategy
-from .aggregate.inputs import Stack
+from .aggregation import aggregate, get_strategy
+from .aggregation.terms import Stack
 from .checkpoint import ROUNDS, RUN, RunFolder
 from .common.checks import require
 from .common.safetensors_header import parse_json

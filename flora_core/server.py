@@ -17,10 +17,10 @@ import torch
 from .adapters.base import Base, values, values_of
 from .adapters.penalty import TailPenalty
 from .adapters.update import ClientUpdate, RoundResult
-from .aggregate import Certificate, Deviation, aggregate, get_strategy
-from .aggregate.downlink import DeltaLog
-from .aggregate.inputs import Stack
-from .aggregate.strategy import BOTH
+from .aggregation import Certificate, Deviation, aggregate, get_strategy
+from .aggregation.downlink import DeltaLog
+from .aggregation.strategy import BOTH
+from .aggregation.terms import Stack
 from .common.checks import require
 from .common.digests import tensor_digest
 from .common.seeds import derive, generator

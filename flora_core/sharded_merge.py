@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from .aggregate.certificate import Deviation, sample_rows, total
-from .aggregate.inputs import Stack
+from .aggregation.certificate import Deviation, sample_rows, total
+from .aggregation.terms import Stack
 from .distributed.sharding import ShardedBase
 from .merge import apply_base_delta_
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .adapters.update import ClientUpdate, packed, unpacked
-from .aggregate.robust import clipped
+from .aggregation.norms import clipped
 from .checkpoint import RunFolder
 from .common.seeds import derive, generator
 from .config.federation import FederationConfig

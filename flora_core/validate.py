@@ -13,7 +13,7 @@ from numbers import Real
 import torch
 
 from .adapters.update import ClientUpdate
-from .aggregate.robust import outliers, product_norm
+from .aggregation.norms import outliers, product_norm
 from .common.checks import listed
 from .common.tensor_checks import FLOAT_DTYPES
 from .model.cohort import Cohort

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from flora_core.aggregate import STRATEGIES
+from flora_core.aggregation import STRATEGIES
 from flora_core.card import base_licence, hub_name, model_card
 from flora_core.config.federation import FederationConfig
 from flora_core.config.privacy import Privacy

@@ -128,7 +128,7 @@ def test_every_command_names_its_packages():
 
 
 def test_the_names_of_strategies_are_those_that_are_registered():
-    from flora_core.aggregate import STRATEGIES
+    from flora_core.aggregation import STRATEGIES
     from flora_core.config.strategy_names import STRATEGY_NAMES
 
     # Other tests may have registered strategies of their own.

@@ -14,7 +14,7 @@ import torch
 import flora_core as flora
 from flora_core.adapters.peft import save_stacked_adapter
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import aggregate
+from flora_core.aggregation import aggregate
 from flora_core.data.template import Example
 from flora_core.testing import budget_ratio, plain_rounding
 from flora_kernels.reference import join_master

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import aggregate
+from flora_core.aggregation import aggregate
 from flora_core.merge import apply_base_delta_, merge_adapter_, new_low_bits
 from flora_core.model.targets import target_weights
 from flora_kernels.reference import join_master

@@ -26,8 +26,8 @@ from flora_core.model.targets import target_weights as writable
 from flora_core.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
 from flora_core.progress import PlainProgress
 from flora_kernels.reference import join_master
+from tests.aggregation.test_norms import cancelling, dense_norm
 from tests.support.federations import make_clients, make_federation, make_model, stop_after, target_weights
-from tests.test_robust import cancelling, dense_norm
 
 HAVE = importlib.util.find_spec("dp_accounting") is not None
 needs_accountant = pytest.mark.skipif(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import flora_core as flora
 from flora_core import rebase
 from flora_core.adapters.peft import load_peft_adapter, read_base, read_config
-from flora_core.aggregate import STRATEGIES
+from flora_core.aggregation import STRATEGIES
 from flora_core.checkpoint import ROUNDS
 from flora_core.cli import main
 from flora_core.config.privacy import Privacy

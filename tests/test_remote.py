@@ -20,7 +20,7 @@ import torch
 import flora_core as flora
 from flora_core.adapters.peft import save_peft_adapter
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import aggregate
+from flora_core.aggregation import aggregate
 from flora_core.common.errors import Stopped
 from flora_core.common.seeds import generator
 from flora_core.incoming import Asked, Task, receive

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import flora_core as flora
-from flora_core.aggregate.inputs import exact_stacks, round_terms
+from flora_core.aggregation.terms import exact_stacks, round_terms
 from flora_core.cli import main
 from flora_core.streaming import merge as merge_module
 from flora_core.streaming import write

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate.robust import product_norm
+from flora_core.aggregation.norms import product_norm
 from flora_core.validate import sift, why_refused
 
 K, N = 12, 20

@@ -200,7 +200,7 @@ class Recipe:
         require(len(self.target_modules) > 0, "target_modules must name at least one layer")
         check_strategy_name(self.strategy)
         # Strategies need torch, whose import takes seconds: whatever else can be wrong is found before.
-        from ..aggregate import get_strategy, load_strategy
+        from ..aggregation import get_strategy, load_strategy
 
         self.strategy = load_strategy(self.strategy)
         get_strategy(self.strategy).check(self.federation.strategy_options)

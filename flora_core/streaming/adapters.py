@@ -19,8 +19,8 @@ from ..adapters.peft import CONFIG, WEIGHTS, pair_factors, read_config, refuse_o
 from ..adapters.peft_config import base_of
 from ..adapters.peft_keys import sort_keys
 from ..adapters.update import ClientUpdate
-from ..aggregate import Deviation, Strategy, certify, get_strategy, norm, total
-from ..aggregate.inputs import Stack, check_updates, round_terms, stack_of
+from ..aggregation import Deviation, Strategy, certify, get_strategy, norm, total
+from ..aggregation.terms import Stack, check_updates, round_terms, stack_of
 from ..common.checks import require
 from .shards import DTYPES, Entry, read_shard, read_tensor
 

@@ -15,8 +15,8 @@ import torch
 
 from ..adapters.peft import save_stacked_adapter
 from ..adapters.update import RoundResult
-from ..aggregate.downlink import wire_dtype
-from ..aggregate.inputs import Stack
+from ..aggregation.downlink import wire_dtype
+from ..aggregation.terms import Stack
 from ..common.checks import check_choice, require
 from .adapters import Adapter, Sum, open_adapters
 from .bases import check_bases

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..aggregate import Deviation
+from ..aggregation import Deviation
 from ..common.checks import require
 from ..common.files import SaveError, atomic_write_bytes, atomic_write_json
 from ..common.safetensors_header import parse_json

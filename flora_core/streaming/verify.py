@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ..aggregate import Deviation, total
-from ..aggregate.inputs import Stack
+from ..aggregation import Deviation, total
+from ..aggregation.terms import Stack
 from ..common.checks import require
 from .plan import Target
 from .shards import DTYPES, INDEX, Checkpoint, Shard, read_into, read_shard

@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 
-from ..aggregate.inputs import Stack
+from ..aggregation.terms import Stack
 from ..common.checks import require
 from ..ops.api import stacked_merge_
 from .plan import Target

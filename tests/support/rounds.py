@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flora_core.adapters.update import ClientUpdate, RoundResult
-from flora_core.aggregate import get_strategy
+from flora_core.aggregation import get_strategy
 
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.0.v_proj": (8, 16), "layers.1.q_proj": (24, 16)}  # (N, K)
 Q = "layers.0.q_proj"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import average, frozen, product, redistribute, warm  # noqa: F401 (their strategies register themselves)
+from . import average, flora, flora_warm, frozen, redistribute  # noqa: F401 (their strategies register themselves)
 from .certificate import Certificate, Deviation, certify, norm, sample_rows, total, write_deviation
 from .strategy import STRATEGIES, Strategy, aggregate, get_strategy, load_strategy, register, table
 

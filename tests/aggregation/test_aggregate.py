@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import STRATEGIES, aggregate, get_strategy
+from flora_core.aggregation import STRATEGIES, aggregate, get_strategy
 from tests.support.rounds import (
     SHAPES,
     a_round,

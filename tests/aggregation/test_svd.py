@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flora_core.aggregate.compress import energy_rank, is_core_cheaper, leading_svd, stack_svd
+from flora_core.aggregation.svd import energy_rank, is_core_cheaper, leading_svd, stack_svd
 
 
 def test_energy_rank_at_the_edges():

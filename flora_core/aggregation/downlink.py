@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .compress import Svd, balanced, full_rank, is_smaller_than_dense, stack_svd
-from .inputs import Stack
+from .svd import Svd, balanced, full_rank, is_smaller_than_dense, stack_svd
+from .terms import Stack
 
 
 class Form(NamedTuple):

@@ -12,10 +12,10 @@ import torch
 
 from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_choice, check_number, require
-from .adapter import AdapterStrategy, Pair, as_stack, dtype_name, extended, on_the_wire, without
-from .compress import Svd, as_fresh, leading_svd
-from .inputs import round_terms, stack_of
+from .global_adapter import AdapterStrategy, Pair, as_stack, dtype_name, extended, on_the_wire, without
 from .strategy import register
+from .svd import Svd, as_fresh, leading_svd
+from .terms import round_terms, stack_of
 
 Floor = Mapping[str, int]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_core.aggregate import STRATEGIES, aggregate, load_strategy
+from flora_core.aggregation import STRATEGIES, aggregate, load_strategy
 from tests.support.rounds import make_update, mixed_ranks
 
 BAD_OPTIONS = {
@@ -44,10 +44,10 @@ def test_every_strategy_of_the_design_is_there():
 
 
 def test_the_strategy_in_the_docs_works_as_it_says(monkeypatch, tmp_path):
-    from flora_core.aggregate import strategy
+    from flora_core.aggregation import strategy
 
     monkeypatch.setattr(strategy, "STRATEGIES", dict(STRATEGIES))
-    text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "@register" in block]
     (tmp_path / "mine.py").write_text(code)
     with pytest.raises(ValueError, match=r"unknown strategy 'damped'; known: .*flora"):
@@ -64,7 +64,7 @@ def test_the_strategy_in_the_docs_works_as_it_says(monkeypatch, tmp_path):
 
 
 def test_the_docs_table_says_what_the_table_says():
-    text = (Path(__file__).parents[1] / "docs" / "strategies.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text()
     lines = [[cell.strip(" `") for cell in line.split("|")] for line in text.splitlines()]
     rows = {cells[1]: cells for cells in lines if len(cells) == 10}
     for name, strategy in STRATEGIES.items():

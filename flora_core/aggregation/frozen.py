@@ -15,9 +15,9 @@ import torch
 
 from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import require
-from .adapter import AdapterStrategy, Pair, averaged
-from .inputs import Term, round_terms
+from .global_adapter import AdapterStrategy, Pair, averaged
 from .strategy import register
+from .terms import Term, round_terms
 
 
 class _Frozen(AdapterStrategy):

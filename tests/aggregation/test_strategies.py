@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import aggregate, get_strategy
+from flora_core.aggregation import aggregate, get_strategy
 from tests.support.rounds import (
     SHAPES,
     Q,

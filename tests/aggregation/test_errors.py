@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate, RoundResult
-from flora_core.aggregate import STRATEGIES, Strategy, aggregate, register, table
-from flora_core.aggregate import strategy as strategy_module
+from flora_core.aggregation import STRATEGIES, Strategy, aggregate, register, table
+from flora_core.aggregation import strategy as strategy_module
 
 
 def update(client="a", rank=2, k=8, n=6, weight: Any = 1.0, module="q_proj", scaling=2.0) -> ClientUpdate:
@@ -183,6 +183,6 @@ def test_register_refuses_what_cannot_be_a_strategy(own_table):
     with pytest.raises(ValueError, match="Nameless must set name"):
         register(type("Nameless", (Strategy,), {}))
     with pytest.raises(
-        ValueError, match=r"'flora' is already registered by flora_core.aggregate.product; choose another"
+        ValueError, match=r"'flora' is already registered by flora_core.aggregation.flora; choose another"
     ):
         register(type("Mine", (Strategy,), {"name": "flora"}))

@@ -16,12 +16,12 @@ import torch
 from ..adapters.penalty import TailPenalty
 from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_choice, check_number, require
-from .adapter import AdapterStrategy, Pair, averaged, on_the_wire, without
 from .certificate import norm
-from .compress import stack_svd
 from .downlink import sent
-from .inputs import Term, exact_stacks, round_terms
+from .global_adapter import AdapterStrategy, Pair, averaged, on_the_wire, without
 from .strategy import register
+from .svd import stack_svd
+from .terms import Term, exact_stacks, round_terms
 
 
 @register

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..common.seeds import generator
-from .inputs import Stack
+from .terms import Stack
 
 # Vectors that an iteration carries beyond the triplets that it is to find.
 OVERSAMPLING = 10

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import aggregate
-from flora_core.aggregate.compress import full_rank
-from flora_core.aggregate.downlink import DeltaLog, smallest_form
+from flora_core.aggregation import aggregate
+from flora_core.aggregation.downlink import DeltaLog, smallest_form
+from flora_core.aggregation.svd import full_rank
 from flora_core.merge import apply_base_delta_, new_low_bits
 
 

@@ -27,7 +27,7 @@ from ..common.checks import nearest, require
 from ..config.strategy_names import unknown_strategy
 from .certificate import certify
 from .downlink import smallest_form
-from .inputs import check_equal_ranks, check_same_modules, check_updates
+from .terms import check_equal_ranks, check_same_modules, check_updates
 
 BOTH = ("A", "B")
 

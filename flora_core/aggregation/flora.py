@@ -10,10 +10,10 @@ from typing import Any
 
 from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_number, require
-from .compress import energy_rank, stack_svd
 from .downlink import sent
-from .inputs import Stack, exact_stacks, round_terms
 from .strategy import Strategy, register
+from .svd import energy_rank, stack_svd
+from .terms import Stack, exact_stacks, round_terms
 
 
 @register

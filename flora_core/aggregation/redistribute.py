@@ -13,10 +13,10 @@ import torch
 
 from ..adapters.update import ClientUpdate, RoundResult
 from ..common.checks import check_choice, check_number
-from .adapter import AdapterStrategy, Pair
-from .compress import balanced, leading_svd, stack_svd
-from .inputs import Term, stack_of
+from .global_adapter import AdapterStrategy, Pair
 from .strategy import register
+from .svd import balanced, leading_svd, stack_svd
+from .terms import Term, stack_of
 
 
 @register

@@ -20,8 +20,8 @@ from ..adapters.update import Adapters, ClientUpdate, RoundResult
 from ..common.checks import require
 from ..common.seeds import generator
 from .downlink import wire_dtype
-from .inputs import Stack, Term, round_terms
 from .strategy import Strategy
+from .terms import Stack, Term, round_terms
 
 Pair = dict[str, torch.Tensor]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import aggregate
+from flora_core.aggregation import aggregate
 from tests.support.rounds import (
     SHAPES,
     Q,

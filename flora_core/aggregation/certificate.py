@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..adapters.update import ClientUpdate, RoundResult
-from .inputs import Stack, join_stacks, round_terms, stack_of
+from .terms import Stack, join_stacks, round_terms, stack_of
 
 _CHUNK_ROWS = 1024
 

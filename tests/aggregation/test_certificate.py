@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregate import Certificate, Deviation, aggregate, certify, norm, sample_rows, total, write_deviation
+from flora_core.aggregation import Certificate, Deviation, aggregate, certify, norm, sample_rows, total, write_deviation
 
 
 def stack(p, k, n, dtype=torch.float64):
