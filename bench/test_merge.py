@@ -15,7 +15,7 @@ import flora_core as flora
 from bench import cohorts
 from bench.cohorts import LINEARS, RANKS
 from bench.protocol import Check, Result, interleave
-from flora_core.merge import apply_base_delta_
+from flora_core.merge.in_place import apply_base_delta_
 from flora_core.ops.api import MergeItem, stacked_merge_many_
 from flora_core.testing import budget_ratio
 

@@ -153,7 +153,7 @@ def child(way: str, folder: str, out: str, threads: str, memory_bytes: str) -> N
         # Private memory that can be written: not code, and not the page cache.
         resource.setrlimit(resource.RLIMIT_DATA, (int(memory_bytes), int(memory_bytes)))
     if way in (OURS, "verify"):
-        import flora_core.streaming  # noqa: F401
+        import flora_core.merge  # noqa: F401
         import flora_kernels.native  # noqa: F401
     elif way == PEFT:
         import peft  # noqa: F401

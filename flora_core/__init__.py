@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .config.adapter import AdapterConfig
     from .config.training import TrainConfig
     from .federation import Federation, FederationConfig
-    from .merge import merge_adapter_
+    from .merge import MergeReport, export_adapter, merge_into_checkpoint
+    from .merge.in_place import merge_adapter_
     from .model.attachment import attach, detach
     from .model.client import ClientSpec
     from .model.cohort import Cohort
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         stacked_merge_many_,
     )
     from .rebase import RebaseReport, rebase_adapter
-    from .streaming import MergeReport, export_adapter, merge_into_checkpoint
     from .training.explanation import explain
     from .training.optimizer import CohortAdamW
     from .training.trainer import CohortTrainer

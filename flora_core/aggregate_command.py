@@ -17,7 +17,7 @@ from .common.tables import Table
 from .config.strategy_names import check_strategy_name
 
 if TYPE_CHECKING:
-    from .streaming import ExportReport, MergeReport
+    from .merge import ExportReport, MergeReport
 
 _EXAMPLES = """examples:
   flora aggregate --base llama --adapter a=120 --adapter b=80 --out merged            weights are relative: 0.6 and 0.4
@@ -101,8 +101,8 @@ def run(options: argparse.Namespace) -> int:
         check_choice("layout", options.as_adapter, LAYOUTS)
     check_strategy_name(options.strategy)
     from .common.tables import print_tables
+    from .merge import export_adapter, merge_into_checkpoint
     from .progress import Bar
-    from .streaming import export_adapter, merge_into_checkpoint
 
     try:
         with Bar() as bar:

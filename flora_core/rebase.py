@@ -29,10 +29,10 @@ from .aggregation.svd import balanced, full_rank, stack_svd
 from .aggregation.terms import Stack, join_stacks
 from .common.checks import check_choice, require
 from .exchange import dense_stack
-from .merge import adapter_stack
+from .merge.export import LAYOUTS, VLLM_RANKS, of_one_rank
+from .merge.in_place import adapter_stack
 from .replay import SavedRound, read_rounds, replay
 from .snapshot import STATE
-from .streaming.export import LAYOUTS, VLLM_RANKS, of_one_rank
 
 _CPU = torch.device("cpu")
 

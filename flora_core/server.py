@@ -27,12 +27,12 @@ from .common.seeds import derive, generator
 from .common.states import on_device
 from .distributed.sharding import sharded
 from .exchange import dense_stack, light
-from .merge import adapter_stack, apply_base_delta_, new_low_bits
+from .merge.in_place import adapter_stack, apply_base_delta_, new_low_bits
+from .merge.sharded import apply_to_parts_
 from .model.cohort import Cohort
 from .model.targets import target_weights
 from .model.weights import is_conv1d
 from .model.with_adapter import adapter_beside
-from .sharded_merge import apply_to_parts_
 
 
 class Server:

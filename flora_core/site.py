@@ -25,7 +25,7 @@ from .common.states import put_in, take_out
 from .config.adapter import AdapterConfig
 from .config.training import TrainConfig
 from .identity import environment
-from .merge import apply_base_delta_, new_low_bits
+from .merge.in_place import apply_base_delta_, new_low_bits
 from .model.attachment import attach, detach
 from .model.client import ClientSpec
 from .model.cohort import Cohort

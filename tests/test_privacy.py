@@ -21,7 +21,7 @@ import flora_core as flora
 from flora_core import privacy as privacy_module
 from flora_core.adapters.update import ClientUpdate
 from flora_core.common.errors import Stopped
-from flora_core.merge import new_low_bits
+from flora_core.merge.in_place import new_low_bits
 from flora_core.model.targets import target_weights as writable
 from flora_core.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
 from flora_core.progress import PlainProgress

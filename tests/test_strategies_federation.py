@@ -228,7 +228,7 @@ def test_the_certificate_and_the_bytes_are_written_down(tmp_path):
 @pytest.mark.parametrize("rows", [None, 5])
 def test_the_application_error_is_that_of_the_rows_that_are_stated(rows, monkeypatch):
     """A write that loses one row that the sample misses: 5 of 16 rows do not see row 15, all rows do."""
-    from flora_core import merge
+    from flora_core.merge import in_place
 
     def lossy(items, **options):
         keep = [item.weight[15].clone() for item in items]
@@ -236,8 +236,8 @@ def test_the_application_error_is_that_of_the_rows_that_are_stated(rows, monkeyp
         for item, row in zip(items, keep, strict=True):
             item.weight[15] = row
 
-    real = merge.stacked_merge_many_
-    monkeypatch.setattr(merge, "stacked_merge_many_", lossy)
+    real = in_place.stacked_merge_many_
+    monkeypatch.setattr(in_place, "stacked_merge_many_", lossy)
     result = run("flora", rounds=1, check_rows=rows).run()
     assert result.history[0]["application_rows"] == rows
     assert (result.history[0]["application_error"] > 1e-2) == (rows is None)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from flora_core.adapters.peft import load_peft_adapter, save_peft_adapter, save_stacked_adapter
 from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregation import aggregate
-from flora_core.merge import merge_adapter_
+from flora_core.merge.in_place import merge_adapter_
 from tests.support.rounds import bank_like_update
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -12,7 +12,7 @@ from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation import aggregate
 from flora_core.aggregation.downlink import DeltaLog, smallest_form
 from flora_core.aggregation.svd import full_rank
-from flora_core.merge import apply_base_delta_, new_low_bits
+from flora_core.merge.in_place import apply_base_delta_, new_low_bits
 
 
 def stack(p, n=40, k=30, dtype=torch.float32):

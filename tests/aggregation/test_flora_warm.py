@@ -13,7 +13,7 @@ import torch
 from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregation import aggregate, get_strategy
 from flora_core.aggregation.downlink import DeltaLog
-from flora_core.merge import apply_base_delta_
+from flora_core.merge.in_place import apply_base_delta_
 from tests.support.rounds import (
     SHAPES,
     Q,

@@ -12,7 +12,7 @@ import torch
 
 import flora_core as flora
 from flora_core import MergeItem, stacked_merge_many_
-from flora_core.merge import apply_base_delta_
+from flora_core.merge.in_place import apply_base_delta_
 from flora_core.ops import autotune, backends, merging
 from flora_core.testing import MergeCase, make_merge
 from tests.support.models import tiny

@@ -23,11 +23,11 @@ import torch
 
 import flora_core as flora
 from flora_core.common.files import SaveError
-from flora_core.streaming import staging, write
+from flora_core.merge import staging, writer
 from tests.common.test_files import watch_renames
 from tests.support.checkpoints import files, save_adapters, save_checkpoint, weights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 _FILE_OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile"}
 _BLOCK = 1 << 14
 
@@ -60,8 +60,8 @@ def merge_once(request: dict[str, Any]) -> dict[str, Any]:
 
         return written
 
-    write.BLOCK_BYTES = _BLOCK
-    write._write = half(write._write)
+    writer.BLOCK_BYTES = _BLOCK
+    writer._write = half(writer._write)
     sys.addaudithook(watch)
     report = flora.merge_into_checkpoint(
         request["base"], dict.fromkeys(request["adapters"], 1), request["out"], strategy=request["strategy"]
@@ -191,7 +191,7 @@ def test_a_killed_merge_goes_on_and_ends_with_the_same_bytes(strategy, runner, t
 
 
 def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 1 << 10)
     base, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
     adapters, out = dict.fromkeys(paths, 1), tmp_path / "out"
     flora.merge_into_checkpoint(base, adapters, tmp_path / "wanted")
@@ -273,7 +273,7 @@ def test_two_processes_do_not_make_one_output(tmp_path):
 
 def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
     base, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
-    keep, count = write._write, 0
+    keep, count = writer._write, 0
 
     def full(file: Any, view: memoryview) -> None:
         nonlocal count
@@ -283,7 +283,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         keep(file, view)
 
-    monkeypatch.setattr(write, "_write", full)
+    monkeypatch.setattr(writer, "_write", full)
     with pytest.raises(SaveError, match=r"the disk is full: free some space.*the same command goes on from there"):
         flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -294,7 +294,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path, monkeypatch):
 
 def test_numbers_that_begin_anywhere_in_a_file_and_disks_that_take_no_direct_writes(tmp_path, monkeypatch):
     """A header of odd length leaves every number between its places; blocks of some rows end within pages."""
-    monkeypatch.setattr(write, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 3000)
     base, paths = save_checkpoint(tmp_path / "base", weights(width=2), shards=1), save_adapters(tmp_path, width=2)
     file = "model-00001-of-00001.safetensors"
     data = (base / file).read_bytes()
@@ -305,7 +305,7 @@ def test_numbers_that_begin_anywhere_in_a_file_and_disks_that_take_no_direct_wri
         (base / file).write_bytes(len(header).to_bytes(8, "little") + header + data[start:])
         for direct in (True, False):
             if not direct:
-                monkeypatch.setattr(write, "_set_direct", lambda *_: False)
+                monkeypatch.setattr(writer, "_set_direct", lambda *_: False)
             out = tmp_path / f"out-{spaces}-{direct}"
             flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), out, verify=True)
             found = (out / file).read_bytes()
@@ -313,23 +313,23 @@ def test_numbers_that_begin_anywhere_in_a_file_and_disks_that_take_no_direct_wri
             wanted = found[start:] if wanted is None else wanted
             assert found[start + spaces :] == wanted
         monkeypatch.undo()
-        monkeypatch.setattr(write, "BLOCK_BYTES", 3000)
+        monkeypatch.setattr(writer, "BLOCK_BYTES", 3000)
 
 
 def test_a_disk_that_takes_no_more_direct_writes_gets_the_rest_by_others(tmp_path, monkeypatch):
     """What is left of a page after a part of it was taken is no whole page, which direct writes refuse."""
     base, paths = save_checkpoint(tmp_path / "base", weights(width=4)), save_adapters(tmp_path, width=4)
     flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "wanted")
-    keep = write._write
+    keep = writer._write
 
     def crooked(file: Any, view: memoryview) -> None:
         if len(view) > 1000:
-            direct = write._set_direct(file, False)
+            direct = writer._set_direct(file, False)
             keep(file, view[:1000])
-            write._set_direct(file, direct)
+            writer._set_direct(file, direct)
         keep(file, view[1000:] if len(view) > 1000 else view)
 
-    monkeypatch.setattr(write, "_write", crooked)
+    monkeypatch.setattr(writer, "_write", crooked)
     flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "out")
     assert files(tmp_path / "out") == files(tmp_path / "wanted")
 
@@ -371,7 +371,7 @@ if __name__ == "__main__":
 
 
 def test_a_stopped_merge_with_scale_tokenizer_and_made_index_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", 1 << 10)
     base, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
     (base / "model.safetensors.index.json").unlink()
     table = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": []}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..common.checks import listed
-from .adapters import Adapter, Sum
-from .plan import Fit
 from .shards import Checkpoint
+from .sources import Adapter, Sum
+from .targets import Fit
 
 
 def adapter_facts(sums: Sum, fits: Mapping[str, Fit]) -> list[dict[str, Any]]:

@@ -13,9 +13,9 @@ import torch
 
 from ..adapters.base import Base, check_base
 from ..adapters.peft import RECORD, read_base
-from .adapters import Adapter
-from .plan import Target
 from .shards import read_tensor
+from .sources import Adapter
+from .targets import Target
 
 
 def check_bases(folder: Path, adapters: Sequence[Adapter], targets: Mapping[str, Target]) -> Base | None:

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..common.checks import check_choice, listed, require
 from ..common.safetensors_header import parse_json
-from .adapters import Adapter
 from .shards import Checkpoint
+from .sources import Adapter
 
 CHOICES = ("base", "adapter")
 _FILES = re.compile(

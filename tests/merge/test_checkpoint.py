@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import flora_core as flora
 from flora_core.aggregation.terms import exact_stacks, round_terms
 from flora_core.cli import main
-from flora_core.streaming import merge as merge_module
-from flora_core.streaming import write
+from flora_core.merge import checkpoint as merge_module
+from flora_core.merge import writer
 from flora_core.testing import budget_ratio, plain_rounding
 from tests.support.checkpoints import CONFIG, files, save_adapters, save_checkpoint, weights
 
@@ -53,7 +53,7 @@ def rounded_once(value: torch.Tensor, exact: torch.Tensor) -> bool:
 def test_every_weight_is_the_exact_sum_rounded_once_and_every_other_byte_is_the_base_s(
     dtype, shards, rows, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(write, "BLOCK_BYTES", rows)
+    monkeypatch.setattr(writer, "BLOCK_BYTES", rows)
     base = weights(dtype=dtype)
     folder, paths = save_checkpoint(tmp_path / "base", base, shards=shards), save_adapters(tmp_path)
     out = tmp_path / "out"
@@ -83,8 +83,8 @@ def test_every_weight_is_the_exact_sum_rounded_once_and_every_other_byte_is_the_
 
 
 def test_the_sums_are_those_of_the_op_that_takes_the_native_kernel(tmp_path, monkeypatch):
-    called, keep = [], write.stacked_merge_
-    monkeypatch.setattr(write, "stacked_merge_", lambda *a: (called.append(a), keep(*a)))
+    called, keep = [], writer.stacked_merge_
+    monkeypatch.setattr(writer, "stacked_merge_", lambda *a: (called.append(a), keep(*a)))
     folder, paths = save_checkpoint(tmp_path / "base", weights()), save_adapters(tmp_path)
     flora.merge_into_checkpoint(folder, dict.fromkeys(paths, 1), tmp_path / "out")
     assert len(called) == 9

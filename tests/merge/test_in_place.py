@@ -12,7 +12,7 @@ import torch
 
 from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation import aggregate
-from flora_core.merge import apply_base_delta_, merge_adapter_, new_low_bits
+from flora_core.merge.in_place import apply_base_delta_, merge_adapter_, new_low_bits
 from flora_core.model.targets import target_weights
 from flora_kernels.reference import join_master
 

@@ -22,9 +22,9 @@ import torch
 from ..aggregation import Deviation, total
 from ..aggregation.terms import Stack
 from ..common.checks import require
-from .plan import Target
 from .shards import DTYPES, INDEX, Checkpoint, Shard, read_into, read_shard
-from .write import Advance, blocks, sides
+from .targets import Target
+from .writer import Advance, blocks, sides
 
 # In float64, and several of them at a time.
 _BLOCK_BYTES = 2**18

@@ -22,15 +22,15 @@ from ..aggregation import Deviation
 from ..common.checks import require
 from ..common.files import SaveError, atomic_write_bytes, atomic_write_json
 from ..common.safetensors_header import parse_json
-from .adapters import Sum, open_adapters
 from .bases import check_bases
 from .findings import adapter_facts, find_notes
-from .plan import Plan, match_targets
 from .shards import INDEX, RECORD, Checkpoint, open_checkpoint
+from .sources import Sum, open_adapters
 from .staging import Staging
+from .targets import Plan, match_targets
 from .tokenizer import choose_tokenizer
 from .verify import certify_files
-from .write import write_shard
+from .writer import write_shard
 
 CARD = "README.md"
 Progress = Callable[[str, int, int], None]

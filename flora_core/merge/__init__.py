@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from .checkpoint import MergeReport, merge_into_checkpoint
 from .export import ExportReport, export_adapter
-from .merge import MergeReport, merge_into_checkpoint
 
 __all__ = ["ExportReport", "MergeReport", "export_adapter", "merge_into_checkpoint"]

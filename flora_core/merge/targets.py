@@ -13,9 +13,9 @@ from ..adapters.peft import refuse_other_tensors
 from ..adapters.peft_config import is_target
 from ..common.checks import listed, require
 from ..config.adapter import matches_target
-from .adapters import Adapter
 from .names import PACKED, BaseNames, Reading, exact_readings, find_reading, shortened
 from .shards import DTYPES, Checkpoint, Entry, same_values
+from .sources import Adapter
 
 # Model types of transformers whose linears are Conv1D, with weights stored K x N.
 _CONV1D = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"}

@@ -18,12 +18,12 @@ from ..adapters.update import RoundResult
 from ..aggregation.downlink import wire_dtype
 from ..aggregation.terms import Stack
 from ..common.checks import check_choice, require
-from .adapters import Adapter, Sum, open_adapters
 from .bases import check_bases
+from .checkpoint import Progress, check_places
 from .findings import adapter_facts, find_notes
-from .merge import Progress, check_places
-from .plan import match_targets
 from .shards import open_checkpoint
+from .sources import Adapter, Sum, open_adapters
+from .targets import match_targets
 
 LAYOUTS = ("peft", "vllm")
 # What vLLM serves; it ignores rank_pattern and alpha_pattern, so one rank must do for all modules.

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 import torch
 
-from .aggregation.certificate import Deviation, sample_rows, total
-from .aggregation.terms import Stack
-from .distributed.sharding import ShardedBase
-from .merge import apply_base_delta_
+from ..aggregation.certificate import Deviation, sample_rows, total
+from ..aggregation.terms import Stack
+from ..distributed.sharding import ShardedBase
+from .in_place import apply_base_delta_
 
 
 def apply_to_parts_(

@@ -22,9 +22,9 @@ import torch
 from ..aggregation.terms import Stack
 from ..common.checks import require
 from ..ops.api import stacked_merge_
-from .plan import Target
 from .shards import DTYPES, Entry, Shard, read_into
 from .staging import PARTIAL
+from .targets import Target
 
 # Three of them are in memory: read, being summed, and being written.
 BLOCK_BYTES = 16 * 2**20
