@@ -126,7 +126,7 @@ install:
 	$(PIP) install $(TORCH) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	[ '$(EXTRAS)' != dev ] || $(PY) -c 'import triton' 2>/dev/null || $(PIP) install "$(TRITON)"
 	$(PIP) install -c constraints.txt -e '.[$(EXTRAS)]'
-	$(PY) -m flora_core.demo_model
+	$(PY) -m flora_core.runs.demo_model
 	touch $(VENV)/$(STAMP)
 
 clean:

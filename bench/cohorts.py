@@ -25,9 +25,9 @@ from bench.protocol import Check
 from flora_core.adapters.update import Adapters
 from flora_core.data.pack import pad
 from flora_core.data.template import IGNORE, Example
-from flora_core.demo_model import demo_model_dir
 from flora_core.model.deterministic import deterministic_libraries
 from flora_core.model.forward import evaluation_mode
+from flora_core.runs.demo_model import demo_model_dir
 from tests.support.models import exact64
 
 LR = 3e-4

@@ -125,8 +125,8 @@ def recipe_of(args: argparse.Namespace, one: Run, out: Path) -> Any:
 
 def do(args: argparse.Namespace, one: Run, deadline: float) -> list[dict[str, Any]]:
     """Run one combination, or go on with it; its events."""
-    from flora_core.build import build
     from flora_core.federation import Federation
+    from flora_core.runs.build import build
 
     out = args.work / args.label / one["key"]
     recipe = recipe_of(args, one, out)

@@ -14,7 +14,7 @@ from bench.cohorts import RANKS, Packed, SequentialPeft, check_losses, exact_los
 from bench.protocol import ROOT, Check, Result, interleave
 from flora_core.data.records import load_records
 from flora_core.data.template import EncodeReport, Example, encode
-from flora_core.demo_model import demo_model_dir
+from flora_core.runs.demo_model import demo_model_dir
 
 DOLLY = ROOT.parent / "shared" / "data" / "dolly"
 # A large, a middle and a small rank, where float64 runs of all ten would take longer than the timing.

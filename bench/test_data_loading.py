@@ -13,7 +13,7 @@ from flora_core.data.demo import make_demo
 from flora_core.data.pack import epoch_order, pack
 from flora_core.data.records import load_records
 from flora_core.data.template import IGNORE, encode
-from flora_core.demo_model import demo_model_dir
+from flora_core.runs.demo_model import demo_model_dir
 
 CLIENTS, BATCH = 10, 4
 FAIR = (

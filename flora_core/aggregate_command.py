@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
     check_strategy_name(options.strategy)
     from .common.tables import print_tables
     from .merge import export_adapter, merge_into_checkpoint
-    from .progress import Bar
+    from .runs.progress import Bar
 
     try:
         with Bar() as bar:

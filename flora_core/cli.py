@@ -197,12 +197,12 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
 
 
 def _train(recipe: Recipe, first: bool) -> int:
-    from .build import build, save_inputs
     from .common.tables import print_tables
     from .federation import Federation
-    from .history import History, summary_tables
-    from .progress import make_progress
-    from .report import missing_plots
+    from .runs.build import build, save_inputs
+    from .runs.progress import make_progress
+    from .runs.report import missing_plots
+    from .runs.summary import History, summary_tables
 
     without = missing_plots(recipe.out) if recipe.out else None
     if first and without is not None:
@@ -232,7 +232,7 @@ def _train(recipe: Recipe, first: bool) -> int:
 
 def _write_report(out: Path) -> str:
     """Write the report of a run that is saved already: whatever hinders that is no failure of the run."""
-    from .report import write_report
+    from .runs.report import write_report
 
     try:
         return f"report: {write_report(out)}"
@@ -244,7 +244,7 @@ def _write_report(out: Path) -> str:
 
 
 def _what_is_saved(out: str | None) -> str:
-    from .checkpoint import ROUNDS
+    from .runs.folder import ROUNDS
 
     if out is None:
         return "Nothing is saved, for out= is null."
@@ -258,7 +258,7 @@ def _what_is_saved(out: str | None) -> str:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import missing_plots, write_report
+    from .runs.report import missing_plots, write_report
 
     print(write_report(options.run_dir))
     without = missing_plots(options.run_dir)

@@ -159,8 +159,8 @@ def _refuse(problems: list[str]) -> None:
 def _names(options: argparse.Namespace) -> list[str]:
     if options.nodes:
         return [check_name(name) for name in options.nodes.split(",")]
-    from .build import client_names
     from .config.recipe import load
+    from .runs.build import client_names
 
     return client_names(load(options.recipe))
 

@@ -33,8 +33,8 @@ def doctor() -> dict[str, Any]:
         packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
     """
     from .common.cache import cache_folder
-    from .demo_model import is_ready
     from .ops.backends import availability
+    from .runs.demo_model import is_ready
 
     cache = cache_folder()
     facts: dict[str, Any] = {

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from .build import build_model, specs_of
 from .common.checks import listed
 from .common.formatting import show_bytes
 from .common.tables import Table
 from .config.recipe import Recipe
 from .data.splits import Split, split_data
 from .model.attachment import attach, detach
+from .runs.build import build_model, specs_of
 from .training import planner
 from .training.trainer import CohortTrainer
 

@@ -19,7 +19,6 @@ from .adapters.base import Base
 from .adapters.update import ClientUpdate
 from .aggregation import get_strategy
 from .card import model_card
-from .checkpoint import RunFolder
 from .common.checks import require
 from .common.devices import peak_memory_bytes
 from .common.errors import Stopped
@@ -29,7 +28,6 @@ from .data.records import Record, check_records
 from .distributed.sharding import hold_base
 from .distributed.world import ranks
 from .federation_result import FederationResult, history
-from .history import Event
 from .incoming import Remote
 from .model.accepted import as_tokenizer, check_model
 from .model.client import ClientSpec
@@ -37,7 +35,9 @@ from .model.evaluation import evaluate
 from .privacy import Privacy, PrivateSum
 from .rebase import rebase_adapter
 from .resuming import Resuming
-from .saving import converted, dtype_to_save
+from .runs.events import Event
+from .runs.folder import RunFolder
+from .runs.saving import converted, dtype_to_save
 from .server import Server
 from .training.pause import Paused, stopping
 from .training.trainer import CohortTrainer
@@ -61,7 +61,7 @@ class Federation(Resuming):
         target_modules: As in ``attach``.
         eval_data: Held-out records, as ``load_records`` takes them; None: those of all clients. Each client's own
             (``ClientSpec.eval_data``) are evaluated as a group too.
-        callbacks: Called with every event (``flora_core.progress`` lists them).
+        callbacks: Called with every event (``flora_core.runs.progress`` lists them).
         backend: auto, reference, triton or native.
         fuse: As in ``attach``.
         remote: Client -> the function that has it train elsewhere (``flora_core.incoming``): asked while the others

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .history import Event
+from .runs.events import Event
 
 if TYPE_CHECKING:
     from .adapters.update import ClientUpdate
@@ -31,7 +31,7 @@ class FederationResult:
             the model of the ``Federation``, as the run left it, plus this.
         state: What the strategy would carry to the next round.
         out: The run's folder, None if nothing was saved.
-        events: All events of the run (``flora_core.progress``), those before a resume too.
+        events: All events of the run (``flora_core.runs.progress``), those before a resume too.
     """
 
     history: list[dict[str, Any]]

@@ -17,13 +17,13 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from .adapters.update import ClientUpdate
-from .build import build_held_out, build_model, client_names
 from .common.checks import require
 from .config import recipe as recipes
 from .federation_result import FederationResult
 from .flower_messages import BROKEN, NodeError, pack, read, record, size_of
-from .history import Event
 from .remote import Answers, RemoteFederation, metrics_of, spec_of
+from .runs.build import build_held_out, build_model, client_names
+from .runs.events import Event
 from .site import Tensors, Terms
 
 # What a safetensors header takes for one tensor, at most, beside the name.

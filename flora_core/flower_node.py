@@ -11,13 +11,13 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from .build import build_client, client_names
 from .common.checks import require
 from .common.devices import pick_device, pick_dtype
 from .common.files import folder_names
 from .config import recipe as recipes
 from .flower_messages import pack, unpack
-from .loading import load_model, load_tokenizer, model_folder
+from .runs.build import build_client, client_names
+from .runs.loading import load_model, load_tokenizer, model_folder
 from .site import Site, Tensors, Terms
 
 

@@ -32,7 +32,7 @@ from .exchange import dense_stack
 from .merge.export import LAYOUTS, VLLM_RANKS, of_one_rank
 from .merge.in_place import adapter_stack
 from .replay import SavedRound, read_rounds, replay
-from .snapshot import STATE
+from .runs.snapshot import STATE
 
 _CPU = torch.device("cpu")
 

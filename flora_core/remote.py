@@ -26,9 +26,9 @@ from .config.federation import FederationConfig
 from .config.training import TrainConfig
 from .distributed.world import ranks
 from .federation import Federation
-from .history import Event
-from .identity import environment
 from .model.client import ClientSpec
+from .runs.events import Event
+from .runs.fingerprint import environment
 from .server import Server
 from .site import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
 from .validate import promised

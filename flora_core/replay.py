@@ -20,10 +20,10 @@ from .adapters.peft import WEIGHTS, load_peft_adapter, read_base, read_config
 from .adapters.update import ClientUpdate
 from .aggregation import aggregate, get_strategy
 from .aggregation.terms import Stack
-from .checkpoint import ROUNDS, RUN, RunFolder
 from .common.checks import require
 from .common.safetensors_header import parse_json
-from .snapshot import DAMAGE, check_files, read_body
+from .runs.folder import ROUNDS, RUN, RunFolder
+from .runs.snapshot import DAMAGE, check_files, read_body
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 
-from .checkpoint import RunFolder
 from .common.digests import json_digest, tensor_digest
 from .common.errors import Stopped
 from .common.states import on_device
-from .history import Event
-from .identity import environment, identity
 from .ops import autotune
+from .runs.events import Event
+from .runs.fingerprint import environment, identity
+from .runs.folder import RunFolder
 from .training.pause import Paused
 from .training_round import TrainingRound
 

@@ -24,12 +24,12 @@ from .common.seeds import derive
 from .common.states import put_in, take_out
 from .config.adapter import AdapterConfig
 from .config.training import TrainConfig
-from .identity import environment
 from .merge.in_place import apply_base_delta_, new_low_bits
 from .model.attachment import attach, detach
 from .model.client import ClientSpec
 from .model.cohort import Cohort
 from .model.targets import target_weights
+from .runs.fingerprint import environment
 from .training.trainer import CohortTrainer
 
 Tensors = dict[str, torch.Tensor]

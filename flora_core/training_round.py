@@ -14,19 +14,19 @@ import torch
 
 from .adapters.update import ClientUpdate, packed, unpacked
 from .aggregation.norms import clipped
-from .checkpoint import RunFolder
 from .common.seeds import derive, generator
 from .config.federation import FederationConfig
 from .config.training import TrainConfig
 from .distributed.world import Ranks
 from .exchange import choose, light, partial_sum, whole
-from .history import Event
 from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
 from .model.attachment import attach, detach
 from .model.client import ClientSpec
 from .model.cohort import Cohort
 from .ops import autotune
 from .privacy import PrivateSum
+from .runs.events import Event
+from .runs.folder import RunFolder
 from .server import Server
 from .training.client import LocalClient
 from .training.pause import Paused

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from flora_core import __version__
 from flora_core.common.cache import cache_folder
-from flora_core.demo_model import WHEEL
+from flora_core.runs.demo_model import WHEEL
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -11,7 +11,7 @@ import pytest
 import flora_core
 from flora_core.cli import _joined, main
 from flora_core.config.recipe import load
-from flora_core.progress import PlainProgress
+from flora_core.runs.progress import PlainProgress
 from tests.support.federations import make_model, make_records, make_tokenizer
 
 
@@ -96,7 +96,7 @@ def test_a_finished_run_succeeds_whatever_hinders_its_report(flora, monkeypatch,
     def fail(_):
         raise RuntimeError("no font\nis here")
 
-    monkeypatch.setattr("flora_core.report.write_report", fail)
+    monkeypatch.setattr("flora_core.runs.report.write_report", fail)
     code, out, err = flora("run", "tiny", "federation.rounds=1")
     assert code == 0, err
     assert "report: not written (no font is here); the run is finished and saved: mend that, then run flora" in out

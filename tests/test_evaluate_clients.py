@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import flora_core as flora
-from flora_core.history import History, summary_tables
-from flora_core.report import write_report
+from flora_core.runs.report import write_report
+from flora_core.runs.summary import History, summary_tables
 from tests.support.federations import files, make_federation, make_model, make_records, make_tokenizer, stop_after
 
 NAMES = ("St. Mary $1$ Hospital", "_b", "医院 🏥")

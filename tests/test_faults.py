@@ -21,9 +21,9 @@ from typing import Any
 
 import pytest
 
-from flora_core.checkpoint import RunFolder
 from flora_core.common.errors import Stopped
 from flora_core.common.files import SaveError
+from flora_core.runs.folder import RunFolder
 from flora_core.training.pause import stopping
 from tests.support.federations import files, make_clients, make_federation, make_model
 from tests.test_kill_resume import CASES, Runner, left_behind, told

@@ -47,8 +47,8 @@ def test_the_events_of_a_run(tmp_path):
 def test_the_report_and_the_progress_take_the_events_of_a_run(tmp_path):
     import io
 
-    from flora_core.history import History, summary_tables
-    from flora_core.progress import PlainProgress
+    from flora_core.runs.progress import PlainProgress
+    from flora_core.runs.summary import History, summary_tables
 
     stream = io.StringIO()
     result = make_federation(tmp_path, callbacks=[PlainProgress(stream, 0.0)]).run()

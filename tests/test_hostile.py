@@ -21,10 +21,10 @@ import torch
 
 from flora_core.adapters.peft import CONFIG, WEIGHTS, load_peft_adapter, save_peft_adapter
 from flora_core.adapters.update import ClientUpdate
-from flora_core.checkpoint import RunFolder
 from flora_core.common import files as files_module
 from flora_core.common.safetensors_header import read_header
 from flora_core.incoming import quarantine, receive
+from flora_core.runs.folder import RunFolder
 from flora_core.validate import sift, why_refused
 from tests.support.federations import new_folder
 from tests.support.hostile_files import LIES, mutate, mutate_json, mutate_safetensors, overwrite, tree

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import flora_core
-from flora_core import demo_model
 from flora_core.config.recipe import load
+from flora_core.runs import demo_model
 from tests.support.federations import make_model, make_records, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -24,7 +24,7 @@ from flora_core.common.errors import Stopped
 from flora_core.merge.in_place import new_low_bits
 from flora_core.model.targets import target_weights as writable
 from flora_core.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
-from flora_core.progress import PlainProgress
+from flora_core.runs.progress import PlainProgress
 from flora_kernels.reference import join_master
 from tests.aggregation.test_norms import cancelling, dense_norm
 from tests.support.federations import make_clients, make_federation, make_model, stop_after, target_weights
@@ -185,7 +185,7 @@ def test_epsilon_is_told_wherever_the_run_is_told_of(tmp_path):
         want[1],
     ]
     assert f"epsilon {want[1]:.3g} at delta 1e-05 after 2 releases" in stream.getvalue()
-    from flora_core.report import write_report
+    from flora_core.runs.report import write_report
 
     assert f"epsilon {want[1]:.3g} at delta 1e-05 after 2 releases" in write_report(tmp_path).read_text()
     ledger = json.loads((tmp_path / "privacy.json").read_text())

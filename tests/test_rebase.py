@@ -16,10 +16,10 @@ import flora_core as flora
 from flora_core import rebase
 from flora_core.adapters.peft import load_peft_adapter, read_base, read_config
 from flora_core.aggregation import STRATEGIES
-from flora_core.checkpoint import ROUNDS
 from flora_core.cli import main
 from flora_core.config.privacy import Privacy
-from flora_core.snapshot import ROUND, STATE, read_body
+from flora_core.runs.folder import ROUNDS
+from flora_core.runs.snapshot import ROUND, STATE, read_body
 from tests.support.federations import make_clients, make_federation, make_model, make_records, make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -213,7 +213,7 @@ def test_a_folder_of_an_earlier_version_is_read_by_its_settings_and_events(tmp_p
 
 
 def rewrite(path: Path, body: dict[str, Any]) -> None:
-    from flora_core.snapshot import _sha256_of
+    from flora_core.runs.snapshot import _sha256_of
 
     body["files"] = {name: digest for name, digest in body["files"].items() if "flora_base" not in name}
     path.write_text(json.dumps({**body, "sha256": _sha256_of(body)}))

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core.checkpoint import RunFolder
 from flora_core.common import files as files_module
 from flora_core.common.files import SaveError
-from flora_core.identity import check_rounds
+from flora_core.runs.fingerprint import check_rounds
+from flora_core.runs.folder import RunFolder
 from tests.support.federations import (
     files,
     largest_file,

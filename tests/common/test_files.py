@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flora_core.checkpoint import RunFolder
 from flora_core.common import files
 from flora_core.common.files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
 from flora_core.merge.staging import Staging
 from flora_core.ops import autotune
+from flora_core.runs.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 

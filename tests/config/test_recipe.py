@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from flora_core.build import build_clients
 from flora_core.config import recipe as recipes
 from flora_core.config.federation import FederationConfig
 from flora_core.config.recipe import Recipe, load
 from flora_core.data.splits import split_data
-from flora_core.loading import model_folder
+from flora_core.runs.build import build_clients
+from flora_core.runs.loading import model_folder
 
 MINIMAL = "model: smollm2-135m-instruct\nfederation: {rounds: 2}\n"
 

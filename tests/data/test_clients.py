@@ -5,8 +5,8 @@ import json
 import pytest
 
 import flora_core as flora
-from flora_core.build import build_clients
 from flora_core.config.recipe import load
+from flora_core.runs.build import build_clients
 from tests.support.federations import make_federation, make_model, make_records, make_tokenizer
 
 GOOD = {"instruction": "w1 w2", "output": "w3"}

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from flora_core import testing
-from flora_core.checkpoint import RunFolder
 from flora_core.ops import autotune, backends, fusion
 from flora_core.ops.autotune import Choices, Shape
+from flora_core.runs.folder import RunFolder
 from flora_core.testing import DTYPES, LINEAR_SHAPES, make_linear, run_linear
 
 MIXED, LONE, EMPTY, RANK_0, NOBODY, ODD = (LINEAR_SHAPES[i] for i in (0, 1, 2, 4, 5, 6))

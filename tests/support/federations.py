@@ -15,7 +15,7 @@ import torch
 import flora_core as flora
 from flora_core.adapters.peft import load_peft_adapter
 from flora_core.adapters.update import ClientUpdate
-from flora_core.checkpoint import RunFolder
+from flora_core.runs.folder import RunFolder
 from flora_core.testing import ulp
 
 WORDS = [f"w{i}" for i in range(24)]

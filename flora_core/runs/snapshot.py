@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from .common.checks import require
-from .common.files import write_safetensors
-from .common.safetensors_header import parse_json, read_header
-from .common.states import finite, put_in, take_out
-from .history import Event
+from ..common.checks import require
+from ..common.files import write_safetensors
+from ..common.safetensors_header import parse_json, read_header
+from ..common.states import finite, put_in, take_out
+from .events import Event
 
 STATE, ROUND = "state.safetensors", "round.json"
 # What reading a damaged state may raise.

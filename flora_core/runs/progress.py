@@ -41,8 +41,9 @@ import sys
 import time
 from typing import Any, TextIO
 
-from .common.formatting import show_bytes, show_error, show_number, show_seconds
-from .history import Event, show_cost, show_forms
+from ..common.formatting import show_bytes, show_error, show_number, show_seconds
+from .events import Event
+from .summary import show_cost, show_forms
 
 
 def sentence(event: Event) -> str | None:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 import flora_core as flora
 from flora_core.card import model_card
-from flora_core.history import History, summary_tables
-from flora_core.progress import sentence
-from flora_core.saving import converted, dtype_to_save
+from flora_core.runs.progress import sentence
+from flora_core.runs.saving import converted, dtype_to_save
+from flora_core.runs.summary import History, summary_tables
 from tests.support.federations import files, make_federation, make_model, no_training
 
 

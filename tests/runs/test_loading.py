@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from flora_core import device as devices
-from flora_core.build import build_model
 from flora_core.cli import main
 from flora_core.config.recipe import Recipe, load
-from flora_core.loading import load_model, load_tokenizer, model_folder
+from flora_core.runs.build import build_model
+from flora_core.runs.loading import load_model, load_tokenizer, model_folder
 from tests.support.federations import make_model, make_records, make_tokenizer
 
 CPU = torch.device("cpu")

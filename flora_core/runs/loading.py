@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from .common.safetensors_header import read_header
+from ..common.safetensors_header import read_header
+from ..model.accepted import check_model
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
-from .model.accepted import check_model
 
 T = TypeVar("T")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

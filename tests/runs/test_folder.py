@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.checkpoint import RunFolder
 from flora_core.common.files import SaveError
+from flora_core.runs.folder import RunFolder
 from tests.support.federations import files, largest_file, make_federation, make_model, new_folder, stop_after
 
 

@@ -13,9 +13,10 @@ import pytest
 
 from flora_core.common.formatting import show_bytes, show_number, show_seconds
 from flora_core.common.tables import print_tables
-from flora_core.history import History, summary_tables
-from flora_core.progress import LiveProgress, PlainProgress, make_progress, sentence
-from flora_core.report import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server, read_history, write_report
+from flora_core.runs.plots import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server
+from flora_core.runs.progress import LiveProgress, PlainProgress, make_progress, sentence
+from flora_core.runs.report import read_history, write_report
+from flora_core.runs.summary import History, summary_tables
 
 
 def events(clients: int = 3, rounds: int = 2, groups: bool = True):

@@ -31,12 +31,12 @@ from typing import IO, Any
 
 import torch
 
-from .adapters.base import Base
-from .adapters.peft import save_peft_adapter
-from .adapters.update import ClientUpdate
-from .common.changes import differences
-from .common.checks import require
-from .common.files import (
+from ..adapters.base import Base
+from ..adapters.peft import save_peft_adapter
+from ..adapters.update import ClientUpdate
+from ..common.changes import differences
+from ..common.checks import require
+from ..common.files import (
     SaveError,
     atomic_dir,
     atomic_write_bytes,
@@ -46,13 +46,13 @@ from .common.files import (
     system_errors,
     try_lock,
 )
-from .common.formatting import show_bytes
-from .common.safetensors_header import parse_json
-from .common.states import finite
-from .history import Event
-from .identity import ROUNDS as NUM_ROUNDS
-from .identity import check_rounds
-from .ops import autotune
+from ..common.formatting import show_bytes
+from ..common.safetensors_header import parse_json
+from ..common.states import finite
+from ..ops import autotune
+from .events import Event
+from .fingerprint import ROUNDS as NUM_ROUNDS
+from .fingerprint import check_rounds
 from .saving import write_dtype
 from .snapshot import DAMAGE, ROUND, STATE, Snapshot, read_events, read_snapshot, taken_apart, write_snapshot
 
@@ -117,7 +117,7 @@ class RunFolder:
         """Write run.json for a new run, or make sure that the run in the folder is this one.
 
         Args:
-            identity: What makes the run what it is, by dotted name (``flora_core.identity``).
+            identity: What makes the run what it is, by dotted name (``flora_core.runs.fingerprint``).
             environment: What else its last bits depend on.
             start: Digest of the weights that a new run begins with.
         Returns:
