@@ -85,8 +85,8 @@ test-all: environment
 # What takes longest of the full size: kills, mixed faults and mutated files, each seeded.
 soak: environment
 	mkdir -p docs/logs
-	$(PYTEST) --scale=full -ra --durations=10 tests/test_faults.py tests/test_hostile.py tests/test_kill_resume.py \
-	    tests/training/test_memory.py tests/test_privacy.py tests/test_remote.py tests/aggregation/test_norms.py 2>&1 | tee docs/logs/soak.txt
+	$(PYTEST) --scale=full -ra --durations=10 tests/federation/test_faults.py tests/federation/test_hostile.py tests/federation/test_kill_resume.py \
+	    tests/training/test_memory.py tests/federation/test_privacy.py tests/federation/test_callable_clients.py tests/aggregation/test_norms.py 2>&1 | tee docs/logs/soak.txt
 
 # A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list

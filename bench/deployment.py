@@ -16,7 +16,7 @@ from typing import Any
 from bench.protocol import ROOT, Result, latest, machine_folder
 from flora_core.common.formatting import show_bytes, show_seconds
 from flora_core.config import recipe as recipes
-from flora_core.federation import Federation
+from flora_core.federation.rounds import Federation
 from flora_core.runs.build import build
 from tests.support.flower.deployment import Deployment, deployed, write_recipe
 from tests.support.flower.relay import Relay

@@ -125,7 +125,7 @@ def recipe_of(args: argparse.Namespace, one: Run, out: Path) -> Any:
 
 def do(args: argparse.Namespace, one: Run, deadline: float) -> list[dict[str, Any]]:
     """Run one combination, or go on with it; its events."""
-    from flora_core.federation import Federation
+    from flora_core.federation.rounds import Federation
     from flora_core.runs.build import build
 
     out = args.work / args.label / one["key"]

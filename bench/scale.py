@@ -22,8 +22,8 @@ from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregation import aggregate
 from flora_core.common.formatting import show_bytes, show_seconds
 from flora_core.common.seeds import generator
+from flora_core.federation.judge import sift
 from flora_core.merge.in_place import apply_base_delta_, new_low_bits
-from flora_core.validate import sift
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 CLIENTS, FRACTIONS = 10_000, (0.01, 0.1, 1.0)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .common.segments import Segments
     from .config.adapter import AdapterConfig
     from .config.training import TrainConfig
-    from .federation import Federation, FederationConfig
+    from .federation.rebase import RebaseReport, rebase_adapter
+    from .federation.rounds import Federation, FederationConfig
     from .merge import MergeReport, export_adapter, merge_into_checkpoint
     from .merge.in_place import merge_adapter_
     from .model.attachment import attach, detach
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
         stacked_merge_,
         stacked_merge_many_,
     )
-    from .rebase import RebaseReport, rebase_adapter
     from .training.explanation import explain
     from .training.optimizer import CohortAdamW
     from .training.trainer import CohortTrainer

@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from .aggregation import load_strategy
     from .common.formatting import show_bytes
     from .common.tables import print_tables
-    from .rebase import rebase_adapter
+    from .federation.rebase import rebase_adapter
 
     if options.strategy:
         load_strategy(options.strategy)

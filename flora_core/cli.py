@@ -198,7 +198,7 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
 
 def _train(recipe: Recipe, first: bool) -> int:
     from .common.tables import print_tables
-    from .federation import Federation
+    from .federation.rounds import Federation
     from .runs.build import build, save_inputs
     from .runs.progress import make_progress
     from .runs.report import missing_plots

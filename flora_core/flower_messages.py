@@ -14,7 +14,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from . import __version__
 from .common.checks import require
-from .site import Tensors
+from .federation.protocol import Tensors
 
 _ORDER, _PAYLOAD, _SHARED = "order", "payload", "shared"
 # Counts up when a message's form or meaning changes, whatever the package's version.

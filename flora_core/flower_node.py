@@ -1,4 +1,4 @@
-"""A party's side of a federation on Flower: ``flora_core.site`` answers what Flower's messages ask for."""
+"""A party's side of a federation on Flower: ``flora_core.federation.party`` answers what Flower's messages ask for."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from .common.checks import require
 from .common.devices import pick_device, pick_dtype
 from .common.files import folder_names
 from .config import recipe as recipes
+from .federation.party import Site
+from .federation.protocol import Tensors, Terms
 from .flower_messages import pack, unpack
 from .runs.build import build_client, client_names
 from .runs.loading import load_model, load_tokenizer, model_folder
-from .site import Site, Tensors, Terms
 
 
 def client_app() -> ClientApp:

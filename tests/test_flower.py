@@ -20,7 +20,8 @@ from flwr.common.constant import ErrorCode
 import flora_core as flora
 from flora_core import flower
 from flora_core.aggregation import get_strategy
-from flora_core.site import Site, Terms
+from flora_core.federation.party import Site
+from flora_core.federation.protocol import Terms
 from tests.support.federations import files, make_clients, make_model, make_tokenizer
 from tests.support.flower.grid import MemoryGrid, in_process, make_sites, serve
 

@@ -13,7 +13,7 @@ from flwr.app import Context, RecordDict
 
 from flora_core import flower_node
 from flora_core.config import recipe as recipes
-from flora_core.remote import ordered
+from flora_core.federation.parties import ordered
 from flora_core.runs.build import build_client, build_clients, build_held_out, client_names
 from tests.support.flower.deployment import write_recipe
 

@@ -47,7 +47,7 @@ class FederationConfig:
             are at least three; None refuses none.
         clip_update: Norm down to which larger updates are scaled; None clips none.
         deadline_s: How long clients elsewhere are waited for in a round, in seconds; None waits for ever.
-        privacy: Differential privacy of the global model towards every client (``flora_core.privacy``).
+        privacy: Differential privacy of the global model towards every client (``flora_core.federation.privacy``).
         keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay (``save_adapters``).
         save_model: Save the global model as a whole at the end.
         save_dtype: In which dtype: ``auto`` as the model is held, ``base`` as its checkpoint has it (a bfloat16 base is

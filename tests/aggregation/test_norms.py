@@ -13,7 +13,7 @@ import torch
 
 from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation.norms import clip, clip_factor, clipped, norm_bound, outliers, product_norm
-from tests.test_validate import K, N, make_update
+from tests.federation.test_judge import K, N, make_update
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -14,11 +14,11 @@ from flora_core.adapters.update import ClientUpdate
 from flora_core.common.devices import pick_device
 from flora_core.config.federation import FederationConfig
 from flora_core.distributed import world
-from flora_core.exchange import Way, choose
-from flora_core.remote import RemoteFederation
+from flora_core.federation.exchange import Way, choose
+from flora_core.federation.parties import RemoteFederation
 from flora_core.training.planner import spread
+from tests.federation.test_kill_resume import told
 from tests.support.federations import make_federation, make_model
-from tests.test_kill_resume import told
 
 
 def test_work_is_dealt_out_evenly_and_in_order():
@@ -124,7 +124,7 @@ def test_a_sharded_base_is_refused_by_name(group_of_one):
 
 
 def test_a_server_of_parties_elsewhere_is_one_process(monkeypatch):
-    monkeypatch.setattr("flora_core.remote.ranks", lambda: SimpleNamespace(size=2))
+    monkeypatch.setattr("flora_core.federation.parties.ranks", lambda: SimpleNamespace(size=2))
     with pytest.raises(ValueError, match="a server of parties elsewhere is one process, got 2 ranks; do without"):
         RemoteFederation(None, make_model(), config=FederationConfig(rounds=1))  # pyright: ignore[reportArgumentType]
 

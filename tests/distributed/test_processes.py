@@ -12,6 +12,7 @@ import time
 import pytest
 
 from flora_core import cli
+from tests.federation.test_kill_resume import told
 from tests.support.distributed.jobs import (
     AGAIN,
     ALONE,
@@ -30,7 +31,6 @@ from tests.support.distributed.jobs import (
 )
 from tests.support.distributed.worker import arguments
 from tests.support.federations import files, stop_after
-from tests.test_kill_resume import told
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from flora_core.distributed.sharding import check_training, shard_base, why_shar
 from flora_core.distributed.world import Ranks
 from flora_core.model.attachment import attach
 from flora_core.model.client import ClientSpec
+from tests.federation.test_kill_resume import told
 from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_ranks
 from tests.support.distributed.worker import arguments
 from tests.support.federations import files, make_federation, make_model, stop_after
-from tests.test_kill_resume import told
 
 SHARDED = {**ALONE, "held": "sharded"}
 # What each puts to the test: how rows are merged and rounded, what is carried, who runs how many passes of which kind.

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import flora_core as flora
-from flora_core.card import model_card
+from flora_core.federation.model_card import model_card
 from flora_core.runs.progress import sentence
 from flora_core.runs.saving import converted, dtype_to_save
 from flora_core.runs.summary import History, summary_tables

@@ -23,8 +23,8 @@ import torch
 import flora_core as flora
 from flora_core.common.digests import tensor_digest
 from flora_core.distributed.world import Ranks, session
-from flora_core.privacy import Privacy
-from flora_core.server import Server
+from flora_core.federation.privacy import Privacy
+from flora_core.federation.server import Server
 from flora_core.training.steps import CohortSteps
 from flora_core.training.trainer import CohortTrainer
 from tests.support.federations import Stop, make_clients, make_federation, target_weights

@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 import flora_core as flora
 from flora_core import flower, flower_node
-from flora_core.site import Site
+from flora_core.federation.party import Site
 from tests.support.federations import TRAIN, make_clients, make_model, make_records, make_tokenizer
 
 Fault = Callable[[Message, Message], Message | None]

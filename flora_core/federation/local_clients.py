@@ -12,27 +12,28 @@ from typing import Any
 
 import torch
 
-from .adapters.update import ClientUpdate, packed, unpacked
-from .aggregation.norms import clipped
-from .common.seeds import derive, generator
-from .config.federation import FederationConfig
-from .config.training import TrainConfig
-from .distributed.world import Ranks
+from ..adapters.update import ClientUpdate, packed, unpacked
+from ..aggregation.norms import clipped
+from ..common.seeds import derive, generator
+from ..config.federation import FederationConfig
+from ..config.training import TrainConfig
+from ..distributed.world import Ranks
+from ..model.attachment import attach, detach
+from ..model.client import ClientSpec
+from ..model.cohort import Cohort
+from ..ops import autotune
+from ..runs.events import Event
+from ..runs.folder import RunFolder
+from ..training.client import LocalClient
+from ..training.pause import Paused
+from ..training.planner import spread
+from ..training.trainer import CohortTrainer
+from .callable_clients import Asked, Remote, Task, elsewhere_done, receive
 from .exchange import choose, light, partial_sum, whole
-from .incoming import Asked, Remote, Task, elsewhere_done, quarantine, receive
-from .model.attachment import attach, detach
-from .model.client import ClientSpec
-from .model.cohort import Cohort
-from .ops import autotune
+from .judge import sift
 from .privacy import PrivateSum
-from .runs.events import Event
-from .runs.folder import RunFolder
+from .quarantine import quarantine
 from .server import Server
-from .training.client import LocalClient
-from .training.pause import Paused
-from .training.planner import spread
-from .training.trainer import CohortTrainer
-from .validate import sift
 
 
 class TrainingRound:

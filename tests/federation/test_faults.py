@@ -25,10 +25,10 @@ from flora_core.common.errors import Stopped
 from flora_core.common.files import SaveError
 from flora_core.runs.folder import RunFolder
 from flora_core.training.pause import stopping
+from tests.federation.test_kill_resume import CASES, Runner, left_behind, told
 from tests.support.federations import files, make_clients, make_federation, make_model
-from tests.test_kill_resume import CASES, Runner, left_behind, told
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import pytest
 from flora_core.common.errors import Stopped
 from flora_core.common.files import SaveError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Each needs other parts of the state: nothing; low bits, moments and masks; a global adapter and who was drawn.
 CASES: dict[str, dict[str, Any]] = {
     "flora": {},

@@ -226,11 +226,11 @@ def test_adapters_start_afresh_each_round_whoever_else_takes_part(tmp_path):
 
 
 def test_clients_are_checked_a_few_at_a_time(monkeypatch):
-    from flora_core import federation
+    from flora_core.federation import rounds
 
     model, other = make_model(), make_model()
     make_federation(model=model).run()
-    monkeypatch.setattr(federation, "_CHECKED_TOGETHER", 2)
+    monkeypatch.setattr(rounds, "_CHECKED_TOGETHER", 2)
     make_federation(model=other).run()
     assert all(torch.equal(weight, target_weights(other)[m]) for m, weight in target_weights(model).items())
     with pytest.raises(ValueError, match="needs equal ranks"):

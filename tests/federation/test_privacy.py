@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import flora_core as flora
-from flora_core import privacy as privacy_module
 from flora_core.adapters.update import ClientUpdate
 from flora_core.common.errors import Stopped
+from flora_core.federation import privacy as privacy_module
+from flora_core.federation.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
 from flora_core.merge.in_place import new_low_bits
 from flora_core.model.targets import target_weights as writable
-from flora_core.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
 from flora_core.runs.progress import PlainProgress
 from flora_kernels.reference import join_master
 from tests.aggregation.test_norms import cancelling, dense_norm

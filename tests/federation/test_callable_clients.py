@@ -23,7 +23,7 @@ from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation import aggregate
 from flora_core.common.errors import Stopped
 from flora_core.common.seeds import generator
-from flora_core.incoming import Asked, Task, receive
+from flora_core.federation.callable_clients import Asked, Task, receive
 from flora_core.merge.in_place import apply_base_delta_
 from flora_core.model.targets import target_weights as writable
 from tests.support.federations import files, make_clients, make_federation, make_model, target_weights

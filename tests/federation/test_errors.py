@@ -72,9 +72,9 @@ def test_a_client_whose_data_give_nan_stays_alone_with_it(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
 def test_a_client_whose_adapter_is_broken_stays_alone_with_it(value, tmp_path, monkeypatch):
     """What comes back over a wire may be anything, whatever the training was like."""
-    from flora_core import training_round
+    from flora_core.federation import local_clients
 
-    class Tampered(training_round.CohortTrainer):
+    class Tampered(local_clients.CohortTrainer):
         def run(self):
             updates = super().run()
             for update in updates:
@@ -84,7 +84,7 @@ def test_a_client_whose_adapter_is_broken_stays_alone_with_it(value, tmp_path, m
 
     others = [make_clients()[0], make_clients()[2]]
     without, _ = run_with(others, tmp_path / "without", make_model(torch.float64))
-    monkeypatch.setattr(training_round, "CohortTrainer", Tampered)
+    monkeypatch.setattr(local_clients, "CohortTrainer", Tampered)
     with pytest.warns(RuntimeWarning, match="client 'b' was refused"):
         fed, result = run_with(make_clients(), tmp_path / "broken", make_model(torch.float64))
     same_rounds(tmp_path / "broken", tmp_path / "without", "ac")

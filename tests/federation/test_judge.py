@@ -14,7 +14,7 @@ import torch
 
 from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation.norms import product_norm
-from flora_core.validate import sift, why_refused
+from flora_core.federation.judge import sift, why_refused
 
 K, N = 12, 20
 RANKS = {"x": 4, "y": 3}

@@ -18,20 +18,20 @@ from typing import Any, Protocol
 
 import torch
 
-from .adapters.update import Adapters, ClientUpdate, RoundResult
-from .common.checks import listed, require
-from .common.digests import json_digest
-from .config.adapter import AdapterConfig
-from .config.federation import FederationConfig
-from .config.training import TrainConfig
-from .distributed.world import ranks
-from .federation import Federation
-from .model.client import ClientSpec
-from .runs.events import Event
-from .runs.fingerprint import environment
+from ..adapters.update import Adapters, ClientUpdate, RoundResult
+from ..common.checks import listed, require
+from ..common.digests import json_digest
+from ..config.adapter import AdapterConfig
+from ..config.federation import FederationConfig
+from ..config.training import TrainConfig
+from ..distributed.world import ranks
+from ..model.client import ClientSpec
+from ..runs.events import Event
+from ..runs.fingerprint import environment
+from .judge import promised
+from .protocol import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
+from .rounds import Federation
 from .server import Server
-from .site import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
-from .validate import promised
 
 _ASK_AGAIN_SECONDS = 0.5
 # Whose versions decide how sums are rounded; builds of one release (2.13.0+cpu) go with the device.

@@ -15,33 +15,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .adapters.base import Base
-from .adapters.update import ClientUpdate
-from .aggregation import get_strategy
-from .card import model_card
-from .common.checks import require
-from .common.devices import peak_memory_bytes
-from .common.errors import Stopped
-from .config.federation import FederationConfig
-from .config.training import TrainConfig
-from .data.records import Record, check_records
-from .distributed.sharding import hold_base
-from .distributed.world import ranks
-from .federation_result import FederationResult, history
-from .incoming import Remote
-from .model.accepted import as_tokenizer, check_model
-from .model.client import ClientSpec
-from .model.evaluation import evaluate
+from ..adapters.base import Base
+from ..adapters.update import ClientUpdate
+from ..aggregation import get_strategy
+from ..common.checks import require
+from ..common.devices import peak_memory_bytes
+from ..common.errors import Stopped
+from ..config.federation import FederationConfig
+from ..config.training import TrainConfig
+from ..data.records import Record, check_records
+from ..distributed.sharding import hold_base
+from ..distributed.world import ranks
+from ..model.accepted import as_tokenizer, check_model
+from ..model.client import ClientSpec
+from ..model.evaluation import evaluate
+from ..runs.events import Event
+from ..runs.folder import RunFolder
+from ..runs.saving import converted, dtype_to_save
+from ..training.pause import Paused, stopping
+from ..training.trainer import CohortTrainer
+from .callable_clients import Remote
+from .judge import promised
+from .model_card import model_card
 from .privacy import Privacy, PrivateSum
 from .rebase import rebase_adapter
-from .resuming import Resuming
-from .runs.events import Event
-from .runs.folder import RunFolder
-from .runs.saving import converted, dtype_to_save
+from .result import FederationResult, history
+from .resume import Resuming
 from .server import Server
-from .training.pause import Paused, stopping
-from .training.trainer import CohortTrainer
-from .validate import promised
 
 # Clients that are checked together before training: their adapters are in memory at one time.
 _CHECKED_TOGETHER = 64
@@ -64,7 +64,7 @@ class Federation(Resuming):
         callbacks: Called with every event (``flora_core.runs.progress`` lists them).
         backend: auto, reference, triton or native.
         fuse: As in ``attach``.
-        remote: Client -> the function that has it train elsewhere (``flora_core.incoming``): asked while the others
+        remote: Client -> the function that has it train elsewhere (``flora_core.federation.callable_clients``): asked while the others
             train here, for ``config.deadline_s`` at most. Its spec needs no data; what it sends is not trusted.
     In processes that torchrun started each trains its share of the clients (``flora_core.distributed``).
 
@@ -311,7 +311,7 @@ class Federation(Resuming):
         folder.save_round(number, updates, state, [*events, end], base, self.server.fan_in_fan_out)
 
     def _aggregation(self, updates: Sequence[ClientUpdate], applied: bool) -> dict[str, Any]:
-        """What the round's aggregation depends on besides the clients' adapters (``flora_core.replay``)."""
+        """What the round's aggregation depends on besides the clients' adapters (``flora_core.federation.replay``)."""
         weights = {update.client: update.weight for update in updates}
         rule = {"strategy": self.strategy.name, "options": self.server.options}
         return {**rule, "clients": weights, "applied": applied}

@@ -8,15 +8,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from .common.digests import json_digest, tensor_digest
-from .common.errors import Stopped
-from .common.states import on_device
-from .ops import autotune
-from .runs.events import Event
-from .runs.fingerprint import environment, identity
-from .runs.folder import RunFolder
-from .training.pause import Paused
-from .training_round import TrainingRound
+from ..common.digests import json_digest, tensor_digest
+from ..common.errors import Stopped
+from ..common.states import on_device
+from ..ops import autotune
+from ..runs.events import Event
+from ..runs.fingerprint import environment, identity
+from ..runs.folder import RunFolder
+from ..training.pause import Paused
+from .local_clients import TrainingRound
 
 
 class Resuming(TrainingRound):

@@ -11,10 +11,10 @@ import torch
 import yaml
 
 from flora_core.aggregation import STRATEGIES
-from flora_core.card import base_licence, hub_name, model_card
 from flora_core.config.federation import FederationConfig
 from flora_core.config.privacy import Privacy
 from flora_core.config.training import TrainConfig
+from flora_core.federation.model_card import base_licence, hub_name, model_card
 from flora_core.model.deterministic import deterministic_libraries
 from tests.support.federations import make_clients, make_federation, make_model, make_tokenizer
 

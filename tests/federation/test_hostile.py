@@ -23,12 +23,13 @@ from flora_core.adapters.peft import CONFIG, WEIGHTS, load_peft_adapter, save_pe
 from flora_core.adapters.update import ClientUpdate
 from flora_core.common import files as files_module
 from flora_core.common.safetensors_header import read_header
-from flora_core.incoming import quarantine, receive
+from flora_core.federation.callable_clients import receive
+from flora_core.federation.judge import sift, why_refused
+from flora_core.federation.quarantine import quarantine
 from flora_core.runs.folder import RunFolder
-from flora_core.validate import sift, why_refused
+from tests.federation.test_judge import make_update, promised
 from tests.support.federations import new_folder
 from tests.support.hostile_files import LIES, mutate, mutate_json, mutate_safetensors, overwrite, tree
-from tests.test_validate import make_update, promised
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def test_more_than_was_promised_is_not_read(sent, monkeypatch):
 
     os.truncate(sent / WEIGHTS, 3_000_000)
     monkeypatch.setattr(safetensors_header, "_checked", lambda *_: pytest.fail("it was read"))
-    monkeypatch.setattr("flora_core.incoming._ROOM_BYTES", 1000)
+    monkeypatch.setattr("flora_core.federation.callable_clients._ROOM_BYTES", 1000)
     with pytest.raises(ValueError, match=r"safetensors has 3\.0 MB, more than the 2\.8 kB that it may have"):
         receive(sent, promised())
 
@@ -206,7 +207,7 @@ def test_nobody_chooses_a_path_by_a_name(name, tmp_path):
 
 
 def test_no_more_than_a_few_times_the_promise_is_kept(sent, tmp_path, monkeypatch):
-    monkeypatch.setattr("flora_core.incoming._ROOM_BYTES", 0)
+    monkeypatch.setattr("flora_core.federation.callable_clients._ROOM_BYTES", 0)
     os.truncate(sent / WEIGHTS, 4 * 8 * 7 * 32 + 1)
     place = quarantine(tmp_path, 1, "ann", "too large", sent, promised())
     assert sorted(os.listdir(place)) == [CONFIG, "reason.json"]

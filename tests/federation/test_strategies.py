@@ -11,7 +11,7 @@ import torch
 import flora_core as flora
 from flora_core.adapters.penalty import TailPenalty
 from flora_core.aggregation import STRATEGIES, get_strategy
-from flora_core.server import Server
+from flora_core.federation.server import Server
 from flora_core.training.optimizer import CohortAdamW
 from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_tokenizer, target_weights
 
