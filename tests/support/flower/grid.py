@@ -12,8 +12,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 import flora_core as flora
-from flora_core import flower, flower_node
 from flora_core.federation.party import Site
+from flora_core.flower import link as flower
+from flora_core.flower import node
 from tests.support.federations import TRAIN, make_clients, make_model, make_records, make_tokenizer
 
 Fault = Callable[[Message, Message], Message | None]
@@ -67,7 +68,7 @@ def make_sites(folder: Path, clients: list[flora.ClientSpec] | None = None, **mo
 
 def serve(grid: MemoryGrid, monkeypatch, out: Path | None, *, strategy: str = "flora", **changes: Any):
     """Run a federation on the grid; returns the strategy object and the result."""
-    monkeypatch.setattr(flower_node, "site_of", lambda values: grid.sites[values["node"]])
+    monkeypatch.setattr(node, "site_of", lambda values: grid.sites[values["node"]])
     events = changes.pop("events", [])
     train = {name: changes.pop(name) for name in list(changes) if name in flora.TrainConfig.__dataclass_fields__}
     link = flower.FloraStrategy(

@@ -11,15 +11,15 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from .common.checks import require
-from .common.devices import pick_device, pick_dtype
-from .common.files import folder_names
-from .config import recipe as recipes
-from .federation.party import Site
-from .federation.protocol import Tensors, Terms
-from .flower_messages import pack, unpack
-from .runs.build import build_client, client_names
-from .runs.loading import load_model, load_tokenizer, model_folder
+from ..common.checks import require
+from ..common.devices import pick_device, pick_dtype
+from ..common.files import folder_names
+from ..config import recipe as recipes
+from ..federation.party import Site
+from ..federation.protocol import Tensors, Terms
+from ..runs.build import build_client, client_names
+from ..runs.loading import load_model, load_tokenizer, model_folder
+from .messages import pack, unpack
 
 
 def client_app() -> ClientApp:

@@ -19,8 +19,8 @@ import pytest
 pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[flower]'")
 
 from flora_core.cli import main
-from flora_core.keys import make_keys
-from flora_core.keys_check import check_files, check_folder, check_server
+from flora_core.flower.certificate_checks import check_files, check_folder, check_server
+from flora_core.flower.certificates import make_keys
 
 HOST = "fl.example.org"
 
@@ -177,7 +177,7 @@ def test_deploy_makes_keys_app_and_commands_and_checks_those_that_are_there(tmp_
         assert word in told
     assert flora(f"{words} 127.0.0.1") == 0
     assert capsys.readouterr().out == told
-    app, ready = tmp_path / "d" / "flower" / "app", Path(__file__).parents[1] / "examples" / "flower"
+    app, ready = tmp_path / "d" / "flower" / "app", Path(__file__).parents[2] / "examples" / "flower"
     for name in ("flora_app/__init__.py", "flora_app/apps.py"):
         assert (app / name).read_text() == (ready / name).read_text()
     assert tomllib.loads((app / "pyproject.toml").read_text()) == tomllib.loads((ready / "pyproject.toml").read_text())

@@ -12,9 +12,9 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from . import __version__
-from .common.checks import require
-from .federation.protocol import Tensors
+from .. import __version__
+from ..common.checks import require
+from ..federation.protocol import Tensors
 
 _ORDER, _PAYLOAD, _SHARED = "order", "payload", "shared"
 # Counts up when a message's form or meaning changes, whatever the package's version.

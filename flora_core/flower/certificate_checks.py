@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .keys import key_names
+from .certificates import key_names
 
 _SERVER = ("ca.crt", "server.crt", "server.key")
 _ANEW = "make all anew with flora deploy and another --out"

@@ -1,7 +1,7 @@
 """The federation between machines, on Flower (the extra ``flower``, https://flower.ai).
 
 Flower carries the messages, with its TLS and its authentication of nodes; ``flora_core.federation.parties`` has the server's
-rounds, ``flora_core.federation.party`` a party's, ``flora_core.flower_node`` answers for one, and ``flora_core.flower_messages``
+rounds, ``flora_core.federation.party`` a party's, ``flora_core.flower.node`` answers for one, and ``flora_core.flower.messages``
 has the form in which all of it travels.
 """
 
@@ -16,15 +16,15 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from .adapters.update import ClientUpdate
-from .common.checks import require
-from .config import recipe as recipes
-from .federation.parties import Answers, RemoteFederation, metrics_of, spec_of
-from .federation.protocol import Tensors, Terms
-from .federation.result import FederationResult
-from .flower_messages import BROKEN, NodeError, pack, read, record, size_of
-from .runs.build import build_held_out, build_model, client_names
-from .runs.events import Event
+from ..adapters.update import ClientUpdate
+from ..common.checks import require
+from ..config import recipe as recipes
+from ..federation.parties import Answers, RemoteFederation, metrics_of, spec_of
+from ..federation.protocol import Tensors, Terms
+from ..federation.result import FederationResult
+from ..runs.build import build_held_out, build_model, client_names
+from ..runs.events import Event
+from .messages import BROKEN, NodeError, pack, read, record, size_of
 
 # What a safetensors header takes for one tensor, at most, beside the name.
 _HEADER_BYTES = 256

@@ -11,9 +11,9 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 
 from flwr.app import Context, RecordDict
 
-from flora_core import flower_node
 from flora_core.config import recipe as recipes
 from flora_core.federation.parties import ordered
+from flora_core.flower import node as flower_node
 from flora_core.runs.build import build_client, build_clients, build_held_out, client_names
 from tests.support.flower.deployment import write_recipe
 
@@ -55,7 +55,7 @@ def test_nobody_needs_the_data_of_others(overrides, tmp_path):
 def test_a_sites_recipe_of_the_docs_is_enough(tmp_path, monkeypatch):
     """It names its model, its data and its adapter; relative paths begin where the node was started."""
     monkeypatch.chdir(write_recipe(tmp_path, (4, 2), 1).parent)
-    text = (Path(__file__).parents[1] / "docs" / "flower.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "flower.md").read_text()
     shown = [part.partition("```")[0] for part in text.split("```yaml\n")[1:]]
     (tmp_path / "hospitals.yaml").write_text(shown[0].replace("/models/base", str(tmp_path / "model")))
     (tmp_path / "b.jsonl").unlink()

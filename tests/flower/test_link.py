@@ -18,10 +18,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message
 from flwr.common.constant import ErrorCode
 
 import flora_core as flora
-from flora_core import flower
 from flora_core.aggregation import get_strategy
 from flora_core.federation.party import Site
 from flora_core.federation.protocol import Terms
+from flora_core.flower import link as flower
 from tests.support.federations import files, make_clients, make_model, make_tokenizer
 from tests.support.flower.grid import MemoryGrid, in_process, make_sites, serve
 

@@ -13,8 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from .common.checks import check_number, require
-from .common.files import atomic_dir, folder_names
+from ..common.checks import check_number, require
+from ..common.files import atomic_dir, folder_names
 
 LOOPBACK = ("127.0.0.1", "::1")
 

@@ -1,0 +1,1 @@
+"""Runs between machines, on Flower's network."""
