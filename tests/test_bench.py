@@ -16,7 +16,7 @@ import torch
 import bench
 from bench import gpu_run, grid, run, tables, test_cohort_rivals, test_memory
 from bench.protocol import paired
-from flora_core import cli
+from flora_core.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,7 +70,7 @@ def test_every_question_has_a_file():
 
 
 def test_flora_bench_lists_its_questions(capsys):
-    assert cli.main(["bench", "--list"]) == 0
+    assert main.main(["bench", "--list"]) == 0
     assert "cohort_rivals" in capsys.readouterr().out
     taken = {name: choices for name, _, choices in run.listed()}
     assert taken["cohort_rivals"] == "cpu, gpu, quick, all"
@@ -78,21 +78,21 @@ def test_flora_bench_lists_its_questions(capsys):
 
 
 def test_flora_bench_refuses_in_a_sentence(capsys):
-    assert cli.main(["bench", "nonsense"]) == 2
+    assert main.main(["bench", "nonsense"]) == 2
     assert "no such question: nonsense; there are: cohort_step" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_gpu_run_without_a_gpu_says_what_to_do(capsys):
-    assert cli.main(["bench", "--select", "gpu"]) == 2
+    assert main.main(["bench", "--select", "gpu"]) == 2
     assert "--select gpu needs a CUDA GPU" in capsys.readouterr().err
     assert gpu_run.main([]) == 2
     assert "bench-gpu needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_flora_bench_of_an_installed_package_says_that_it_needs_a_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "flora_core" / "cli.py"))
-    assert cli.main(["bench"]) == 2
+    monkeypatch.setattr(main, "__file__", str(tmp_path / "site-packages" / "flora_core" / "cli.py"))
+    assert main.main(["bench"]) == 2
     assert re.search("needs a checkout .* no bench/ beside .*site-packages.*; clone it", capsys.readouterr().err)
 
 

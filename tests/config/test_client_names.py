@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 import flora_core as flora
-from flora_core.cli import main
+from flora_core.cli.main import main
 from flora_core.common.files import folder_names
 from tests.support.federations import files, make_federation, make_records, stop_after
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flora_core.cli.dry_run import describe_held_out
 from flora_core.config.recipe import Recipe, load
 from flora_core.data.splits import Split, split_data
-from flora_core.dry_run import describe_held_out
 from flora_core.runs.build import build_client, build_clients, build_held_out, client_names
 
 WARDS = ["St. Mary Hospital", "Clinic B", "clinic b", "a/b"]

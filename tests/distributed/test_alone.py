@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flora_core import cli
 from flora_core.adapters.update import ClientUpdate
+from flora_core.cli import main
 from flora_core.common.devices import pick_device
 from flora_core.config.federation import FederationConfig
 from flora_core.distributed import world
@@ -45,7 +45,7 @@ def test_variables_of_the_launcher_that_make_no_sense(name, monkeypatch, capsys,
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    assert cli.main(["run", "quickstart", f"out={tmp_path}"]) == 2
+    assert main.main(["run", "quickstart", f"out={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"WORLD_SIZE|RANK"):
         make_federation()

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from flora_core import cli
+from flora_core.cli import main
 from tests.federation.test_kill_resume import told
 from tests.support.distributed.jobs import (
     AGAIN,
@@ -221,7 +221,7 @@ def test_a_killed_rank_ends_the_command_and_the_run_goes_on_with_the_same_bytes(
     done = len(list((out / "rounds").iterdir()))
     assert 2 <= done < 9
     for folder in (out, whole):
-        assert cli.main(["run", str(recipe), f"out={folder}"]) == 0
+        assert main.main(["run", str(recipe), f"out={folder}"]) == 0
     assert f"resumed after round {done}" in capsys.readouterr().err
     assert files(out, ".safetensors") == files(whole, ".safetensors")
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import flora_core as flora
 from flora_core.adapters.peft import load_peft_adapter, read_base, read_config
 from flora_core.aggregation import STRATEGIES
-from flora_core.cli import main
+from flora_core.cli.main import main
 from flora_core.config.privacy import Privacy
 from flora_core.federation import rebase
 from flora_core.runs.folder import ROUNDS

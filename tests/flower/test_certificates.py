@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("cryptography", reason="cryptography is not installed: pip install '.[flower]'")
 
-from flora_core.cli import main
+from flora_core.cli.main import main
 from flora_core.flower.certificate_checks import check_files, check_folder, check_server
 from flora_core.flower.certificates import make_keys
 

@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower]'")
 
+from flora_core.cli.deploy import write_app
 from flora_core.config import recipe as recipes
-from flora_core.deploy_command import write_app
 from flora_core.federation.rounds import Federation
 from flora_core.runs.build import build
 from tests.support.federations import RANKS

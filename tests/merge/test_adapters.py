@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flora_core as flora
-from flora_core.cli import main
+from flora_core.cli.main import main
 from flora_core.merge.shards import Entry, read_shard, same_values
 from tests.support.checkpoints import CONFIG, files, save_adapters, save_checkpoint, weights
 

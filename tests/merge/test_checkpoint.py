@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import flora_core as flora
 from flora_core.aggregation.terms import exact_stacks, round_terms
-from flora_core.cli import main
+from flora_core.cli.main import main
 from flora_core.merge import checkpoint as merge_module
 from flora_core.merge import writer
 from flora_core.testing import budget_ratio, plain_rounding

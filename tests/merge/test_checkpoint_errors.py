@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import flora_core as flora
-from flora_core.cli import main
+from flora_core.cli.main import main
 from flora_core.common.files import SaveError
 from flora_core.merge import checkpoint as merge_module
 from tests.support.checkpoints import CONFIG, files, save_adapters, save_checkpoint, weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import flora_core as flora
-from flora_core.cli import main
+from flora_core.cli.main import main
 from tests.support.checkpoints import CONFIG, VOCAB, files, save_adapters, save_checkpoint, weights
 
 

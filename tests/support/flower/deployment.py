@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from flora_core.deploy_command import again
+from flora_core.cli.deploy import again
 from flora_core.flower.certificates import make_keys
 from tests.support.federations import make_clients, make_model, make_records, make_tokenizer
 

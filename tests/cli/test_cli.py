@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import flora_core
-from flora_core.cli import _joined, main
+from flora_core.cli.main import _joined, main
 from flora_core.config.recipe import load
 from flora_core.runs.progress import PlainProgress
 from tests.support.federations import make_model, make_records, make_tokenizer
@@ -216,11 +216,11 @@ def test_doctor_tells_what_runs_and_why_others_do_not(flora):
 
 
 def test_doctor_says_how_to_get_what_is_missing(flora, monkeypatch):
-    from flora_core import device
+    from flora_core.cli import doctor
     from flora_core.common import extras
 
     monkeypatch.setattr(extras, "_version", lambda name: None if name in ("gguf", "flwr") else "1")
-    monkeypatch.setattr(device, "_product_gflops", lambda dtype: {"torch.float32": 60.0}.get(str(dtype), 0.5))
+    monkeypatch.setattr(doctor, "_product_gflops", lambda dtype: {"torch.float32": 60.0}.get(str(dtype), 0.5))
     out = flora("doctor")[1]
     assert "gguf MISSING" in out
     assert "advice: flora run needs more packages: pip install 'gguf>=0.13'" in out

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .adapter_command import LAYOUTS
-from .common.checks import check_choice
-from .common.formatting import show_bytes, show_number, show_seconds
-from .common.tables import Table
-from .config.strategy_names import check_strategy_name
+from ..common.checks import check_choice
+from ..common.formatting import show_bytes, show_number, show_seconds
+from ..common.tables import Table
+from ..config.strategy_names import check_strategy_name
+from .adapter import LAYOUTS
 
 if TYPE_CHECKING:
-    from .merge import ExportReport, MergeReport
+    from ..merge import ExportReport, MergeReport
 
 _EXAMPLES = """examples:
   flora aggregate --base llama --adapter a=120 --adapter b=80 --out merged            weights are relative: 0.6 and 0.4
@@ -100,9 +100,9 @@ def run(options: argparse.Namespace) -> int:
     if options.as_adapter:
         check_choice("layout", options.as_adapter, LAYOUTS)
     check_strategy_name(options.strategy)
-    from .common.tables import print_tables
-    from .merge import export_adapter, merge_into_checkpoint
-    from .runs.progress import Bar
+    from ..common.tables import print_tables
+    from ..merge import export_adapter, merge_into_checkpoint
+    from ..runs.progress import Bar
 
     try:
         with Bar() as bar:

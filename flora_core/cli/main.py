@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, 2 bad input or a file that cannot be read or written (one paragraph, no traceback), 130 stopped by
 Ctrl-C. This module and the parsers of its commands import nothing heavy: torch takes seconds, so each command imports
-it once its arguments, and its recipe, are known to be right (tests/test_cli_light.py).
+it once its arguments, and its recipe, are known to be right (tests/cli/test_without_torch.py).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import __version__, adapter_command, aggregate_command, deploy_command
-from .common import extras
-from .common.checks import nearest
+from .. import __version__
+from ..common import extras
+from ..common.checks import nearest
+from . import adapter, aggregate, deploy
 
 if TYPE_CHECKING:
-    from .config.recipe import Recipe
+    from ..config.recipe import Recipe
 
 _EXAMPLES = """examples:
   flora run quickstart                                      the demo: ten clients, mixed ranks, three rounds
@@ -134,9 +135,9 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     run.add_argument("--dry-run", action="store_true", help="print the plan and a memory estimate; train nothing")
     run.add_argument("--out", metavar="DIR", help="folder of the results (short for out=DIR)")
     run.set_defaults(command=_run, extras=("train", "cli"))
-    adapter_command.add_parser(commands)
-    aggregate_command.add_parser(commands)
-    deploy_command.add_parser(commands)
+    adapter.add_parser(commands)
+    aggregate.add_parser(commands)
+    deploy.add_parser(commands)
     report = commands.add_parser("report", help="write plots and report.html of a run")
     report.add_argument("run_dir", help="the out= folder of a run, finished or not")
     report.set_defaults(command=_report, extras=("cli",))
@@ -168,10 +169,10 @@ def _joined(error: BaseException) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .config.recipe import load
+    from ..config.recipe import load
 
     recipe = load(options.recipe, options.overrides)
-    from .distributed.world import session
+    from ..distributed.world import session
 
     with session() as ranks:
         return _run_recipe(recipe, options.dry_run, ranks.first)
@@ -179,11 +180,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
     """Train by a recipe in this process; of those that torchrun started, only the first one prints."""
-    from .common.devices import limit_threads
+    from ..common.devices import limit_threads
 
     limit_threads(recipe.threads)
     if plan_only:
-        from .common.tables import print_tables
+        from ..common.tables import print_tables
         from .dry_run import dry_run
 
         if first:
@@ -197,12 +198,12 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
 
 
 def _train(recipe: Recipe, first: bool) -> int:
-    from .common.tables import print_tables
-    from .federation.rounds import Federation
-    from .runs.build import build, save_inputs
-    from .runs.progress import make_progress
-    from .runs.report import missing_plots
-    from .runs.summary import History, summary_tables
+    from ..common.tables import print_tables
+    from ..federation.rounds import Federation
+    from ..runs.build import build, save_inputs
+    from ..runs.progress import make_progress
+    from ..runs.report import missing_plots
+    from ..runs.summary import History, summary_tables
 
     without = missing_plots(recipe.out) if recipe.out else None
     if first and without is not None:
@@ -232,7 +233,7 @@ def _train(recipe: Recipe, first: bool) -> int:
 
 def _write_report(out: Path) -> str:
     """Write the report of a run that is saved already: whatever hinders that is no failure of the run."""
-    from .runs.report import write_report
+    from ..runs.report import write_report
 
     try:
         return f"report: {write_report(out)}"
@@ -244,7 +245,7 @@ def _write_report(out: Path) -> str:
 
 
 def _what_is_saved(out: str | None) -> str:
-    from .runs.folder import ROUNDS
+    from ..runs.folder import ROUNDS
 
     if out is None:
         return "Nothing is saved, for out= is null."
@@ -258,7 +259,7 @@ def _what_is_saved(out: str | None) -> str:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .runs.report import missing_plots, write_report
+    from ..runs.report import missing_plots, write_report
 
     print(write_report(options.run_dir))
     without = missing_plots(options.run_dir)
@@ -268,7 +269,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise ValueError(
             f"flora bench needs a checkout of the repository, and there is no bench/ beside {Path(__file__).parent}; "
@@ -285,7 +286,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .device import doctor, doctor_text
+    from .doctor import doctor, doctor_text
 
     facts = doctor()
     print(json.dumps(facts, indent=2) if options.json else doctor_text(facts))

@@ -12,7 +12,7 @@ import pytest
 import flora_core
 from flora_core.common.extras import EXTRAS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Importing any of these takes seconds on a slow disk; a command that does it although its arguments are wrong fails.
 HEAVY = ("torch", "transformers", "tokenizers", "numpy", "matplotlib", "flwr", "datasets", "accelerate")
 # Words of the command line -> exit code and what it prints.
@@ -121,7 +121,7 @@ def test_a_correct_run_does_import_torch(tmp_path):
 
 
 def test_every_command_names_its_packages():
-    from flora_core.cli import _parsers
+    from flora_core.cli.main import _parsers
 
     for name, parser in _parsers()[1].items():
         assert name == "bench" or set(parser.get_default("extras")) <= set(EXTRAS), name

@@ -1,0 +1,1 @@
+"""The flora command."""
