@@ -20,7 +20,7 @@ _MODULES = {
 }
 _TRITON = "flora_kernels.triton"
 # The same ops for tensors that were checked and are plain.
-_CHECKED = {"flora_kernels.native": "flora_kernels.native_tensors"}
+_CHECKED = {"flora_kernels.native": "flora_kernels.native.unchecked"}
 # What auto took for an op, a dtype and a kind of device, and the reasons it was taken under.
 _taken: dict[Any, tuple[dict[str, str | None], tuple[ModuleType, str]]] = {}
 # What the kernels are compiled for, and bfloat16 in hardware.

@@ -18,7 +18,7 @@ import torch
 from flora_core import Segments, testing
 from flora_core.testing import LinearCase, MergeCase, make_linear, make_merge, oracle_linear, oracle_merge
 from flora_kernels import reference
-from flora_kernels.arguments import Dropout, MergeItem
+from flora_kernels.types import Dropout, MergeItem
 
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 ISAS = [name for name, code in native._ISAS.items() if 0 < code <= native._native.cpu_isa()]

@@ -12,7 +12,7 @@ import torch
 
 from flora_core import MergeItem, Segments
 from flora_core.ops import api, backends
-from flora_kernels.arguments import Dropout
+from flora_kernels.types import Dropout
 
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 

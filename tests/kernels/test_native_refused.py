@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora_kernels.arguments import Dropout
+from flora_kernels.types import Dropout
 from tests.kernels.test_native_arrays import arrays, close, product
 
 native = pytest.importorskip("flora_kernels.native", exc_type=ImportError)

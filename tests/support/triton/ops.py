@@ -21,8 +21,9 @@ import triton.language as tl
 from flora_core import MergeItem, Segments, cohort_adamw_, stacked_merge_many_, testing
 from flora_core.ops import fusion
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, LinearCase, LinearInputs, make_linear, make_merge
-from flora_kernels import reference, reference_draws
+from flora_kernels import reference
 from flora_kernels import triton as kernels
+from flora_kernels.reference import draws as reference_draws
 from flora_kernels.triton.common import draws_of
 from tests.ops import test_shared_input
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
-from .arguments import Ranges
+from ..types import Ranges
 
 CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4, "int16": 5}
 _DEVICE_CODES = {"cpu": 0, "cuda": 1}

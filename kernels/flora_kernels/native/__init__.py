@@ -19,8 +19,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import Dropout, MergeItem, Ranges
-from .native_arguments import (
+from ..types import Dropout, MergeItem, Ranges
+from .arguments import (
     CODES,
     choose,
     columns_of,
@@ -36,7 +36,7 @@ from .native_arguments import (
     shared,
     torch_if_imported,
 )
-from .native_arguments import stream_of as _stream_of
+from .arguments import stream_of as _stream_of
 
 
 def _why_not(error: ImportError) -> str:
@@ -51,7 +51,7 @@ def _why_not(error: ImportError) -> str:
 
 
 try:
-    from . import _native  # pyright: ignore[reportAttributeAccessIssue]
+    from .. import _native  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:
     raise ImportError(_why_not(error)) from error
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .arguments import MergeItem
-from .reference_draws import draws
+from ..types import MergeItem
+from .draws import draws
 
 
 def split_master(master: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,9 +31,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.optim.adamw import adamw
 
-from .arguments import Dropout, MergeItem, Ranges
-from .reference_draws import dropout_keep, philox4x32
-from .reference_merge import join_master, merge_, merge_many_, round_stochastic, split_master
+from ..types import Dropout, MergeItem, Ranges
+from .draws import dropout_keep, philox4x32
+from .merge import join_master, merge_, merge_many_, round_stochastic, split_master
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

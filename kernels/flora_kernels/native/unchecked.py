@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _native  # pyright: ignore[reportAttributeAccessIssue]
-from .arguments import Dropout
-from .native import _isa
+from .. import _native  # pyright: ignore[reportAttributeAccessIssue]
+from ..types import Dropout
+from . import _isa
 
 if TYPE_CHECKING:
     from flora_core.common.segments import Segments
