@@ -76,7 +76,7 @@ test-isa: environment
 
 # The README's own lines in fresh environments, from an sdist and from a wheel; needs the network or pip's cache.
 test-install: environment
-	$(PY) -m tests.install_check --torch $(TORCH)
+	$(PY) -m tests.project.install_check --torch $(TORCH)
 
 test-all: environment
 	mkdir -p docs/logs
@@ -93,10 +93,10 @@ soak: environment
 bench: environment
 	status=0; $(LIMITED) $(PY) -m bench.run --select cpu --minutes 18 --stop 20 --threads $(THREADS) $(BENCH) || status=$$?; \
 	    [ $$status = 130 ] || $(LIMITED) $(PY) -m bench.run --explain --threads $(THREADS) || status=$$?; \
-	    $(PY) -m bench.publish; exit $$status
+	    $(PY) -m bench.reporting.publish; exit $$status
 
 bench-gpu: environment
-	status=0; $(PY) -m bench.gpu_run || status=$$?; $(PY) -m bench.publish; exit $$status
+	status=0; $(PY) -m bench.gpu.run || status=$$?; $(PY) -m bench.reporting.publish; exit $$status
 
 lint: environment
 	$(PY) -m ruff check .

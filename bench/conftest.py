@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.deadline import within
-from bench.grid import SELECTIONS, cases
-from bench.machine import forget
-from bench.outcomes import Outcomes
-from bench.protocol import RESULTS, SMOKE, machine_folder
+from bench.cases.grid import SELECTIONS, cases
+from bench.harness.deadline import within
+from bench.harness.machine import forget
+from bench.harness.outcomes import Outcomes
+from bench.harness.protocol import RESULTS, SMOKE, machine_folder
 
 torch.set_num_threads(int(os.environ.get("FLORA_BENCH_THREADS", "2")))
 LAYERS = 30
@@ -32,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-tokens", type=int, default=128, help="tokens of a sequence where they are not real data")
     group.addoption("--bench-seconds", type=float, default=1.0, help="factor on how long each comparison goes on")
-    group.addoption("--bench-select", choices=SELECTIONS, default=None, help="which cases of the grid (bench/grid.py)")
+    group.addoption(
+        "--bench-select", choices=SELECTIONS, default=None, help="which cases of the grid (bench/cases/grid.py)"
+    )
     group.addoption("--bench-minutes", type=float, default=None, help="begin no comparison after so many minutes")
     group.addoption("--bench-stop", type=float, default=None, help="stop what runs after so many minutes")
 

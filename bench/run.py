@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.grid import SELECTIONS
+from bench.cases.grid import SELECTIONS
 
 HERE = Path(__file__).resolve().parent
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_tables([("Questions", ["question", "what", "selections that take it"], listed())])
         return 0
     if options.explain:
-        from bench.explain import explain
+        from bench.reporting.explain import explain
 
         tables, text = explain(options.layers, options.tokens, options.questions)
         print_tables(tables)
@@ -175,8 +175,8 @@ def _measure(options: argparse.Namespace, print_tables: Any) -> int:
     import pytest
     import torch
 
-    from bench.protocol import PARTIAL, RESULTS, SMOKE, machine_folder
-    from bench.tables import load, summary
+    from bench.harness.protocol import PARTIAL, RESULTS, SMOKE, machine_folder
+    from bench.reporting.tables import load, summary
 
     selection = options.select or ("gpu" if torch.cuda.is_available() else "cpu")
     if selection == "gpu" and not torch.cuda.is_available():

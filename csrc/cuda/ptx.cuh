@@ -1,5 +1,5 @@
 // Every instruction that C++ has no word for, and every access to memory that threads share, in one place: on the
-// device as inline PTX, on the host (FLORA_HOST_SHIM) as its emulation. bench/gpu_check.py holds one against the other.
+// device as inline PTX, on the host (FLORA_HOST_SHIM) as its emulation. bench/gpu/check.py holds one against the other.
 //
 // On the host each access is checked: inside a buffer, aligned, written before, and not in a race.
 #pragma once

@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 
-# As pyproject.toml has them, without flora-core's own name (tests/test_house.py compares).
+# As pyproject.toml has them, without flora-core's own name (tests/project/test_packaging.py compares).
 EXTRAS = {
     "train": (
         "transformers>=5.0",

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.strategies_case import PUBLISHED, counted_gflop, work
+from bench.cases.strategies import PUBLISHED, counted_gflop, work
 from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation import STRATEGIES, aggregate, get_strategy
 from flora_core.aggregation import strategy as strategy_module

@@ -1,4 +1,4 @@
-"""bench/gpu_merge.py runs to its end: on the CPU, through the same functions of the C interface."""
+"""bench/gpu/merge.py runs to its end: on the CPU, through the same functions of the C interface."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ pytest.importorskip("flora_kernels.native", exc_type=ImportError)
 pytest.importorskip("peft")
 pytest.importorskip("triton")
 
-from bench import gpu_merge
+from bench.gpu import merge
 
 CASES = {"q,v": [(24, 40)] * 3, "all linears": [(24, 40), (40, 24), (24, 24)]}
 
 
 def test_it_checks_and_times_every_contender(monkeypatch):
-    monkeypatch.setattr(gpu_merge, "ROUNDS", 2)
-    found = gpu_merge.run("cpu", CASES)
+    monkeypatch.setattr(merge, "ROUNDS", 2)
+    found = merge.run("cpu", CASES)
     assert found["green"]
     assert 0 < found["share of the error budget"] <= 1
     for name in CASES:
         row = found[name]
-        assert set(row["times"]) == {"flora", "flora, fp32 factors", *gpu_merge.LEAST}
+        assert set(row["times"]) == {"flora", "flora, fp32 factors", *merge.LEAST}
         assert len(row["met"]) == 4
     assert found["q,v"]["bytes"] == 3 * (2 * 24 * 40 * 2 + 160 * (24 + 40) * 2)
     json.dumps(found)
@@ -33,8 +33,8 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
     def half(self, layers):
         return lambda: layers.weights[0].mul_(2)
 
-    monkeypatch.setattr(gpu_merge.Library, "merge", half)
-    found = gpu_merge.run("cpu", CASES)
+    monkeypatch.setattr(merge.Library, "merge", half)
+    found = merge.run("cpu", CASES)
     assert not found["green"]
     assert not set(CASES) & set(found)
 
@@ -42,4 +42,4 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_the_library_says_why_there_is_no_gpu():
     with pytest.raises(RuntimeError, match=r"built without CUDA|no GPU"):
-        gpu_merge.Library("cuda")
+        merge.Library("cuda")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.protocol import Check, Result, interleave
+from bench.harness.protocol import Check, Result, interleave
 
 GREEN = Check(0.5, "exactly")
 
@@ -41,8 +41,8 @@ def timed(folder: Path, name: str, seed: int, monkeypatch: pytest.MonkeyPatch, o
     """A whole run on a clock of its own: ours at so many seconds against a rival at 1.5."""
     clock = Clock(seed)
     with monkeypatch.context() as patched:
-        patched.setattr("bench.protocol.time.perf_counter", lambda: clock.now)
-        patched.setattr("bench.protocol.torch.cuda.is_available", lambda: False)
+        patched.setattr("bench.harness.protocol.time.perf_counter", lambda: clock.now)
+        patched.setattr("bench.harness.protocol.torch.cuda.is_available", lambda: False)
         result = Result(name, "?", {}, folder)
         work = "flora", clock.work(ours)
         rivals = {"PEFT": clock.work(1.5)}

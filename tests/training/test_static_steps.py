@@ -226,7 +226,7 @@ def test_attention_by_offsets_on_the_device(static: list[Any], monkeypatch: pyte
 
 def test_no_length_on_the_host():
     """Triton's kernels under the interpreter: clients and sequences are found by tables on the device alone."""
-    code = "from bench.gpu_step import check_graphs; found = check_graphs('cpu'); print(found); assert found['green']"
+    code = "from bench.gpu.step import check_graphs; found = check_graphs('cpu'); print(found); assert found['green']"
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     words = [sys.executable, "-c", f"import tests.support.triton.interpreter; {code}"]
