@@ -1,6 +1,6 @@
 """The CUDA backend on GPUs that a test describes: what does not fit is refused, and each status is a call's own.
 
-The emulated kernels run over ``csrc/host_shim/runtime.h``, which stands in for CUDA's runtime.
+The emulated kernels run over ``csrc/emulator/runtime.h``, which stands in for CUDA's runtime.
 Letters: M packed tokens, K in_features, R one client's rank, P sum of ranks.
 """
 

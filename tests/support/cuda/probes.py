@@ -12,7 +12,7 @@ import torch
 
 from flora_core import testing
 
-# The numbers of `enum Probe` in csrc/cuda/check.cu.
+# The numbers of `enum Probe` in csrc/cuda/probes.cu.
 NAMES = ("ldmatrix", "ldmatrix.trans", "mma bf16", "mma fp16", "copy", "groups", "shuffle", "numbers", "draws")
 PROBES = {name: number for number, name in enumerate(NAMES)}
 KINDS = {"mma bf16": torch.bfloat16, "mma fp16": torch.float16}

@@ -1,8 +1,8 @@
 // The CUDA backend with what tests need, as one library of its own: built by a host compiler the emulated kernels, built
 // by nvcc the same for a GPU. Not part of the product.
 //
-//     g++ -x c++ -O1 -std=c++17 -shared -fPIC -DFLORA_HOST_SHIM -I csrc/include csrc/cuda/check.cu
-//     nvcc -O3 -std=c++17 -shared -Xcompiler -fPIC -arch=native -I csrc/include csrc/cuda/check.cu
+//     g++ -x c++ -O1 -std=c++17 -shared -fPIC -DFLORA_HOST_SHIM -I csrc/include csrc/cuda/probes.cu
+//     nvcc -O3 -std=c++17 -shared -Xcompiler -fPIC -arch=native -I csrc/include csrc/cuda/probes.cu
 #include <cstdarg>
 #include <cstdio>
 #include <initializer_list>
