@@ -57,9 +57,13 @@ PYTEST = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest $(PARALLEL)
 LEAST := ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 \
     FLORA_ISA=portable
 AVX2 := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 FLORA_ISA=avx2
-ISA_TESTS := $(patsubst %,tests/test_%.py,aggregate_downlink attention attention_ways cohort cohort_adamw cuda_harness \
-    federation isolation loss merge native native_fidelity ops ops_fuse ops_shared optimizer peft_equality robust rounding \
-    stacked_merge strategies strategies_federation strategies_product strategies_warm trainer trainer_graphs)
+ISA_TESTS := $(patsubst %,tests/aggregation/test_%.py,downlink flora flora_warm norms strategies) \
+    $(patsubst %,tests/federation/test_%.py,rounds strategies) \
+    $(patsubst %,tests/kernels/test_%.py,cuda_harness native native_fidelity) \
+    $(patsubst %,tests/merge/test_%.py,in_place) \
+    $(patsubst %,tests/model/test_%.py,attention attention_kernels cohort isolation loss) \
+    $(patsubst %,tests/ops/test_%.py,cohort_adamw fusion lora_linear rounding shared_input stacked_merge) \
+    $(patsubst %,tests/training/test_%.py,optimizer peft_equality static_steps trainer)
 
 .PHONY: demo test test-isa test-install test-all soak bench bench-gpu lint clean environment install
 

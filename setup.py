@@ -25,7 +25,7 @@ from setuptools.errors import CompileError, PlatformError
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "flora_core/__init__.py").read_text(), re.M)[1]
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "flora_core/version.py").read_text(), re.M)[1]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # -fno-math-errno lets sqrt be an instruction; nothing that changes a sum is allowed.
 BASE_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -229,7 +229,9 @@ class BuildNative(build_ext):
 
         includes = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
         defines = ["-DFLORA_WITH_CUDA"] if self.nvcc else []
-        made = self.compile(CSRC / "bindings.cpp", [*self.compiler_command, "-O2", *BASE_FLAGS, *defines, *includes])
+        made = self.compile(
+            CSRC / "python/bindings.cpp", [*self.compiler_command, "-O2", *BASE_FLAGS, *defines, *includes]
+        )
         origin = "$ORIGIN" if platform.system() == "Linux" else "@loader_path"
         loose = [] if platform.system() == "Linux" else ["-undefined", "dynamic_lookup"]
         module = self.package / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"

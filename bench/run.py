@@ -73,10 +73,10 @@ def tests(names: Sequence[str], selection: str) -> list[str]:
     if unknown:
         raise ValueError(f"no such question: {', '.join(unknown)}; there are: {', '.join(QUESTIONS)}")
     if names:
-        return [str(HERE / f"test_{name}.py") for name in QUESTIONS if name in names]
+        return [str(HERE / "suites" / f"test_{name}.py") for name in QUESTIONS if name in names]
     found = []
     for name, question in QUESTIONS.items():
-        path = str(HERE / f"test_{name}.py")
+        path = str(HERE / "suites" / f"test_{name}.py")
         if selection == "all":
             found.append(path)
         elif selection == "gpu":
@@ -90,7 +90,7 @@ def listed() -> list[list[str]]:
     """Every question, what it asks and which selections take it; a named one always runs."""
     rows = []
     for name, question in QUESTIONS.items():
-        path = str(HERE / f"test_{name}.py")
+        path = str(HERE / "suites" / f"test_{name}.py")
         taken = [choice for choice in SELECTIONS if any(t.startswith(path) for t in tests([], choice))]
         rows.append([name, question.about, ", ".join(taken)])
     return rows

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 import flora_core as flora
 from flora_core.model.batch import lay_out
 from flora_core.testing import plain_rounding
-from flora_core.training import static_steps, steps
+from flora_core.training import cuda_graphs, static_steps, steps
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets
 
@@ -136,7 +136,7 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
         # Few sizes, so that they come again in a short training.
         patch.setattr(static_steps, "round_up", lambda count, _: max(32, 1 << (count - 1).bit_length()))
         if way == "called":
-            patch.setattr(steps, "executor_for", lambda _: static_steps.Eager())
+            patch.setattr(steps, "executor_for", lambda _: cuda_graphs.Eager())
         if device == "cpu" and static:
             attend_by_offsets(patch)
             patch.setattr(steps, "why_not", lambda *_: None)

@@ -26,7 +26,7 @@ from flora_core.common.files import atomic_write_bytes
 
 # A folder of one's own, so that a trial does not write over results that are committed.
 _ELSEWHERE = os.environ.get("FLORA_BENCH_RESULTS")
-RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else Path(__file__).resolve().parent / "results"
+RESULTS = Path(_ELSEWHERE).resolve() if _ELSEWHERE else ROOT / "bench" / "results"
 PARTIAL = "partial"
 # A ratio from fewer paired rounds is not published: three rounds on a shared machine were seen to differ by a fifth.
 LEAST_ROUNDS = 9

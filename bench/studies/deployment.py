@@ -15,9 +15,9 @@ from typing import Any
 
 from bench.harness.protocol import ROOT, Result, latest, machine_folder
 from flora_core.common.formatting import show_bytes, show_seconds
-from flora_core.config import recipe as recipes
 from flora_core.federation.rounds import Federation
-from flora_core.runs.build import build
+from flora_core.runs.build import build_run
+from flora_core.runs.recipe import load_recipe
 from tests.support.flower.deployment import Deployment, deployed, write_recipe
 from tests.support.flower.relay import Relay
 
@@ -28,9 +28,9 @@ RANKS, WIDTH = (64, 48), 1024
 
 def in_process(recipe: Path, out: Path) -> dict[str, Any]:
     """Seconds of the same rounds in one process, its start left out."""
-    chosen: Any = recipes.load(str(recipe), [f"out={out}"])
+    chosen: Any = load_recipe(str(recipe), [f"out={out}"])
     start = time.perf_counter()
-    model, tokenizer, clients, test = build(chosen)
+    model, tokenizer, clients, test = build_run(chosen)
     settings = (chosen.strategy, chosen.federation, chosen.train, chosen.target_modules, test)
     events: list[tuple[float, str]] = []
     note = lambda event: events.append((time.perf_counter(), event["event"]))  # noqa: E731

@@ -128,11 +128,11 @@ def recipe_of(args: argparse.Namespace, one: Run, out: Path) -> Any:
 def do(args: argparse.Namespace, one: Run, deadline: float) -> list[dict[str, Any]]:
     """Run one combination, or go on with it; its events."""
     from flora_core.federation.rounds import Federation
-    from flora_core.runs.build import build
+    from flora_core.runs.build import build_run
 
     out = args.work / args.label / one["key"]
     recipe = recipe_of(args, one, out)
-    model, tokenizer, clients, test = build(recipe)
+    model, tokenizer, clients, test = build_run(recipe)
 
     def watch(event: dict[str, Any]) -> None:
         if event["event"] == "evaluated":

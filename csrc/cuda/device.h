@@ -1,6 +1,6 @@
 // What the host asks of CUDA's runtime around a launch: which GPU is current, what it can hold, how a launch went.
 //
-// Under FLORA_HOST_SHIM the runtime is host_shim/runtime.h, over a machine that a test describes.
+// Under FLORA_HOST_SHIM the runtime is emulator/runtime.h, over a machine that a test describes.
 #pragma once
 
 #include "../common/backend.h"

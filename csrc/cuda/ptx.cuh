@@ -9,8 +9,8 @@
 #include <type_traits>
 
 #ifdef FLORA_HOST_SHIM
-#include "../host_shim/cuda_words.h"
-#include "../host_shim/emulate.h"
+#include "../emulator/cuda_words.h"
+#include "../emulator/emulate.h"
 // Where a call stands in the source, as hidden last arguments.
 #define FLORA_SITE , const char *file = __builtin_FILE(), int line = __builtin_LINE()
 #define FLORA_ONLY_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common import seeds
-from ..common.checks import require
-from ..common.segments import Segments
+from ..common import Segments, require, seeds
 from .update import Adapters
 
 

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.checks import require
-from ..common.tensor_checks import FLOAT_DTYPES
+from ..common import FLOAT_DTYPES, require
 
 _VALUES = 256
 

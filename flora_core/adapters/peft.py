@@ -17,11 +17,18 @@ from typing import Any
 
 import torch
 
-from ..common.checks import listed, require
-from ..common.files import atomic_dir, atomic_write_json, write_safetensors
-from ..common.safetensors_header import open_plain, parse_json, read_header
-from ..common.tensor_checks import FLOAT_DTYPES
-from ..config.adapter import match_pattern
+from ..common import (
+    FLOAT_DTYPES,
+    atomic_dir,
+    atomic_write_json,
+    listed,
+    open_plain,
+    parse_json,
+    read_header,
+    require,
+    write_safetensors,
+)
+from ..config import match_pattern
 from .base import Base, values_of
 from .peft_config import CONFIG, base_of, is_target, make_config, read_config, scaling_of
 from .peft_keys import Keys, sort_keys

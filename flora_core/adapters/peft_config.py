@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import listed, require
-from ..common.safetensors_header import open_plain, parse_json
-from ..config.adapter import match_pattern, matches_target
+from ..common import listed, open_plain, parse_json, require
+from ..config import match_pattern, matches_target
 
 CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES, _LARGEST = 4_000_000, sys.float_info.max

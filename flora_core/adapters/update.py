@@ -79,8 +79,9 @@ class RoundResult:
         state: The strategy's state for the next round: tensors and JSON values, nested in dicts and lists.
         adapter: Module path -> (A_PK, B_PN, coef_P) of the global adapter that a strategy keeps beside the base.
         certificate: How far this is from the exact sum (``flora_core.aggregation.certificate``).
-        forms: Module path -> how its part of ``base_delta`` travels, and the bytes (``flora_core.aggregation.downlink``).
-        up, down: Client -> bytes that it sent and that the round's result costs it.
+        forms: Module path -> how its part of ``base_delta`` travels, and the bytes
+        (``flora_core.aggregation.downlink``). up, down: Client -> bytes that it sent and that the round's result costs
+        it.
         seconds: Time of each step: ``aggregate``, ``certify``.
     """
 

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from . import average, flora, flora_warm, frozen, redistribute  # noqa: F401 (their strategies register themselves)
+from . import average, flora, flora_warm, frozen, redistribute
 from .certificate import Certificate, Deviation, certify, norm, sample_rows, total, write_deviation
-from .strategy import STRATEGIES, Strategy, aggregate, get_strategy, load_strategy, register, table
+from .downlink import DeltaLog, wire_dtype
+from .global_adapter import as_stack
+from .norms import clip_factor, clipped, outliers, product_norm
+from .strategy import BOTH, STRATEGIES, Strategy, aggregate, get_strategy, load_strategy, register, table
+from .svd import balanced, full_rank, stack_svd
+from .terms import Stack, Term, check_adapters, check_updates, join_stacks, round_terms, stack_of
 
 __all__ = [
+    "BOTH",
     "STRATEGIES",
     "Certificate",
+    "DeltaLog",
     "Deviation",
+    "Stack",
     "Strategy",
+    "Term",
     "aggregate",
+    "as_stack",
+    "balanced",
     "certify",
+    "check_adapters",
+    "check_updates",
+    "clip_factor",
+    "clipped",
+    "full_rank",
     "get_strategy",
+    "join_stacks",
     "load_strategy",
     "norm",
+    "outliers",
+    "product_norm",
     "register",
+    "round_terms",
     "sample_rows",
+    "stack_of",
+    "stack_svd",
     "table",
     "total",
+    "wire_dtype",
     "write_deviation",
 ]

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.penalty import TailPenalty
-from ..adapters.update import ClientUpdate, RoundResult
-from ..common.checks import check_choice, check_number, require
+from ..adapters import ClientUpdate, RoundResult, TailPenalty
+from ..common import check_choice, check_number, require
 from .certificate import norm
 from .downlink import sent
 from .global_adapter import AdapterStrategy, Pair, averaged, on_the_wire, without

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import ClientUpdate, RoundResult
+from ..adapters import ClientUpdate, RoundResult
 from .terms import Stack, join_stacks, round_terms, stack_of
 
 _CHUNK_ROWS = 1024

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..adapters.update import ClientUpdate, RoundResult
-from ..common.checks import check_number, require
+from ..adapters import ClientUpdate, RoundResult
+from ..common import check_number, require
 from .downlink import sent
 from .strategy import Strategy, register
 from .svd import energy_rank, stack_svd

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import ClientUpdate, RoundResult
-from ..common.checks import check_choice, check_number, require
+from ..adapters import ClientUpdate, RoundResult
+from ..common import check_choice, check_number, require
 from .global_adapter import AdapterStrategy, Pair, as_stack, dtype_name, extended, on_the_wire, without
 from .strategy import register
 from .svd import Svd, as_fresh, leading_svd

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import ClientUpdate, RoundResult
-from ..common.checks import require
+from ..adapters import ClientUpdate, RoundResult
+from ..common import require
 from .global_adapter import AdapterStrategy, Pair, averaged
 from .strategy import register
 from .terms import Term, round_terms

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import Adapters, ClientUpdate, RoundResult
-from ..common.checks import require
-from ..common.seeds import generator
+from ..adapters import Adapters, ClientUpdate, RoundResult
+from ..common import generator, require
 from .downlink import wire_dtype
 from .strategy import Strategy
 from .terms import Stack, Term, round_terms

@@ -19,8 +19,8 @@ from dataclasses import replace
 
 import torch
 
-from ..adapters.update import ClientUpdate
-from ..common.checks import check_number, require
+from ..adapters import ClientUpdate
+from ..common import check_number, require
 
 _EPS = torch.finfo(torch.float64).eps
 

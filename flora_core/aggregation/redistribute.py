@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import ClientUpdate, RoundResult
-from ..common.checks import check_choice, check_number
+from ..adapters import ClientUpdate, RoundResult
+from ..common import check_choice, check_number
 from .global_adapter import AdapterStrategy, Pair
 from .strategy import register
 from .svd import balanced, leading_svd, stack_svd

@@ -21,10 +21,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from ..adapters.penalty import TailPenalty
-from ..adapters.update import Adapters, ClientUpdate, RoundResult
-from ..common.checks import nearest, require
-from ..config.strategy_names import unknown_strategy
+from ..adapters import Adapters, ClientUpdate, RoundResult, TailPenalty
+from ..common import nearest, require
+from ..config import unknown_strategy
 from .certificate import certify
 from .downlink import smallest_form
 from .terms import check_equal_ranks, check_same_modules, check_updates

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..common.seeds import generator
+from ..common import generator
 from .terms import Stack
 
 # Vectors that an iteration carries beyond the triplets that it is to find.

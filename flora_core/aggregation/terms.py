@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..adapters.update import ClientUpdate
-from ..common.checks import listed, require
-from ..common.tensor_checks import check_tensor
+from ..adapters import ClientUpdate
+from ..common import check_tensor, listed, require
 
 Stack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..common.checks import check_choice
+from ..common import check_choice
 
 LAYOUTS = ("peft", "vllm")
 _EXAMPLES = """examples:
@@ -40,9 +40,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command."""
     check_choice("layout", options.layout, LAYOUTS)
     from ..aggregation import load_strategy
-    from ..common.formatting import show_bytes
-    from ..common.tables import print_tables
-    from ..federation.rebase import rebase_adapter
+    from ..common import print_tables, show_bytes
+    from ..federation import rebase_adapter
 
     if options.strategy:
         load_strategy(options.strategy)

@@ -10,10 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..common.checks import check_choice
-from ..common.formatting import show_bytes, show_number, show_seconds
-from ..common.tables import Table
-from ..config.strategy_names import check_strategy_name
+from ..common import Table, check_choice, show_bytes, show_number, show_seconds
+from ..config import check_strategy_name
 from .adapter import LAYOUTS
 
 if TYPE_CHECKING:
@@ -100,9 +98,9 @@ def run(options: argparse.Namespace) -> int:
     if options.as_adapter:
         check_choice("layout", options.as_adapter, LAYOUTS)
     check_strategy_name(options.strategy)
-    from ..common.tables import print_tables
+    from ..common import print_tables
     from ..merge import export_adapter, merge_into_checkpoint
-    from ..runs.progress import Bar
+    from ..runs import Bar
 
     try:
         with Bar() as bar:

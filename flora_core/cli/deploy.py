@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import check_name, require
-from ..common.files import atomic_write_bytes
-from ..flower.certificates import key_names
+from ..common import atomic_write_bytes, check_name, require
+from ..flower import key_names
 
 # A server here is a rehearsal.
 _HERE = ("127.0.0.1", "localhost", "::1")
@@ -114,8 +113,7 @@ def deploy(options: argparse.Namespace) -> int:
 
 def _make(out: Path, options: argparse.Namespace, names: list[str]) -> None:
     """Make keys, app and configuration; what is there is checked, and stays."""
-    from ..flower.certificate_checks import check_folder
-    from ..flower.certificates import make_keys
+    from ..flower import check_folder, make_keys
 
     if (out / "keys" / "ca.crt").exists():
         _refuse(check_folder(out / "keys", [options.host], names))
@@ -129,7 +127,7 @@ def _make(out: Path, options: argparse.Namespace, names: list[str]) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     """Check files, the port and the way to the server."""
-    from ..flower.certificate_checks import check_files, check_folder, check_port, check_server
+    from ..flower import check_files, check_folder, check_port, check_server
 
     folders, files = [], []
     for path in map(Path, options.check):
@@ -159,15 +157,14 @@ def _refuse(problems: list[str]) -> None:
 def _names(options: argparse.Namespace) -> list[str]:
     if options.nodes:
         return [check_name(name) for name in options.nodes.split(",")]
-    from ..config.recipe import load
-    from ..runs.build import client_names
+    from ..runs import client_names, load_recipe
 
-    return client_names(load(options.recipe))
+    return client_names(load_recipe(options.recipe))
 
 
 def write_app(folder: Path) -> Path:
     """Write the Flower app into a new folder."""
-    from ..common.files import atomic_dir
+    from ..common import atomic_dir
 
     with atomic_dir(folder) as new:
         (new / "flora_app").mkdir()

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..common import extras
-from ..common.devices import usable_cores
+from ..common import extras, usable_cores
+from ..version import __version__
 
 # Extras that `flora run` works without, and what needs them.
 _OPTIONAL = {
@@ -32,13 +31,13 @@ def doctor() -> dict[str, Any]:
         native (the compiled library in a line, or None),
         packages {extra: {name: version or None}}, product_gflops {dtype: speed}, cache, advice [sentences].
     """
-    from ..common.cache import cache_folder
-    from ..ops.backends import availability
-    from ..runs.demo_model import is_ready
+    from ..common import cache_folder
+    from ..ops import availability
+    from ..runs import is_ready
 
     cache = cache_folder()
     facts: dict[str, Any] = {
-        "flora_core": f"{__version__} ({Path(__file__).parent})",
+        "flora_core": f"{__version__} ({Path(__file__).parents[1]})",
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "cores": usable_cores(),
@@ -57,7 +56,7 @@ def doctor() -> dict[str, Any]:
 
 def doctor_text(facts: dict[str, Any]) -> str:
     """Lay out the facts of `doctor` for people."""
-    from ..common.formatting import show_bytes
+    from ..common import show_bytes
 
     torch_facts, cache = facts["torch"], facts["cache"]
     rows = [

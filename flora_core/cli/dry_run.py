@@ -7,15 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..common.checks import listed
-from ..common.formatting import show_bytes
-from ..common.tables import Table
-from ..config.recipe import Recipe
-from ..data.splits import Split, split_data
-from ..model.attachment import attach, detach
-from ..runs.build import build_model, specs_of
-from ..training import planner
-from ..training.trainer import CohortTrainer
+from ..common import Table, listed, show_bytes
+from ..config import Recipe
+from ..data import Split, split_data
+from ..model import attach, detach
+from ..runs import build_model, specs_of
+from ..training import CohortTrainer, planner
 
 
 def dry_run(recipe: Recipe) -> list[Table]:

@@ -18,13 +18,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .. import __version__
-from ..common import extras
-from ..common.checks import nearest
+from ..common import extras, nearest
+from ..version import __version__
 from . import adapter, aggregate, deploy
 
 if TYPE_CHECKING:
-    from ..config.recipe import Recipe
+    from ..config import Recipe
 
 _EXAMPLES = """examples:
   flora run quickstart                                      the demo: ten clients, mixed ranks, three rounds
@@ -169,10 +168,13 @@ def _joined(error: BaseException) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ..config.recipe import load
+    from ..config import load
 
     recipe = load(options.recipe, options.overrides)
-    from ..distributed.world import session
+    from ..runs import use_strategy
+
+    use_strategy(recipe)
+    from ..distributed import session
 
     with session() as ranks:
         return _run_recipe(recipe, options.dry_run, ranks.first)
@@ -180,11 +182,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
     """Train by a recipe in this process; of those that torchrun started, only the first one prints."""
-    from ..common.devices import limit_threads
+    from ..common import limit_threads
 
     limit_threads(recipe.threads)
     if plan_only:
-        from ..common.tables import print_tables
+        from ..common import print_tables
         from .dry_run import dry_run
 
         if first:
@@ -198,17 +200,14 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
 
 
 def _train(recipe: Recipe, first: bool) -> int:
-    from ..common.tables import print_tables
-    from ..federation.rounds import Federation
-    from ..runs.build import build, save_inputs
-    from ..runs.progress import make_progress
-    from ..runs.report import missing_plots
-    from ..runs.summary import History, summary_tables
+    from ..common import print_tables
+    from ..federation import Federation
+    from ..runs import History, build_run, make_progress, missing_plots, save_inputs, summary_tables
 
     without = missing_plots(recipe.out) if recipe.out else None
     if first and without is not None:
         print(f"flora: note: {without}", file=sys.stderr)
-    model, tokenizer, clients, test_records = build(recipe, spread=True)
+    model, tokenizer, clients, test_records = build_run(recipe, spread=True)
     # What a client's failure is about is told by its event; the warning of the same is for people without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
     with make_progress() if first else nullcontext() as progress:
@@ -233,7 +232,7 @@ def _train(recipe: Recipe, first: bool) -> int:
 
 def _write_report(out: Path) -> str:
     """Write the report of a run that is saved already: whatever hinders that is no failure of the run."""
-    from ..runs.report import write_report
+    from ..runs import write_report
 
     try:
         return f"report: {write_report(out)}"
@@ -245,7 +244,7 @@ def _write_report(out: Path) -> str:
 
 
 def _what_is_saved(out: str | None) -> str:
-    from ..runs.folder import ROUNDS
+    from ..runs import ROUNDS
 
     if out is None:
         return "Nothing is saved, for out= is null."
@@ -259,7 +258,7 @@ def _what_is_saved(out: str | None) -> str:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from ..runs.report import missing_plots, write_report
+    from ..runs import missing_plots, write_report
 
     print(write_report(options.run_dir))
     without = missing_plots(options.run_dir)
@@ -272,7 +271,7 @@ def _bench(options: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise ValueError(
-            f"flora bench needs a checkout of the repository, and there is no bench/ beside {Path(__file__).parent}; "
+            f"flora bench needs a checkout of the repository, and there is no bench/ beside {root / 'flora_core'}; "
             "clone it, install it with pip install -e '.[dev]', and run flora bench from there"
         )
     sys.path[:0] = [path for path in (str(root), str(root / "kernels")) if path not in sys.path]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..common.checks import check_flag, check_number, require
+from ..common import check_flag, check_number, require
 from .other_names import ADAPTER_FIELDS, refuses_other_names
 
 Value = TypeVar("Value")

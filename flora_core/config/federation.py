@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..common.checks import check_choice, check_flag, check_number, require
+from ..common import check_choice, check_flag, check_number, require
 from .other_names import RECIPE_KEYS, refuses_other_names
 from .privacy import Privacy
 
 if TYPE_CHECKING:
-    from ..adapters.update import ClientUpdate
+    from ..adapters import ClientUpdate
 
 ROUNDINGS = ("low_bits", "nearest", "stochastic")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from ..common.checks import nearest
+from ..common import nearest
 from .other_names import RECIPE_KEYS
 
 T = TypeVar("T")

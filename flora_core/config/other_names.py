@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
-from ..common.checks import nearest
+from ..common import nearest
 
 C = TypeVar("C", bound=type)
 # Names of PEFT, transformers, TRL, Flower and OpenFedLLM -> keys of a recipe.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..common.checks import check_number, require
+from ..common import check_number, require
 
 if TYPE_CHECKING:
     pass

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common.checks import check_name, check_number, nearest, require
-from ..common.data_paths import data_files
+from ..common import check_name, check_number, data_files, nearest, require
 from . import loading
 from .adapter import AdapterConfig
 from .federation import FederationConfig
@@ -199,11 +198,6 @@ class Recipe:
             check_number("threads", self.threads, 1, whole=True)
         require(len(self.target_modules) > 0, "target_modules must name at least one layer")
         check_strategy_name(self.strategy)
-        # Strategies need torch, whose import takes seconds: whatever else can be wrong is found before.
-        from ..aggregation import get_strategy, load_strategy
-
-        self.strategy = load_strategy(self.strategy)
-        get_strategy(self.strategy).check(self.federation.strategy_options)
         self.federation.check_strategy(self.strategy)
 
 
@@ -261,7 +255,7 @@ def _names(packaged: dict[str, Path]) -> str:
 
 def packaged_recipes() -> dict[str, Path]:
     """Return name -> path of the recipes that travel with the package."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     # Installed they lie inside the package, in a checkout beside it.
     folder = next((place for place in (here / "packaged_recipes", here.parent / "recipes") if place.is_dir()), here)
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}

@@ -54,6 +54,7 @@ def check_strategy_name(name: str) -> None:
     Raises:
         ValueError: With the nearest name and all others.
     """
-    is_own = ":" in name or f"{__package__}.aggregate" in sys.modules
-    if not is_own and name not in STRATEGY_NAMES:
-        raise unknown_strategy(name, STRATEGY_NAMES)
+    loaded = sys.modules.get("flora_core.aggregation")  # with strategies that a program registered
+    known = STRATEGY_NAMES if loaded is None else sorted(loaded.STRATEGIES)
+    if ":" not in name and name not in known:
+        raise unknown_strategy(name, known)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from ..common.checks import check_choice, check_flag, check_number, require
+from ..common import check_choice, check_flag, check_number, require
 from .other_names import RECIPE_KEYS, meant, refuses_other_names
 
 SCHEDULES = ("constant", "linear", "cosine")

@@ -1,24 +1,41 @@
 """Data: records read from files, tokenized, split over clients and laid out in batches."""
 
-from .pack import Packed, Padded, epoch_order, micro_batches, pack, pad
+from __future__ import annotations
+
+from .chat import Plain
+from .pack import Packed, Padded, epoch_order, micro_batches, pack, pad, passes
 from .partition import partition, partition_file
-from .records import check_records, load_records
-from .template import EncodeReport, Example, encode, encode_prompts, require_examples
+from .records import Record, check_records, load_records, normalise
+from .splits import Split, client_names_for, exists, load_part, load_test, split_data
+from .template import IGNORE, EncodeReport, Example, encode, encode_prompts, require_examples
+from .tokens import check_ids
 
 __all__ = [
+    "IGNORE",
     "EncodeReport",
     "Example",
     "Packed",
     "Padded",
+    "Plain",
+    "Record",
+    "Split",
+    "check_ids",
     "check_records",
+    "client_names_for",
     "encode",
     "encode_prompts",
     "epoch_order",
+    "exists",
+    "load_part",
     "load_records",
+    "load_test",
     "micro_batches",
+    "normalise",
     "pack",
     "pad",
     "partition",
     "partition_file",
+    "passes",
     "require_examples",
+    "split_data",
 ]

@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ..common.checks import check_number
-from ..common.files import atomic_dir
-from ..common.seeds import derive
+from ..common import atomic_dir, check_number, derive
 
 SYSTEM = "Answer briefly."
 # A client's share of its favourite skill, of its second one, and so on.

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.checks import require
+from ..common import require
 from .messages import (
     THOUGHTS,
     check_strings,

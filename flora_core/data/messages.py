@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from ..common.checks import require
+from ..common import require
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _ROLE_OF = {

@@ -14,8 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..common.checks import check_number
-from ..common.seeds import generator
+from ..common import check_number, generator
 from .template import IGNORE, Example
 
 

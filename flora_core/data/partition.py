@@ -11,8 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from ..common.checks import check_choice, check_name, check_number, nearest, require
-from ..common.seeds import derive
+from ..common import check_choice, check_name, check_number, derive, nearest, require
 
 SCHEMES = ("iid", "shard", "dirichlet", "natural")
 _TRIES = 100

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.checks import check_choice, listed
+from ..common import check_choice, listed
 from .forms import ACCEPTED, read_form
 from .messages import METADATA
 from .sources import read_rows

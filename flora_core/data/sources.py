@@ -21,8 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..common.data_paths import KINDS, data_files, is_path, kind_of
-from ..common.extras import install_command, missing
+from ..common import KINDS, data_files, install_command, is_path, kind_of, missing
 
 _BOM = b"\xef\xbb\xbf"
 _FOREIGN = {

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from ..common.checks import listed, require
-from ..common.data_paths import data_files
-from ..common.seeds import derive
+from ..common import data_files, derive, listed, require
 from .partition import partition, partition_file
 from .records import Record, load_records
 
 if TYPE_CHECKING:
-    from ..config.recipe import DataRecipe, Recipe
+    from ..config import DataRecipe, Recipe
 
 Parts = dict[str, list[Record]]
 

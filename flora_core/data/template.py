@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.checks import check_choice, check_number
+from ..common import check_choice, check_number
 from .chat import EMPTY, Chat, Layout, Plain
 from .records import Record, normalise
 from .tokens import Tokens, eos_id, ids_of, last_mark, start_ids

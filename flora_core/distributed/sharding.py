@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..common.checks import require
-from ..common.formatting import show_bytes
-from ..config.training import TrainConfig
+from ..common import require, show_bytes
+from ..config import TrainConfig
 
 if TYPE_CHECKING:
     from .world import Ranks

@@ -18,10 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..common.changes import differences
-from ..common.checks import require
-from ..common.errors import Stopped, is_out_of_memory
-from ..common.states import put_in, take_out
+from ..common import Stopped, differences, is_out_of_memory, put_in, require, take_out
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start the processes with torchrun --nproc-per-node N -m flora_core.cli run RECIPE, or unset WORLD_SIZE"

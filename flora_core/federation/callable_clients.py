@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from ..adapters.peft import load_peft_adapter
-from ..adapters.update import Adapters, ClientUpdate
-from ..common.checks import require
-from ..model.client import ClientSpec
-from ..training.pause import Paused
+from ..adapters import Adapters, ClientUpdate, load_peft_adapter
+from ..common import require
+from ..model import ClientSpec
+from ..training import Paused
 
 # Besides eight bytes a number: a header has about 120 bytes a tensor, a config is a few thousand.
 _ROOM_BYTES = 1 << 20

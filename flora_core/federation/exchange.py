@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import ClientUpdate
-from ..aggregation.terms import Stack, round_terms, stack_of
+from ..adapters import ClientUpdate
+from ..aggregation import Stack, round_terms, stack_of
 
 _SUM_BYTES = torch.float64.itemsize
 

@@ -12,11 +12,10 @@ from numbers import Real
 
 import torch
 
-from ..adapters.update import ClientUpdate
-from ..aggregation.norms import outliers, product_norm
-from ..common.checks import listed
-from ..common.tensor_checks import FLOAT_DTYPES
-from ..model.cohort import Cohort
+from ..adapters import ClientUpdate
+from ..aggregation import outliers, product_norm
+from ..common import FLOAT_DTYPES, listed
+from ..model import Cohort
 
 
 def promised(cohort: Cohort, client: str) -> ClientUpdate:

@@ -12,22 +12,15 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import ClientUpdate, packed, unpacked
-from ..aggregation.norms import clipped
-from ..common.seeds import derive, generator
-from ..config.federation import FederationConfig
-from ..config.training import TrainConfig
-from ..distributed.world import Ranks
-from ..model.attachment import attach, detach
-from ..model.client import ClientSpec
-from ..model.cohort import Cohort
+from ..adapters import ClientUpdate, packed, unpacked
+from ..aggregation import clipped
+from ..common import derive, generator
+from ..config import FederationConfig, TrainConfig
+from ..distributed import Ranks
+from ..model import ClientSpec, Cohort, attach, detach
 from ..ops import autotune
-from ..runs.events import Event
-from ..runs.folder import RunFolder
-from ..training.client import LocalClient
-from ..training.pause import Paused
-from ..training.planner import spread
-from ..training.trainer import CohortTrainer
+from ..runs import Event, RunFolder
+from ..training import CohortTrainer, LocalClient, Paused, spread
 from .callable_clients import Asked, Remote, Task, elsewhere_done, receive
 from .exchange import choose, light, partial_sum, whole
 from .judge import sift

@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..aggregation import get_strategy
-from ..config.federation import FederationConfig
-from ..config.training import TrainConfig
-from ..data.chat import Plain
-from ..data.records import normalise
-from ..runs.events import Event
-from ..runs.summary import History, show_cost
+from ..config import FederationConfig, TrainConfig
+from ..data import Plain, normalise
+from ..runs import Event, History, show_cost
 
 # What evaluations give -> its heading and how it is written.
 _SCORES = {"loss": ("loss", ".3f"), "exact_match": ("exact match", ".1%"), "accuracy": ("accuracy", ".1%")}

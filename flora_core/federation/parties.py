@@ -18,16 +18,12 @@ from typing import Any, Protocol
 
 import torch
 
-from ..adapters.update import Adapters, ClientUpdate, RoundResult
-from ..common.checks import listed, require
-from ..common.digests import json_digest
-from ..config.adapter import AdapterConfig
-from ..config.federation import FederationConfig
-from ..config.training import TrainConfig
-from ..distributed.world import ranks
-from ..model.client import ClientSpec
-from ..runs.events import Event
-from ..runs.fingerprint import environment
+from ..adapters import Adapters, ClientUpdate, RoundResult
+from ..common import json_digest, listed, require
+from ..config import AdapterConfig, FederationConfig, TrainConfig
+from ..distributed import ranks
+from ..model import ClientSpec
+from ..runs import Event, environment
 from .judge import promised
 from .protocol import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
 from .rounds import Federation

@@ -14,20 +14,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.update import Adapters, ClientUpdate
-from ..common.checks import require
-from ..common.digests import json_digest
-from ..common.files import atomic_dir, write_safetensors
-from ..common.seeds import derive
-from ..common.states import put_in, take_out
-from ..config.adapter import AdapterConfig
-from ..merge.in_place import apply_base_delta_, new_low_bits
-from ..model.attachment import attach, detach
-from ..model.client import ClientSpec
-from ..model.cohort import Cohort
-from ..model.targets import target_weights
-from ..runs.fingerprint import environment
-from ..training.trainer import CohortTrainer
+from ..adapters import Adapters, ClientUpdate
+from ..common import atomic_dir, derive, json_digest, put_in, require, take_out, write_safetensors
+from ..config import AdapterConfig
+from ..merge import apply_base_delta_, new_low_bits
+from ..model import ClientSpec, Cohort, attach, detach, target_weights
+from ..runs import environment
+from ..training import CohortTrainer
 from .protocol import Tensors, Terms, base_digest, weights_digest
 
 COPY, PLACE = "copy.safetensors", "copy.json"

@@ -26,14 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..adapters.update import ClientUpdate, RoundResult
-from ..aggregation.norms import clip_factor
-from ..aggregation.terms import Stack, Term, stack_of
-from ..common import extras
-from ..common.checks import require
-from ..common.files import atomic_write_json
-from ..common.safetensors_header import parse_json
-from ..config.privacy import Privacy
+from ..adapters import ClientUpdate, RoundResult
+from ..aggregation import Stack, Term, clip_factor, stack_of
+from ..common import atomic_write_json, extras, parse_json, require
+from ..config import Privacy
 
 if TYPE_CHECKING:
     from .server import Server

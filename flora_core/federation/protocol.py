@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..adapters.update import RoundResult
-from ..common.digests import json_digest, tensor_digest
-from ..config.training import TrainConfig
+from ..adapters import RoundResult
+from ..common import json_digest, tensor_digest
+from ..config import TrainConfig
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 
-from ..adapters.peft import CONFIG, WEIGHTS
-from ..adapters.update import ClientUpdate
-from ..common.files import atomic_dir, atomic_write_json, write_safetensors
-from ..common.safetensors_header import open_plain
+from ..adapters import CONFIG, WEIGHTS, ClientUpdate
+from ..common import atomic_dir, atomic_write_json, open_plain, write_safetensors
 from .callable_clients import _ROOM_BYTES, _numbers
 
 QUARANTINE, REASON = "quarantine", "reason.json"

@@ -21,16 +21,11 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.base import Base, place_of, values
-from ..adapters.peft import save_stacked_adapter
-from ..adapters.update import RoundResult
-from ..aggregation.global_adapter import as_stack
-from ..aggregation.svd import balanced, full_rank, stack_svd
-from ..aggregation.terms import Stack, join_stacks
-from ..common.checks import check_choice, require
-from ..merge.export import LAYOUTS, VLLM_RANKS, of_one_rank
-from ..merge.in_place import adapter_stack
-from ..runs.snapshot import STATE
+from ..adapters import Base, RoundResult, place_of, save_stacked_adapter, values
+from ..aggregation import Stack, as_stack, balanced, full_rank, join_stacks, stack_svd
+from ..common import check_choice, require
+from ..merge import LAYOUTS, VLLM_RANKS, adapter_stack, of_one_rank
+from ..runs import STATE
 from .exchange import dense_stack
 from .replay import SavedRound, read_rounds, replay
 

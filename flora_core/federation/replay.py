@@ -15,15 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adapters.base import Base
-from ..adapters.peft import WEIGHTS, load_peft_adapter, read_base, read_config
-from ..adapters.update import ClientUpdate
-from ..aggregation import aggregate, get_strategy
-from ..aggregation.terms import Stack
-from ..common.checks import require
-from ..common.safetensors_header import parse_json
-from ..runs.folder import ROUNDS, RUN, RunFolder
-from ..runs.snapshot import DAMAGE, check_files, read_body
+from ..adapters import WEIGHTS, Base, ClientUpdate, load_peft_adapter, read_base, read_config
+from ..aggregation import Stack, aggregate, get_strategy
+from ..common import parse_json, require
+from ..runs import DAMAGE, ROUNDS, RUN, RunFolder, check_files, read_body
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..runs.events import Event
+from ..runs import Event
 
 if TYPE_CHECKING:
-    from ..adapters.update import ClientUpdate
+    from ..adapters import ClientUpdate
 
 
 @dataclass
@@ -58,7 +58,7 @@ class FederationResult:
         if self.adapter is None:
             yield model
             return
-        from ..model.with_adapter import adapter_beside
+        from ..model import adapter_beside
 
         with adapter_beside(model, self.adapter) as whole:
             yield whole

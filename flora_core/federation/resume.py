@@ -8,14 +8,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..common.digests import json_digest, tensor_digest
-from ..common.errors import Stopped
-from ..common.states import on_device
+from ..common import Stopped, json_digest, on_device, tensor_digest
 from ..ops import autotune
-from ..runs.events import Event
-from ..runs.fingerprint import environment, identity
-from ..runs.folder import RunFolder
-from ..training.pause import Paused
+from ..runs import Event, RunFolder, environment, identity
+from ..training import Paused
 from .local_clients import TrainingRound
 
 

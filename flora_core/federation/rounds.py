@@ -15,25 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..adapters.base import Base
-from ..adapters.update import ClientUpdate
+from ..adapters import Base, ClientUpdate
 from ..aggregation import get_strategy
-from ..common.checks import require
-from ..common.devices import peak_memory_bytes
-from ..common.errors import Stopped
-from ..config.federation import FederationConfig
-from ..config.training import TrainConfig
-from ..data.records import Record, check_records
-from ..distributed.sharding import hold_base
-from ..distributed.world import ranks
-from ..model.accepted import as_tokenizer, check_model
-from ..model.client import ClientSpec
-from ..model.evaluation import evaluate
-from ..runs.events import Event
-from ..runs.folder import RunFolder
-from ..runs.saving import converted, dtype_to_save
-from ..training.pause import Paused, stopping
-from ..training.trainer import CohortTrainer
+from ..common import Stopped, peak_memory_bytes, require
+from ..config import FederationConfig, TrainConfig
+from ..data import Record, check_records
+from ..distributed import hold_base, ranks
+from ..model import ClientSpec, as_tokenizer, check_model, evaluate
+from ..runs import Event, RunFolder, converted, dtype_to_save
+from ..training import CohortTrainer, Paused, stopping
 from .callable_clients import Remote
 from .judge import promised
 from .model_card import model_card
@@ -64,8 +54,9 @@ class Federation(Resuming):
         callbacks: Called with every event (``flora_core.runs.progress`` lists them).
         backend: auto, reference, triton or native.
         fuse: As in ``attach``.
-        remote: Client -> the function that has it train elsewhere (``flora_core.federation.callable_clients``): asked while the others
-            train here, for ``config.deadline_s`` at most. Its spec needs no data; what it sends is not trusted.
+        remote: Client -> the function that has it train elsewhere (``flora_core.federation.callable_clients``): asked
+            while the others train here, for ``config.deadline_s`` at most. Its spec needs no data; what it sends is not
+            trusted.
     In processes that torchrun started each trains its share of the clients (``flora_core.distributed``).
 
     Raises:

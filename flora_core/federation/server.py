@@ -14,24 +14,12 @@ from typing import Any
 
 import torch
 
-from ..adapters.base import Base, values, values_of
-from ..adapters.penalty import TailPenalty
-from ..adapters.update import ClientUpdate, RoundResult
-from ..aggregation import Certificate, Deviation, aggregate, get_strategy
-from ..aggregation.downlink import DeltaLog
-from ..aggregation.strategy import BOTH
-from ..aggregation.terms import Stack
-from ..common.checks import require
-from ..common.digests import tensor_digest
-from ..common.seeds import derive, generator
-from ..common.states import on_device
-from ..distributed.sharding import sharded
-from ..merge.in_place import adapter_stack, apply_base_delta_, new_low_bits
-from ..merge.sharded import apply_to_parts_
-from ..model.cohort import Cohort
-from ..model.targets import target_weights
-from ..model.weights import is_conv1d
-from ..model.with_adapter import adapter_beside
+from ..adapters import Base, ClientUpdate, RoundResult, TailPenalty, values, values_of
+from ..aggregation import BOTH, Certificate, DeltaLog, Deviation, Stack, aggregate, get_strategy
+from ..common import derive, generator, on_device, require, tensor_digest
+from ..distributed import sharded
+from ..merge import adapter_stack, apply_base_delta_, apply_to_parts_, new_low_bits
+from ..model import Cohort, adapter_beside, is_conv1d, target_weights
 from .exchange import dense_stack, light
 
 
@@ -214,7 +202,8 @@ class Server:
         Args:
             updates: The good ones.
             number: The round.
-            sums: Module -> ``sum_k p_k s_k B_k A_k`` in float64, where it was made elsewhere (``flora_core.federation.exchange``).
+            sums: Module -> ``sum_k p_k s_k B_k A_k`` in float64, where it was made elsewhere
+            (``flora_core.federation.exchange``).
         Returns:
             The round's result, whose certificate has the error of the write too.
         """

@@ -13,8 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import check_number, require
-from ..common.files import atomic_dir, folder_names
+from ..common import atomic_dir, check_number, folder_names, require
 
 LOOPBACK = ("127.0.0.1", "::1")
 

@@ -1,8 +1,8 @@
 """The federation between machines, on Flower (the extra ``flower``, https://flower.ai).
 
-Flower carries the messages, with its TLS and its authentication of nodes; ``flora_core.federation.parties`` has the server's
-rounds, ``flora_core.federation.party`` a party's, ``flora_core.flower.node`` answers for one, and ``flora_core.flower.messages``
-has the form in which all of it travels.
+Flower carries the messages, with its TLS and its authentication of nodes; ``flora_core.federation.parties`` has the
+server's rounds, ``flora_core.federation.party`` a party's, ``flora_core.flower.node`` answers for one, and
+``flora_core.flower.messages`` has the form in which all of it travels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
-from ..adapters.update import ClientUpdate
-from ..common.checks import require
-from ..config import recipe as recipes
-from ..federation.parties import Answers, RemoteFederation, metrics_of, spec_of
-from ..federation.protocol import Tensors, Terms
-from ..federation.result import FederationResult
-from ..runs.build import build_held_out, build_model, client_names
-from ..runs.events import Event
+from ..adapters import ClientUpdate
+from ..common import require
+from ..federation import Answers, FederationResult, RemoteFederation, Tensors, Terms, metrics_of, spec_of
+from ..runs import Event, build_held_out, build_model, client_names, load_recipe
 from .messages import BROKEN, NodeError, pack, read, record, size_of
 
 # What a safetensors header takes for one tensor, at most, beside the name.
@@ -253,7 +249,7 @@ def server_app() -> ServerApp:
 
 def run_server(grid: Grid, values: Mapping[str, Any]) -> FederationResult:
     """Run a recipe on Flower's grid; ``values`` is the run config (see ``server_app``)."""
-    recipe = recipes.load(str(values["recipe"]), str(values.get("overrides", "")).split())
+    recipe = load_recipe(str(values["recipe"]), str(values.get("overrides", "")).split())
     names, test = client_names(recipe), build_held_out(recipe)
     model, tokenizer = build_model(recipe)
     link = FloraStrategy(

@@ -12,9 +12,9 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from .. import __version__
-from ..common.checks import require
-from ..federation.protocol import Tensors
+from ..common import require
+from ..federation import Tensors
+from ..version import __version__
 
 _ORDER, _PAYLOAD, _SHARED = "order", "payload", "shared"
 # Counts up when a message's form or meaning changes, whatever the package's version.

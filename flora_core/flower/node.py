@@ -11,14 +11,9 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from ..common.checks import require
-from ..common.devices import pick_device, pick_dtype
-from ..common.files import folder_names
-from ..config import recipe as recipes
-from ..federation.party import Site
-from ..federation.protocol import Tensors, Terms
-from ..runs.build import build_client, client_names
-from ..runs.loading import load_model, load_tokenizer, model_folder
+from ..common import folder_names, pick_device, pick_dtype, require
+from ..federation import Site, Tensors, Terms
+from ..runs import build_client, client_names, load_model, load_recipe, load_tokenizer, model_folder
 from .messages import pack, unpack
 
 
@@ -71,7 +66,7 @@ def settings_of(context: Context) -> Mapping[str, Any]:
     if "partition-id" not in node or "recipe" in node:
         return node
     text, overrides = str(run["recipe"]), str(run.get("overrides", ""))
-    recipe = recipes.load(text, overrides.split())
+    recipe = load_recipe(text, overrides.split())
     names, number = client_names(recipe), int(node["partition-id"])
     out = recipe.federation.out
     require(number < len(names), f"the recipe has {len(names)} clients, and the simulation more nodes: num-supernodes")
@@ -95,7 +90,7 @@ def site_of(values: Mapping[str, Any]) -> Site:
         _SITES.clear()
         # How many rounds there are is the server's business; a site's recipe need not say.
         own = [word for word in key[1].split() if not word.startswith("federation.rounds=")]
-        recipe = recipes.load(key[0], ["federation.rounds=1", *own])
+        recipe = load_recipe(key[0], ["federation.rounds=1", *own])
         spec = build_client(recipe, key[2])
         device, folder = pick_device(recipe.device), model_folder(recipe.model)
         model = load_model(folder, device, pick_dtype(recipe.dtype, device), recipe.trust_remote_code)

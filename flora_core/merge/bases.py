@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..adapters.base import Base, check_base
-from ..adapters.peft import RECORD, read_base
+from ..adapters import RECORD, Base, check_base, read_base
 from .shards import read_tensor
 from .sources import Adapter
 from .targets import Target

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..aggregation import Deviation
-from ..common.checks import require
-from ..common.files import SaveError, atomic_write_bytes, atomic_write_json
-from ..common.safetensors_header import parse_json
+from ..common import SaveError, atomic_write_bytes, atomic_write_json, parse_json, require
 from .bases import check_bases
 from .findings import adapter_facts, find_notes
 from .shards import INDEX, RECORD, Checkpoint, open_checkpoint

@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 
-from ..adapters.peft import save_stacked_adapter
-from ..adapters.update import RoundResult
-from ..aggregation.downlink import wire_dtype
-from ..aggregation.terms import Stack
-from ..common.checks import check_choice, require
+from ..adapters import RoundResult, save_stacked_adapter
+from ..aggregation import Stack, wire_dtype
+from ..common import check_choice, require
 from .bases import check_bases
 from .checkpoint import Progress, check_places
 from .findings import adapter_facts, find_notes

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import listed
+from ..common import listed
 from .shards import Checkpoint
 from .sources import Adapter, Sum
 from .targets import Fit

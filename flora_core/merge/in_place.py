@@ -9,14 +9,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ..adapters.base import check_base
-from ..adapters.update import ClientUpdate
-from ..aggregation.certificate import Deviation, sample_rows, total, write_deviation
-from ..aggregation.terms import Stack, check_adapters
-from ..common.checks import check_choice, listed, require
-from ..config.federation import ROUNDINGS
-from ..model.targets import target_weights
-from ..ops.api import MergeItem, stacked_merge_many_
+from ..adapters import ClientUpdate, check_base
+from ..aggregation import Deviation, Stack, check_adapters, sample_rows, total, write_deviation
+from ..common import check_choice, listed, require
+from ..config import ROUNDINGS
+from ..model import target_weights
+from ..ops import MergeItem, stacked_merge_many_
 
 
 def merge_adapter_(

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import listed
+from ..common import listed
 from .shards import Checkpoint, Entry
 
 # Tensors that hold a linear's weight in a packed form: GPTQ and AWQ, compressed-tensors, HQQ.

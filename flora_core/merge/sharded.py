@@ -9,9 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
-from ..aggregation.certificate import Deviation, sample_rows, total
-from ..aggregation.terms import Stack
-from ..distributed.sharding import ShardedBase
+from ..aggregation import Deviation, Stack, sample_rows, total
+from ..distributed import ShardedBase
 from .in_place import apply_base_delta_
 
 

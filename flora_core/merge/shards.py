@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..common.checks import listed, require
-from ..common.safetensors_header import parse_json, read_header
+from ..common import listed, parse_json, read_header, require
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 RECORD = "flora_merge.json"

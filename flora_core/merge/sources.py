@@ -15,13 +15,31 @@ from typing import Any
 
 import torch
 
-from ..adapters.peft import CONFIG, WEIGHTS, pair_factors, read_config, refuse_other_tensors, scaling_of, weights_path
-from ..adapters.peft_config import base_of
-from ..adapters.peft_keys import sort_keys
-from ..adapters.update import ClientUpdate
-from ..aggregation import Deviation, Strategy, certify, get_strategy, norm, total
-from ..aggregation.terms import Stack, check_updates, round_terms, stack_of
-from ..common.checks import require
+from ..adapters import (
+    CONFIG,
+    WEIGHTS,
+    ClientUpdate,
+    base_of,
+    pair_factors,
+    read_config,
+    refuse_other_tensors,
+    scaling_of,
+    sort_keys,
+    weights_path,
+)
+from ..aggregation import (
+    Deviation,
+    Stack,
+    Strategy,
+    certify,
+    check_updates,
+    get_strategy,
+    norm,
+    round_terms,
+    stack_of,
+    total,
+)
+from ..common import require
 from .shards import DTYPES, Entry, read_shard, read_tensor
 
 

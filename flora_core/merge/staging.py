@@ -16,8 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..common.files import atomic_write_json, explained, publish_dir, try_lock
-from ..common.safetensors_header import parse_json
+from ..common import atomic_write_json, explained, parse_json, publish_dir, try_lock
 
 PARTIAL = ".partial"
 _KEPT = "what is done so far is kept, and the same command goes on from there"

@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapters.peft import refuse_other_tensors
-from ..adapters.peft_config import is_target
-from ..common.checks import listed, require
-from ..config.adapter import matches_target
+from ..adapters import is_target, refuse_other_tensors
+from ..common import listed, require
+from ..config import matches_target
 from .names import PACKED, BaseNames, Reading, exact_readings, find_reading, shortened
 from .shards import DTYPES, Checkpoint, Entry, same_values
 from .sources import Adapter

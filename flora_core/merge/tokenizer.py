@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.checks import check_choice, listed, require
-from ..common.safetensors_header import parse_json
+from ..common import check_choice, listed, parse_json, require
 from .shards import Checkpoint
 from .sources import Adapter
 

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from ..aggregation import Deviation, total
-from ..aggregation.terms import Stack
-from ..common.checks import require
+from ..aggregation import Deviation, Stack, total
+from ..common import require
 from .shards import DTYPES, INDEX, Checkpoint, Shard, read_into, read_shard
 from .targets import Target
 from .writer import Advance, blocks, sides

@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 import torch
 
-from ..aggregation.terms import Stack
-from ..common.checks import require
-from ..ops.api import stacked_merge_
+from ..aggregation import Stack
+from ..common import require
+from ..ops import stacked_merge_
 from .shards import DTYPES, Entry, Shard, read_into
 from .staging import PARTIAL
 from .targets import Target

@@ -13,12 +13,11 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from ..adapters.bank import AdapterBank, BankModule
-from ..common.checks import require
-from ..config.adapter import check_targets, matches_target
-from ..distributed.sharding import check_plain, is_sharded, sharded
-from ..ops.backends import resolve
-from ..ops.dispatch import check_fuse
+from ..adapters import AdapterBank, BankModule
+from ..common import require
+from ..config import check_targets, matches_target
+from ..distributed import check_plain, is_sharded, sharded
+from ..ops import check_fuse, resolve
 from .accepted import check_model, is_linear
 from .batch import Batch
 from .client import ClientSpec

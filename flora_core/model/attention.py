@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..common.segments import DeviceSegments
+from ..common import DeviceSegments
 from .attention_kernels import WAYS, Way, choose
 from .deterministic import strict_backward
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.segments import DeviceSegments
+from ..common import DeviceSegments
 from .deterministic import strict_backward
 
 Lengths = tuple[int, ...] | DeviceSegments

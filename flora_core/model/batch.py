@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from ..data.pack import pack, pad
-from ..data.template import IGNORE, Example
+from ..data import IGNORE, Example, pack, pad
 from .accepted import decoder_of
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.checks import check_name
-from ..config.adapter import AdapterConfig
+from ..common import check_name
+from ..config import AdapterConfig
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.bank import AdapterBank, BankModule
-from ..adapters.update import Adapters, ClientUpdate
-from ..common import seeds
-from ..common.checks import require
-from ..common.segments import DeviceSegments, Segments
+from ..adapters import AdapterBank, Adapters, BankModule, ClientUpdate
+from ..common import DeviceSegments, Segments, require, seeds
 from . import attention
 from .client import ClientSpec
 from .layer import Layout, MultiLoRALinear, Route

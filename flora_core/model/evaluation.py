@@ -13,11 +13,8 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
-from ..data.pack import passes
-from ..data.records import Record, check_records, normalise
-from ..data.template import EncodeReport, Example, encode, require_examples
-from ..data.tokens import check_ids
+from ..common import require
+from ..data import EncodeReport, Example, Record, check_ids, check_records, encode, normalise, passes, require_examples
 from .accepted import as_tokenizer, embedding_rows, to_evaluate
 from .batch import labelled_hidden, lay_out
 from .forward import Way, alone, evaluation_mode, find_way

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.checks import require
-from ..data.template import IGNORE, Example
+from ..common import require
+from ..data import IGNORE, Example
 from . import attention
 from .batch import Batch, labelled_hidden, lay_out
 from .loss import Head

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters.bank import BankModule
-from ..common.checks import require
-from ..common.segments import DeviceSegments, Segments
-from ..ops.api import LoraWeights, lora_linears
+from ..adapters import BankModule
+from ..common import DeviceSegments, Segments, require
+from ..ops import LoraWeights, lora_linears
 from .weights import weight_view
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..common.segments import DeviceSegments, Segments
+from ..common import DeviceSegments, Segments
 from .accepted import decoder_of
 
 # Logits held at a time: 2**24 numbers, 64 MiB in float32.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config.training import TrainConfig
+from ..config import TrainConfig
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import nearest, require
-from ..common.tensor_checks import FLOAT_DTYPES
+from ..common import FLOAT_DTYPES, nearest, require
 from .layer import MultiLoRALinear
 from .weights import is_conv1d, weight_view
 

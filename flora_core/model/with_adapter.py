@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..adapters.base import check_base
-from ..adapters.update import ClientUpdate
-from ..config.adapter import AdapterConfig
+from ..adapters import ClientUpdate, check_base
+from ..config import AdapterConfig
 from .attachment import attach, detach
 from .client import ClientSpec
 from .weights import weight_view

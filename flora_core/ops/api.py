@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..common.segments import Segments
+from ..common import Segments
 from . import custom_ops, dispatch
 from .autograd import LoraLinears, forward, without_autocast
 from .dropout import dropout_threshold

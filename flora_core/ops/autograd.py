@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..common.segments import Segments
+from ..common import Segments
 from .autotune import Shape, choices_for, timer_on
 from .fusion import WAYS, possible
 

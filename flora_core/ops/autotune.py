@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from ..common.cache import cache_folder
-from ..common.files import atomic_write_json
+from ..common import atomic_write_json, cache_folder
 
 ROUNDS, FORMAT = 7, 1
 Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
@@ -46,7 +45,7 @@ class Shape:
 
 def platform_of(device: torch.device) -> dict[str, str]:
     """Device and versions that a choice is good for."""
-    from .. import __version__
+    from ..version import __version__
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
+from ..common import require
 
 _MODULES = {
     "reference": "flora_kernels.reference",

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
-from ..common.segments import Segments
+from ..common import Segments, require
 from . import dispatch
 from .autograd import Plan, forward, gradients, without_autocast
 from .types import LoraWeights, MergeItem

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import check_choice, require
-from ..common.segments import Segments
-from ..common.tensor_checks import check_tensor
+from ..common import Segments, check_choice, check_tensor, require
 from .aliasing import check_apart
 from .autograd import Plan, without_autocast
 from .backends import resolve, without_checks

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
+from ..common import require
 from .types import Numbers
 from .validation import _INT64, _check_per_client, _check_whole
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..common.segments import Segments
+from ..common import Segments
 
 # Library products want their inner size in whole vectors and tiles.
 _PAD = 64

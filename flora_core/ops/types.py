@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.segments import Segments
+from ..common import Segments
 
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
 Numbers = Sequence[float] | torch.Tensor

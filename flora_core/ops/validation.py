@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import check_choice, require
-from ..common.segments import DeviceSegments, Segments
-from ..common.tensor_checks import check_tensor
+from ..common import DeviceSegments, Segments, check_choice, check_tensor, require
 from .types import HYPER_COLUMNS, LoraWeights, MergeItem
 
 _INT64 = -(2**63), 2**63

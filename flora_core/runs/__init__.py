@@ -1,1 +1,23 @@
 """One run: what it is made of, its folder, events, progress and report."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import face
+
+if TYPE_CHECKING:
+    from .build import build_client, build_held_out, build_model, build_run, client_names, save_inputs, specs_of
+    from .demo_model import is_ready
+    from .events import Event
+    from .fingerprint import environment, identity
+    from .folder import ROUNDS, RUN, RunFolder
+    from .loading import load_model, load_tokenizer, model_folder
+    from .progress import Bar, make_progress
+    from .recipe import load_recipe, use_strategy
+    from .report import missing_plots, write_report
+    from .saving import converted, dtype_to_save
+    from .snapshot import DAMAGE, STATE, check_files, read_body
+    from .summary import History, show_cost, summary_tables
+
+__getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..common.checks import nearest, require
-from ..common.devices import pick_device, pick_dtype
-from ..common.files import atomic_write_bytes, atomic_write_json, folder_names
-from ..data.records import Record
-from ..data.splits import Split, client_names_for, exists, load_part, load_test, split_data
-from ..distributed.sharding import hold_base
-from ..distributed.world import RankError, Ranks, ranks
-from ..model.client import ClientSpec
+from ..common import atomic_write_bytes, atomic_write_json, folder_names, nearest, pick_device, pick_dtype, require
+from ..data import Record, Split, client_names_for, exists, load_part, load_test, split_data
+from ..distributed import RankError, Ranks, hold_base, ranks
+from ..model import ClientSpec
 from .events import Event
 from .loading import load_model, load_tokenizer, model_folder
 
 if TYPE_CHECKING:
-    from ..config.recipe import Recipe
+    from ..config import Recipe
 
 
-def build(recipe: Recipe, spread: bool = False) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
+def build_run(recipe: Recipe, spread: bool = False) -> tuple[Any, Any, list[ClientSpec], list[Record]]:
     """Load data, tokenizer and model of a recipe, in the order of what fails fastest.
 
     Args:

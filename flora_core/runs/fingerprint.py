@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from ..common.changes import _as_json, _dotted
-from ..common.checks import require
-from ..common.digests import json_digest
-from ..config.training import TrainConfig
-from ..model.client import ClientSpec
+from ..common import _as_json, _dotted, json_digest, require
+from ..config import TrainConfig
+from ..model import ClientSpec
 
 ROUNDS = "federation.rounds"
 
@@ -68,7 +66,7 @@ def check_rounds(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the last bits of a run depend on besides its identity."""
-    from .. import __version__
+    from ..version import __version__
 
     cuda = device.type == "cuda"
     return {

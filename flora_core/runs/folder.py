@@ -7,9 +7,9 @@
         state.safetensors   target weights with their low bits, strategy and optimizer state; only of the newest rounds
         round.json          where the tensors belong in the state, the round's events, a sha256 of every file
     paused/             where a round stopped that SIGTERM interrupted, as a round's state; gone when it is over
-    quarantine/0001/    what clients sent that was refused in round 1, each with its reason (``flora_core.federation.callable_clients``)
-    adapter/            the global adapter in PEFT form, of strategies that have one
-    model/              the final model, as transformers saves it
+    quarantine/0001/    what clients sent that was refused in round 1, each with its reason
+    (``flora_core.federation.callable_clients``) adapter/            the global adapter in PEFT form, of strategies that
+    have one model/              the final model, as transformers saves it
 
 Nothing but JSON and safetensors is written or read.
 """
@@ -31,24 +31,22 @@ from typing import IO, Any
 
 import torch
 
-from ..adapters.base import Base
-from ..adapters.peft import save_peft_adapter
-from ..adapters.update import ClientUpdate
-from ..common.changes import differences
-from ..common.checks import require
-from ..common.files import (
+from ..adapters import Base, ClientUpdate, save_peft_adapter
+from ..common import (
     SaveError,
     atomic_dir,
     atomic_write_bytes,
     atomic_write_json,
+    differences,
     explained,
+    finite,
     folder_names,
+    parse_json,
+    require,
+    show_bytes,
     system_errors,
     try_lock,
 )
-from ..common.formatting import show_bytes
-from ..common.safetensors_header import parse_json
-from ..common.states import finite
 from ..ops import autotune
 from .events import Event
 from .fingerprint import ROUNDS as NUM_ROUNDS

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..common.safetensors_header import read_header
-from ..model.accepted import check_model
+from ..common import read_header
+from ..model import check_model
 from .demo_model import NAME as DEMO_MODEL
 from .demo_model import demo_model_dir
 

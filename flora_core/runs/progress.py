@@ -41,7 +41,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from ..common.formatting import show_bytes, show_error, show_number, show_seconds
+from ..common import show_bytes, show_error, show_number, show_seconds
 from .events import Event
 from .summary import show_cost, show_forms
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.extras import remedy
-from ..common.tables import Table
+from ..common import Table, remedy
 from .plots import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server
 from .summary import History, summary_tables
 

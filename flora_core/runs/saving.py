@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
+from ..common import require
 
 # As ``FederationConfig.save_dtype`` names them.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}

@@ -17,10 +17,7 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
-from ..common.files import write_safetensors
-from ..common.safetensors_header import parse_json, read_header
-from ..common.states import finite, put_in, take_out
+from ..common import finite, parse_json, put_in, read_header, require, take_out, write_safetensors
 from .events import Event
 
 STATE, ROUND = "state.safetensors", "round.json"

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.formatting import show_bytes, show_error, show_number, show_seconds
-from ..common.tables import Table
+from ..common import Table, show_bytes, show_error, show_number, show_seconds
 from .events import Event
 
 # Rows of the table of certificates, at most.

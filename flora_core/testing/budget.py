@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..common.segments import Segments
+from ..common import Segments
 
 Results = Mapping[str, torch.Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..ops.backends import availability, resolve
+from ..ops import availability, resolve
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAME_OF = {dtype: name for name, dtype in DTYPES.items()}

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.checks import require
-from ..common.segments import Segments
+from ..common import Segments, require
 from ..ops import api
 from .budget import Results, check_budget
 from .cases import NAME_OF, lay_out

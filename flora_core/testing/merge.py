@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.segments import Segments
+from ..common import Segments
 from .cases import NAME_OF, lay_out
 from .rounding import plain_rounding
 

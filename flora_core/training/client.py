@@ -7,13 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..common.checks import require
-from ..config.training import TrainConfig
-from ..data.pack import epoch_order
-from ..data.records import check_records
-from ..data.template import EncodeReport, Example, encode, require_examples
-from ..data.tokens import check_ids
-from ..model.client import ClientSpec
+from ..common import require
+from ..config import TrainConfig
+from ..data import EncodeReport, Example, check_ids, check_records, encode, epoch_order, require_examples
+from ..model import ClientSpec
 from .planner import Demand
 
 

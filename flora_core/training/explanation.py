@@ -12,13 +12,10 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from ..config.training import TrainConfig
-from ..distributed.sharding import sharded
-from ..model import attention
-from ..model.attachment import cohort_of
-from ..model.layer import MultiLoRALinear
-from ..ops import autotune, merging
-from ..ops.backends import resolve
+from ..config import TrainConfig
+from ..distributed import sharded
+from ..model import MultiLoRALinear, attention, cohort_of
+from ..ops import autotune, merging, resolve
 from .static_steps import why_not
 
 _KERNELS = {

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ..adapters.bank import AdapterBank
-from ..common.checks import require
-from ..common.segments import to_device
-from ..config.training import TrainConfig
-from ..ops.api import HYPER_COLUMNS, cohort_adamw_
+from ..adapters import AdapterBank
+from ..common import require, to_device
+from ..config import TrainConfig
+from ..ops import HYPER_COLUMNS, cohort_adamw_
 
 
 class CohortAdamW:

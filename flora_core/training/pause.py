@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..adapters.update import Adapters
+from ..adapters import Adapters
 
 State = dict[str, Any]
 _PROGRESS = ("losses", "tokens", "seconds", "failure")

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from ..common.checks import require
-from ..config.training import TrainConfig
-from ..model.accepted import decoder_of, sequence_limit
-from ..model.cohort import Cohort
+from ..common import require
+from ..config import TrainConfig
+from ..model import Cohort, decoder_of, sequence_limit
 
 # Tokens in flight where nothing limits them. On two CPU cores a step is fastest at one to two thousand tokens (measured
 # on 8 layers of SmolLM2's shape: 128 to 512 tokens are up to 1.5 times slower); a GPU wants to fill its matrix units.

@@ -14,17 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.segments import DeviceSegments, Segments, to_device
-from ..config.training import TrainConfig
-from ..data.template import IGNORE, Example
-from ..distributed.sharding import sharded
-from ..model import attention
-from ..model.batch import Batch, labelled_hidden, lay_out
-from ..model.cohort import Cohort
-from ..model.layer import Layout
-from ..model.loss import client_losses
-from ..ops.backends import resolve
-from ..ops.dropout import dropout_threshold
+from ..common import DeviceSegments, Segments, to_device
+from ..config import TrainConfig
+from ..data import IGNORE, Example
+from ..distributed import sharded
+from ..model import Batch, Cohort, Layout, attention, client_losses, labelled_hidden, lay_out
+from ..ops import dropout_threshold, resolve
 from .cuda_graphs import Executor
 from .optimizer import CohortAdamW
 

@@ -13,16 +13,11 @@ from typing import Any
 
 import torch
 
-from ..adapters.penalty import TailPenalty
-from ..common.checks import require
-from ..common.errors import CrowdedError, crowded_text, is_out_of_memory
-from ..common.segments import Segments
-from ..data.template import Example
-from ..distributed.sharding import sharded
-from ..model.batch import Batch, labelled_hidden, lay_out
-from ..model.cohort import Cohort
-from ..model.loss import client_losses
-from . import planner
+from ..adapters import TailPenalty
+from ..common import CrowdedError, Segments, crowded_text, is_out_of_memory, require
+from ..data import Example, passes
+from ..distributed import sharded
+from ..model import Batch, Cohort, client_losses, labelled_hidden, lay_out
 from .client import LocalClient
 from .cuda_graphs import executor_for
 from .optimizer import CohortAdamW
@@ -171,7 +166,7 @@ class CohortSteps:
         items = [((c, ex), len(ex.input_ids)) for c, batch in enumerate(batches) for ex in batch]
         groups = [
             [[ex for owner, ex in group if owner == c] for c in range(len(clients))]
-            for group in planner.passes(items, token_budget, padded=not self.cohort.packs)
+            for group in passes(items, token_budget, padded=not self.cohort.packs)
         ]
         if self._static is not None:
             keys = self.cohort.dropout_seeds(step, [client.config.seed for client in clients], self.round)

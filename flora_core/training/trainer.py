@@ -11,18 +11,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..adapters.bank import AdapterBank
-from ..adapters.penalty import TailPenalty
-from ..adapters.update import ClientUpdate
-from ..common.errors import CrowdedError, crowded_text, is_out_of_memory
-from ..config.training import TrainConfig
-from ..distributed.sharding import check_training
-from ..model.accepted import as_tokenizer, embedding_rows, sequence_limit
-from ..model.client import ClientSpec
-from ..model.cohort import Cohort
-from ..model.deterministic import deterministic_libraries
-from ..model.forward import evaluation_mode
-from ..model.recompute import keeping_less
+from ..adapters import AdapterBank, ClientUpdate, TailPenalty
+from ..common import CrowdedError, crowded_text, is_out_of_memory
+from ..config import TrainConfig
+from ..distributed import check_training
+from ..model import (
+    ClientSpec,
+    Cohort,
+    as_tokenizer,
+    deterministic_libraries,
+    embedding_rows,
+    evaluation_mode,
+    keeping_less,
+    sequence_limit,
+)
 from . import planner
 from .client import LocalClient, examples_of
 from .optimizer import CohortAdamW

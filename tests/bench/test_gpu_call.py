@@ -25,15 +25,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # What other tests run already, or what the interpreter takes minutes for, is replaced.
 DRY = """
 import sys
-from bench import gpu_call, gpu_times
+from bench.gpu import call, times
 
-gpu_call.gpu_step.check = lambda device: {"green": False, "error / budget": 2.0}
-gpu_call.gpu_step.check_graphs = lambda device: {"green": True}
-gpu_call.unit_tests = lambda record: lambda found: found.update(gpu_call.tool([sys.executable, "-c", "print(7)"],
+call.step.check = lambda device: {"green": False, "error / budget": 2.0}
+call.step.check_graphs = lambda device: {"green": True}
+call.unit_tests = lambda record: lambda found: found.update(call.tool([sys.executable, "-c", "print(7)"],
                                                                              record.folder / "tests.txt", 60))
-gpu_times.Targets.contenders = lambda self: [
+times.Targets.contenders = lambda self: [
     ("frozen", self.frozen), ("flora separate", lambda: self.flora("separate")), ("PEFT bf16", lambda: 1 / 0)]
-sys.exit(gpu_call.main(["--call", "a,b,c", "--dry", "--out", sys.argv[1], "--minutes", "8"]))
+sys.exit(call.main(["--call", "a,b,c", "--dry", "--out", sys.argv[1], "--minutes", "8"]))
 """
 
 
@@ -141,7 +141,7 @@ def test_all_calls_run_without_a_gpu(tmp_path):
 def test_red_checks_of_the_one_command_keep_no_time_back(tmp_path):
     code = """
 import sys
-from bench import gpu_check, gpu_step, gpu_times
+from bench.gpu import check as gpu_check, step as gpu_step, times as gpu_times
 
 gpu_check.run_tests = lambda few, seconds=None: {"green": False, "summary": "1 failed"}
 gpu_step.check = lambda device: 1 / 0
@@ -162,7 +162,7 @@ sys.exit(gpu_check.main(["--skip-cuda", "--trial", "--out", sys.argv[1]]))
 
 def test_a_call_without_a_gpu_or_with_an_unknown_name_says_what_to_do():
     code = """
-from bench import gpu_run
+from bench.gpu import run as gpu_run
 
 assert gpu_run.main(["--call", "a"]) == 2
 gpu_run.main(["--call=a,d"])
@@ -175,7 +175,7 @@ gpu_run.main(["--call=a,d"])
 
 def test_a_wrong_kernel_has_no_time_and_decides_nothing():
     code = """
-from bench import gpu_call
+from bench.gpu import call as gpu_call
 from bench.gpu.kernels import Operands, decisions, kernels, row
 from flora_kernels import reference
 

@@ -114,12 +114,12 @@ def test_outcomes_tell_what_was_skipped_and_keep_the_first_failure(tmp_path):
     outcomes.add("bench/gone.py::d", Report())
     rows = tables.outcome_rows(tmp_path)
     assert rows == [
-        ["test_merge.py::c", "failed", "out of memory"],
-        ["test_optimizer.py::b", "skipped", "out of time: 1 minutes were over before its turn"],
+        ["suites/test_merge.py::c", "failed", "out of memory"],
+        ["suites/test_optimizer.py::b", "skipped", "out of time: 1 minutes were over before its turn"],
     ]
     Report.when, Report.outcome = "call", "passed"
     Outcomes(path).add(first, Report())  # a later run
-    assert [row[0] for row in tables.outcome_rows(tmp_path)] == ["test_merge.py::c"]
+    assert [row[0] for row in tables.outcome_rows(tmp_path)] == ["suites/test_merge.py::c"]
 
 
 # Spreads: two runs agree, a slower engine is seen, drift of the machine is not.

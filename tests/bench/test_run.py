@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+import bench.gpu
 from bench import run
 from bench.cases import grid
 from bench.gpu import run as gpu_run
@@ -68,13 +68,13 @@ def test_unknown_question_or_selection_is_refused():
 
 def test_every_question_has_a_file():
     for name in run.QUESTIONS:
-        assert (ROOT / "bench" / f"test_{name}.py").is_file(), name
+        assert (ROOT / "bench" / "suites" / f"test_{name}.py").is_file(), name
     for selection in grid.SELECTIONS:
         assert run.tests([], selection)
 
 
 def test_flora_bench_lists_its_questions(capsys):
-    assert main.main(["bench", "--list"]) == 0
+    assert main(["bench", "--list"]) == 0
     assert "cohort_rivals" in capsys.readouterr().out
     taken = {name: choices for name, _, choices in run.listed()}
     assert taken["cohort_rivals"] == "cpu, gpu, quick, all"
@@ -82,21 +82,22 @@ def test_flora_bench_lists_its_questions(capsys):
 
 
 def test_flora_bench_refuses_in_a_sentence(capsys):
-    assert main.main(["bench", "nonsense"]) == 2
+    assert main(["bench", "nonsense"]) == 2
     assert "no such question: nonsense; there are: cohort_step" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_gpu_run_without_a_gpu_says_what_to_do(capsys):
-    assert main.main(["bench", "--select", "gpu"]) == 2
+    assert main(["bench", "--select", "gpu"]) == 2
     assert "--select gpu needs a CUDA GPU" in capsys.readouterr().err
     assert gpu_run.main([]) == 2
     assert "bench-gpu needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_flora_bench_of_an_installed_package_says_that_it_needs_a_checkout(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(main, "__file__", str(tmp_path / "site-packages" / "flora_core" / "cli.py"))
-    assert main.main(["bench"]) == 2
+    command = sys.modules["flora_core.cli.main"]
+    monkeypatch.setattr(command, "__file__", str(tmp_path / "site-packages" / "flora_core" / "cli" / "main.py"))
+    assert main(["bench"]) == 2
     assert re.search("needs a checkout .* no bench/ beside .*site-packages.*; clone it", capsys.readouterr().err)
 
 
@@ -126,7 +127,7 @@ def gpu_stages(monkeypatch, tmp_path):
             raise code
         return code
 
-    monkeypatch.setattr(bench, "gpu_check", types.SimpleNamespace(main=stage), raising=False)
+    monkeypatch.setattr(bench.gpu, "check", types.SimpleNamespace(main=stage), raising=False)
     monkeypatch.setattr(run, "main", stage)
     monkeypatch.setattr(gpu_run, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu_run.torch.cuda, "is_available", lambda: True)

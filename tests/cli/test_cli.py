@@ -96,7 +96,7 @@ def test_a_finished_run_succeeds_whatever_hinders_its_report(flora, monkeypatch,
     def fail(_):
         raise RuntimeError("no font\nis here")
 
-    monkeypatch.setattr("flora_core.runs.report.write_report", fail)
+    monkeypatch.setattr("flora_core.runs.write_report", fail)
     code, out, err = flora("run", "tiny", "federation.rounds=1")
     assert code == 0, err
     assert "report: not written (no font is here); the run is finished and saved: mend that, then run flora" in out
@@ -263,9 +263,9 @@ def test_an_error_is_one_paragraph_and_keeps_its_table():
 
 def test_a_warning_is_one_line_without_the_code_it_arose_in(capfd):
     code = (
-        "import warnings; from flora_core import cli, extras\n"
-        "cli._doctor = lambda options: [warnings.warn('cut\\nshort', UserWarning) for _ in range(3)] and 0\n"
-        "raise SystemExit(cli.main(['doctor']))"
+        "import sys, warnings; from flora_core.cli import main\ncommand = sys.modules['flora_core.cli.main']\n"
+        "command._doctor = lambda options: [warnings.warn('cut\\nshort', UserWarning) for _ in range(3)] and 0\n"
+        "raise SystemExit(main(['doctor']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "flora: warning: cut short\n")

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flora_core.common import files
+from flora_core.common import cache, files
 from flora_core.common.files import SaveError, atomic_dir, atomic_write_bytes, atomic_write_json, write_safetensors
 from flora_core.merge.staging import Staging
 from flora_core.ops import autotune
@@ -345,5 +345,5 @@ def test_everything_is_cached_in_one_folder(variables, folder, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/x", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert files.cache_folder() == Path(folder)
+    assert cache.cache_folder() == Path(folder)
     assert autotune.Choices({"device": "cpu"}).path.parent == Path(folder)

@@ -13,6 +13,7 @@ from flora_core.config.recipe import Recipe, load
 from flora_core.data.splits import split_data
 from flora_core.runs.build import build_clients
 from flora_core.runs.loading import model_folder
+from flora_core.runs.recipe import load_recipe
 
 MINIMAL = "model: smollm2-135m-instruct\nfederation: {rounds: 2}\n"
 
@@ -97,7 +98,7 @@ def test_overrides_change_one_value(recipe_file, override, read, value):
 
 
 def test_strategy_options_are_those_of_the_strategy(recipe_file):
-    chosen = load(recipe_file, ["strategy=flora_svd", "federation.strategy_options.tau=0.9"])
+    chosen = load_recipe(recipe_file, ["strategy=flora_svd", "federation.strategy_options.tau=0.9"])
     assert chosen.federation.strategy_options == {"tau": 0.9}
     for options, words in (
         ("{tau: 0.9}", r"strategy 'flora' has no option 'tau'; known: none"),
@@ -106,7 +107,7 @@ def test_strategy_options_are_those_of_the_strategy(recipe_file):
     ):
         strategy = "flora" if "known" in words else "flora_svd"
         with pytest.raises(ValueError, match=words):
-            load(recipe_file, [f"strategy={strategy}", f"federation.strategy_options={options}"])
+            load_recipe(recipe_file, [f"strategy={strategy}", f"federation.strategy_options={options}"])
 
 
 # What mistakes say.

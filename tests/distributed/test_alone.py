@@ -45,7 +45,7 @@ def test_variables_of_the_launcher_that_make_no_sense(name, monkeypatch, capsys,
         monkeypatch.delenv(variable, raising=False)
     for variable, value in variables.items():
         monkeypatch.setenv(variable, value)
-    assert main.main(["run", "quickstart", f"out={tmp_path}"]) == 2
+    assert main(["run", "quickstart", f"out={tmp_path}"]) == 2
     assert words in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"WORLD_SIZE|RANK"):
         make_federation()

@@ -221,7 +221,7 @@ def test_a_killed_rank_ends_the_command_and_the_run_goes_on_with_the_same_bytes(
     done = len(list((out / "rounds").iterdir()))
     assert 2 <= done < 9
     for folder in (out, whole):
-        assert main.main(["run", str(recipe), f"out={folder}"]) == 0
+        assert main(["run", str(recipe), f"out={folder}"]) == 0
     assert f"resumed after round {done}" in capsys.readouterr().err
     assert files(out, ".safetensors") == files(whole, ".safetensors")
 

@@ -207,7 +207,7 @@ def test_nobody_chooses_a_path_by_a_name(name, tmp_path):
 
 
 def test_no_more_than_a_few_times_the_promise_is_kept(sent, tmp_path, monkeypatch):
-    monkeypatch.setattr("flora_core.federation.callable_clients._ROOM_BYTES", 0)
+    monkeypatch.setattr("flora_core.federation.quarantine._ROOM_BYTES", 0)
     os.truncate(sent / WEIGHTS, 4 * 8 * 7 * 32 + 1)
     place = quarantine(tmp_path, 1, "ann", "too large", sent, promised())
     assert sorted(os.listdir(place)) == [CONFIG, "reason.json"]

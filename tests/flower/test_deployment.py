@@ -16,7 +16,7 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 from flora_core.cli.deploy import write_app
 from flora_core.config import recipe as recipes
 from flora_core.federation.rounds import Federation
-from flora_core.runs.build import build
+from flora_core.runs.build import build_run
 from tests.support.federations import RANKS
 from tests.support.flower.deployment import Deployment, deployed, write_recipe
 from tests.support.flower.relay import Relay
@@ -34,7 +34,7 @@ def _at_full_scale(scale) -> None:
 def in_process(recipe: Path, out: Path, taking_part: dict[int, list[str]] | None = None) -> bytes:
     """The bytes of the model that the same recipe gives in one process."""
     chosen: Any = recipes.load(str(recipe), [f"out={out}"])
-    model, tokenizer, clients, test = build(chosen)
+    model, tokenizer, clients, test = build_run(chosen)
     federation = Federation(
         model, tokenizer, clients, chosen.strategy, chosen.federation, chosen.train, chosen.target_modules, test
     )

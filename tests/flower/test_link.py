@@ -22,6 +22,7 @@ from flora_core.aggregation import get_strategy
 from flora_core.federation.party import Site
 from flora_core.federation.protocol import Terms
 from flora_core.flower import link as flower
+from flora_core.flower import messages
 from tests.support.federations import files, make_clients, make_model, make_tokenizer
 from tests.support.flower.grid import MemoryGrid, in_process, make_sites, serve
 
@@ -91,7 +92,7 @@ def spoiled(change: Any) -> Any:
 
 def renamed(message: Message, reply: Message) -> Message:
     """A reply in another client's name."""
-    order, tensors = flower.unpack(reply.content)
+    order, tensors = messages.unpack(reply.content)
     return Message(flower.pack({**order, "client": "b"}, tensors), reply_to=message)
 
 
@@ -99,7 +100,7 @@ def changed(**values: Any) -> Any:
     """A reply whose JSON has other values, a mapping's one by one."""
 
     def how(message: Message, reply: Message) -> Message:
-        order, tensors = flower.unpack(reply.content)
+        order, tensors = messages.unpack(reply.content)
         for name, value in values.items():
             order[name] = {**order[name], **value} if isinstance(value, dict) and value else value
         return Message(flower.pack(order, tensors), reply_to=message)
@@ -297,7 +298,7 @@ def test_a_copy_that_is_not_the_servers_is_replaced(tmp_path, monkeypatch):
         module = next(iter(grid.sites[100].weights))
         with torch.no_grad():
             grid.sites[100].weights[module][0, 0] += 1
-        order, _ = flower.unpack(reply.content)
+        order, _ = messages.unpack(reply.content)
         return Message(flower.pack({**order, "weights": grid.sites[100].digest()}), reply_to=message)
 
     grid = MemoryGrid(make_sites(tmp_path / "sites"), Faults("evaluate", 1, 100, spoil))

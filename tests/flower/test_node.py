@@ -11,10 +11,10 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 
 from flwr.app import Context, RecordDict
 
-from flora_core.config import recipe as recipes
 from flora_core.federation.parties import ordered
 from flora_core.flower import node as flower_node
 from flora_core.runs.build import build_client, build_clients, build_held_out, client_names
+from flora_core.runs.recipe import load_recipe
 from tests.support.flower.deployment import write_recipe
 
 
@@ -39,7 +39,7 @@ def test_a_simulated_node_is_the_recipes_client_of_its_number(tmp_path):
 def test_nobody_needs_the_data_of_others(overrides, tmp_path):
     """A node reads its client's file alone, and a server none of theirs if some are not there."""
     text = str(write_recipe(tmp_path, (4, 2), 1))
-    recipe = recipes.load(text, overrides)
+    recipe = load_recipe(text, overrides)
     whole, held_out = build_clients(recipe)
     assert build_held_out(recipe) == held_out
     (tmp_path / "a.jsonl").unlink()
@@ -63,8 +63,8 @@ def test_a_sites_recipe_of_the_docs_is_enough(tmp_path, monkeypatch):
     assert (site.spec.name, site.spec.adapter.rank, len(site.spec.data)) == ("a", 16, 5)
     (tmp_path / "server.yaml").write_text(shown[1].replace("/srv/flora/held-out.jsonl", "test.jsonl"))
     (tmp_path / "a.jsonl").unlink()
-    assert client_names(recipes.load("server.yaml")) == ["a", "b"]
-    assert len(build_held_out(recipes.load("server.yaml"))) == 6
+    assert client_names(load_recipe("server.yaml")) == ["a", "b"]
+    assert len(build_held_out(load_recipe("server.yaml"))) == 6
 
 
 def test_names_are_in_the_order_of_people():

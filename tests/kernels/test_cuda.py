@@ -1,6 +1,7 @@
 """The CUDA kernels, on a GPU or executed on the host: float64, exact integers, order of threads, isolation.
 
-``tests/support/cuda/emulated.py`` builds them with the host compiler; ``tests/kernels/test_cuda_harness.py`` tests the harness itself.
+``tests/support/cuda/emulated.py`` builds them with the host compiler; ``tests/kernels/test_cuda_harness.py`` tests the
+harness itself.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 

@@ -18,7 +18,7 @@ from flora_core.testing import LINEAR_SHAPES, make_linear, ulp
 from flora_kernels import reference
 from flora_kernels.reference import Dropout, dropout_keep, join_master, philox4x32, split_master
 
-VECTORS = json.loads((Path(__file__).parent / "data" / "dropout_vectors.json").read_text())["masks"]
+VECTORS = json.loads((Path(__file__).parents[1] / "support" / "dropout_vectors.json").read_text())["masks"]
 CPU = torch.device("cpu")
 PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
 ONES, ZEROS = ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2), ((0,) * 4, (0,) * 2)

@@ -15,6 +15,7 @@ from torch import nn
 
 import flora_core as flora
 from flora_core.model.accepted import decoder_of, is_linear, sequence_limit
+from flora_core.model.recompute import recomputing
 from tests.support import models
 from tests.support.attached import TARGETS, client, llama
 from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_records, make_tokenizer
@@ -198,7 +199,7 @@ def test_recomputes_no_module_that_only_shares_the_names_of_a_gated_one():
 
     model = models.tiny("llama", torch.float32)
     model.experts = nn.ModuleList([Stacked(), Wrapped()])
-    with flora.recompute.recomputing(model, ["activations"]) as counts:
+    with recomputing(model, ["activations"]) as counts:
         assert counts == {"activations": 2}, "the two layers' own"
 
 

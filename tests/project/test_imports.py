@@ -1,49 +1,96 @@
-"""What an import pulls in, and that imports run downward only."""
+"""What an import pulls in, and that imports run downward and through the packages' faces only."""
 
 from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# From the ground up; a module may import its own floor and those below. A name stands for a package as well.
-FLOORS = [
-    "checks data_paths extras other_names strategy_names package_index peft_keys repeatable",
-    (
-        "tensor_checks seeds segments update adapter_config bank backends config strict files history progress penalty "
-        "arguments attention_ways calls fingerprint fused headers keys keys_check library merge_ways pausing "
-        "peft_config recompute sharding snapshot tuning ways"
-    ),
-    "ops",
-    (
-        "models linear attention optimizer loss data forward cohort attach planner beside explaining federation_config "
-        "graphs local"
-    ),
-    (
-        "steps trainer evaluate aggregate validate privacy peft_io saving merge checkpoint identity demo_model device "
-        "testing adapter_command aggregate_command card exchange flower_messages incoming rebase replay server "
-        "sharded_merge site streaming"
-    ),
-    "loading",
-    "federation distributed report remote resuming training_round",
-    "recipes splits build dry_run flower deploy_command flower_node",
-    "cli",
-]
-FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names.split()}
-# Beyond what the floors say: the server's mathematics knows nothing of training, nor a client's training of rounds.
-NEVER = {
-    "aggregate": "trainer evaluate attach cohort planner linear optimizer loss data transformers",
-    "trainer": "aggregate federation checkpoint validate",
-    "steps": "aggregate federation checkpoint validate",
-    "ops": "transformers",
+# Every package from the ground up, and its modules by floor. A module imports lower floors of its own package, and the
+# faces of packages that stand before its own.
+FLOORS = {
+    "common": [
+        (
+            "cache changes checks data_paths digests errors extras files formatting package_index seeds tables "
+            "tensor_checks"
+        ),
+        "devices safetensors_header segments states",
+    ],
+    "config": ["other_names privacy strategy_names", "adapter federation loading training", "recipe"],
+    "ops": [
+        "aliasing autotune backends fusion types",
+        "autograd merging validation",
+        "dropout",
+        "dispatch",
+        "custom_ops",
+        "api",
+    ],
+    "testing": ["budget cases dropout rounding", "linear merge"],
+    "adapters": ["base peft_config peft_keys penalty", "update", "bank peft"],
+    "data": ["demo messages partition sources", "forms", "records", "chat splits", "tokens", "template", "pack"],
+    "distributed": ["sharding world"],
+    "model": [
+        "accepted client deterministic recompute weights",
+        "attention_kernels batch layer loss",
+        "attention targets",
+        "cohort forward",
+        "attachment evaluation",
+        "with_adapter",
+    ],
+    "training": ["cuda_graphs optimizer pause planner", "client static_steps", "explanation steps", "trainer"],
+    "aggregation": [
+        "norms terms",
+        "certificate svd",
+        "downlink",
+        "strategy",
+        "flora global_adapter",
+        "average flora_warm frozen redistribute",
+    ],
+    "merge": [
+        "in_place shards staging",
+        "names sharded sources",
+        "targets tokenizer",
+        "bases findings writer",
+        "verify",
+        "checkpoint",
+        "export",
+    ],
+    "runs": [
+        "events fingerprint recipe saving",
+        "snapshot summary",
+        "folder plots progress",
+        "demo_model report",
+        "loading",
+        "build",
+    ],
+    "federation": [
+        "callable_clients exchange judge model_card privacy protocol replay result",
+        "party quarantine rebase server",
+        "local_clients",
+        "resume",
+        "rounds",
+        "parties",
+    ],
+    "flower": ["certificates messages", "certificate_checks link node"],
+    "cli": ["adapter deploy doctor dry_run", "aggregate", "main", "__main__"],
 }
+PACKAGES = list(FLOORS)
+MODULES = {
+    f"{package}.{name}": (place, floor)
+    for place, package in enumerate(PACKAGES)
+    for floor, names in enumerate(FLOORS[package])
+    for name in names.split()
+}
+# Beyond what the floors say: aggregation knows nothing of models and training, the ops nothing of transformers.
+NEVER = {"aggregation": "model training ops data transformers", "ops": "transformers", "training": "aggregation runs"}
 HEAVY = {"transformers", "peft", "safetensors", "rich", "yaml", "matplotlib", "tokenizers", "flwr", "scipy", "psutil"}
 
 
@@ -75,7 +122,12 @@ flora.ClientUpdate("a", bank.adapters("a"), bank.scaling("a"))
 
 def test_import_loads_torch_and_nothing_of_ours():
     loaded = loaded_by("import flora_core")
-    assert [name for name in loaded if name.startswith("flora_")] == ["flora_core"]
+    assert [name for name in loaded if name.startswith("flora_")] == [
+        "flora_core",
+        "flora_core.lazy",
+        "flora_core.moved",
+        "flora_core.version",
+    ]
     assert not {name.split(".")[0] for name in loaded} & HEAVY
 
 
@@ -85,60 +137,55 @@ def test_torch_alone_is_enough_for_the_ops_and_the_bank():
     assert not {name.split(".")[0] for name in loaded} & HEAVY
 
 
-def test_every_public_name_has_a_home_that_defines_it():
-    import flora_core
-
-    assert set(flora_core.__all__) == {*flora_core._HOME_OF, "ops"}
-    assert set(flora_core._HOME_OF) <= set(dir(flora_core))
-    for name, home in flora_core._HOME_OF.items():
-        path = ROOT / "flora_core" / f"{home}.py"
-        path = path if path.is_file() else ROOT / "flora_core" / home / "__init__.py"
-        if path.is_file():
-            tree = ast.parse(path.read_text())
-            defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-            imported = {
-                alias.asname or alias.name
-                for node in tree.body
-                if isinstance(node, ast.ImportFrom)
-                for alias in node.names
-            }
-            assert name in defined | imported, f"{home} does not define {name}"
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flwr's own
+@pytest.mark.parametrize("package", ["", *PACKAGES])
+def test_a_face_has_the_names_that_it_lists(package: str):
+    face = importlib.import_module(f"flora_core.{package}".rstrip("."))
+    assert face.__doc__
+    assert len(face.__all__) == len(set(face.__all__))
+    for name in face.__all__:
+        assert getattr(face, name) is not None
+    assert set(face.__all__) <= set(dir(face))
+    with pytest.raises(AttributeError, match="no_such_name"):
+        face.no_such_name  # noqa: B018
 
 
-def test_a_function_wins_over_the_module_that_it_is_named_after():
-    import flora_core
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # flwr's own
+def test_a_lazy_face_gives_a_function_and_not_the_module_of_its_name():
+    for package in ("", *PACKAGES):
+        face = importlib.import_module(f"flora_core.{package}".rstrip("."))
+        if "face" not in vars(face):
+            continue
+        for name in face.__all__:
+            is_module = isinstance(getattr(face, name), ModuleType)
+            assert is_module or f"{package}.{name}" not in MODULES, f"{face.__name__}.{name} is a module's name too"
 
-    for name, home in flora_core._HOME_OF.items():
-        if name == home and importlib.util.find_spec(f"flora_core.{home}"):
-            importlib.import_module(f"flora_core.{home}")
-            assert callable(getattr(flora_core, name)), f"flora_core.{name} must stay a function"
 
-
-def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Line and absolute dotted name of every import, at any depth but under TYPE_CHECKING."""
+def imports(tree: ast.AST, package: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
+    """Line, absolute dotted module and name of every import, at any depth but under TYPE_CHECKING."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield from ((node.lineno, alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = [*package[: len(package) + 1 - node.level]] if node.level else []
             home = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((node.lineno, f"{home}.{alias.name}") for alias in node.names)
+            yield from ((node.lineno, home, alias.name) for alias in node.names)
         else:
             yield from imports(node, package)
 
 
 def test_every_form_of_import_is_seen():
-    code = "from .. import ops\nfrom ..bank import x\nfrom .pack import y\nimport a.b\ndef f():\n    from . import z\n"
+    code = "from .. import ops\nfrom ..ops import x\nfrom .pack import y\nimport a.b\ndef f():\n    from . import z\n"
     hidden = "if TYPE_CHECKING:\n    from ..trainer import T\n"
-    found = [name for _, name in imports(ast.parse(code + hidden), ("flora_core", "data"))]
+    found = [(home, name) for _, home, name in imports(ast.parse(code + hidden), ("flora_core", "data"))]
     assert found == [
-        "flora_core.ops",
-        "flora_core.adapters.bank.x",
-        "flora_core.data.pack.y",
-        "a.b",
-        "flora_core.data.z",
+        ("flora_core", "ops"),
+        ("flora_core.ops", "x"),
+        ("flora_core.data.pack", "y"),
+        ("a.b", ""),
+        ("flora_core.data", "z"),
     ]
 
 
@@ -152,101 +199,91 @@ def sources(folder: str) -> list[tuple[Path, tuple[str, ...], ast.Module]]:
     ]
 
 
-def room(dotted: str) -> str | None:
-    """The module or package of flora_core that a dotted name lies in."""
-    parts = dotted.split(".")
-    return parts[1] if parts[0] == "flora_core" and len(parts) > 1 else None
-
-
-def edges() -> Iterator[tuple[str, str, str]]:
-    """Every import of flora_core: where it stands, from which room, and the dotted name that is imported."""
+@cache
+def arrows() -> list[tuple[str, str, str, str]]:
+    """Every import of the engine from itself: where it stands, from which module, and the module and name imported."""
+    found = []
     for path, package, tree in sources("flora_core"):
         relative = path.relative_to(ROOT / "flora_core")
-        if relative != Path("__init__.py"):
-            for line, name in imports(tree, package):
-                yield f"{relative}:{line}", relative.parts[0].removesuffix(".py"), name
-
-
-@cache
-def below() -> dict[str, set[str]]:
-    """The rooms that each room imports."""
-    found: dict[str, set[str]] = {}
-    for _, source, name in edges():
-        target = room(name)
-        if target is not None and target != source and target in rooms():
-            found.setdefault(source, set()).add(target)
+        if path.name != "__init__.py" and len(relative.parts) > 1:
+            source = ".".join(relative.with_suffix("").parts)
+            for line, home, name in imports(tree, package):
+                if home.split(".")[0] == "flora_core":
+                    target = f"{home}.{name}".removeprefix("flora_core.")
+                    module = target if target in MODULES else home.removeprefix("flora_core").removeprefix(".")
+                    found.append((f"{relative}:{line}", source, module, name))
     return found
 
 
-@cache
-def rooms() -> set[str]:
-    """The modules and packages of flora_core."""
-    return {path.relative_to(ROOT / "flora_core").parts[0].removesuffix(".py") for path, _, _ in sources("flora_core")}
+def test_every_package_and_module_has_one_floor():
+    listed = [f"{package}.{name}" for package, floors in FLOORS.items() for names in floors for name in names.split()]
+    assert len(listed) == len(set(listed))
+    paths = [path.relative_to(ROOT / "flora_core") for path, _, _ in sources("flora_core")]
+    there = {".".join(path.with_suffix("").parts) for path in paths if len(path.parts) > 1}
+    assert set(listed) == {name for name in there if not name.endswith("__init__")}
+    assert {str(path) for path in paths if len(path.parts) == 1} == {"__init__.py", "lazy.py", "moved.py", "version.py"}
 
 
-def test_every_room_has_one_floor():
-    named = [name for names in FLOORS for name in names.split()]
-    assert len(named) == len(set(named))
-    assert set(named) == rooms() - {"__init__"}, set(named) ^ (rooms() - {"__init__"})
-
-
-def test_imports_run_downward_only():
+def test_packages_import_only_those_before_them():
+    place = {package: number for number, package in enumerate(PACKAGES)}
     up = [
-        f"{where} imports {target}"
-        for where, source, name in edges()
-        if (target := room(name)) in rooms() and target and FLOOR_OF.get(target, 0) > FLOOR_OF.get(source, 0)
+        f"{where} imports {module}"
+        for where, source, module, _ in arrows()
+        if place.get(module.split(".")[0], -1) > place[source.split(".")[0]]
     ]
-    assert not up, f"imports must go to the same floor or below: {up}"
+    assert not up, f"a package imports only packages that stand before it in FLOORS: {up}"
 
 
-def test_no_two_rooms_import_each_other():
-    def reach(start: str) -> set[str]:
-        seen, todo = set(), list(below().get(start, ()))
-        while todo:
-            if (here := todo.pop()) not in seen:
-                seen.add(here)
-                todo += below().get(here, ())
-        return seen
-
-    circles = sorted(name for name in below() if name in reach(name))
-    assert not circles, f"these import one another in a circle: {circles}"
-
-
-def test_the_guide_names_every_file_once():
-    table = (ROOT / "docs" / "engine.md").read_text().partition("## Which file holds what")[2].partition("\n## ")[0]
-    named = re.findall(r"`(\w+)/?`", table.partition("|---|")[2])
-    assert len(named) == len(set(named)), "a file is named twice"
-    assert set(named) == rooms() - {"__init__"}, set(named) ^ (rooms() - {"__init__"})
-
-
-def test_rooms_keep_out_of_what_is_not_theirs():
-    trespass = [
-        f"{where} imports {name}"
-        for where, source, name in edges()
-        if (room(name) or name.split(".")[0]) in NEVER.get(source, "").split()
+def test_modules_import_only_lower_floors_of_their_package():
+    up = [
+        f"{where} imports {module}"
+        for where, source, module, _ in arrows()
+        if module in MODULES and MODULES[module][0] == MODULES[source][0] and MODULES[module][1] >= MODULES[source][1]
     ]
+    assert not up, f"a module imports only lower floors of its own package: {up}"
+
+
+def test_other_packages_are_imported_through_their_faces():
+    past = []
+    for where, source, module, name in arrows():
+        package = module.split(".")[0]
+        if package in FLOORS and package != source.split(".")[0]:
+            face = importlib.import_module(f"flora_core.{package}")
+            if name not in face.__all__ or module not in (package, f"{package}.{name}"):
+                past.append(f"{where} imports {name} of {module}")
+    assert not past, f"import from the package, and list the name in its __init__: {past}"
+
+
+def test_packages_keep_out_of_what_is_not_theirs():
+    trespass = []
+    for path, package, tree in sources("flora_core"):
+        for line, home, _ in imports(tree, package):
+            target = home.split(".")[1] if home.startswith("flora_core.") else home.split(".")[0]
+            if len(package) > 1 and target in NEVER.get(package[1], "").split():
+                trespass.append(f"{path.name}:{line} imports {home}")
     assert not trespass
 
 
 def test_kernels_never_import_the_engine():
     found = [
-        f"{path.name}:{line} imports {name}"
+        f"{path.name}:{line} imports {home}"
         for path, package, tree in sources("kernels/flora_kernels")
-        for line, name in imports(tree, package)
-        if name.split(".")[0] == "flora_core"
+        for line, home, _ in imports(tree, package)
+        if home.split(".")[0] == "flora_core"
     ]
     assert not found
 
 
 def test_nobody_imports_the_library_that_is_called_kernels():
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    assert not [where for where, _, name in edges() if name.split(".")[0] == "kernels"]
+    for _, package, tree in sources("flora_core"):
+        assert not [home for _, home, _ in imports(tree, package) if home.split(".")[0] == "kernels"]
 
 
 def test_only_safe_formats_are_read():
     """Never a pickle: torch.load and its kin have no place in the engine."""
     unsafe = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
-    assert not [where for where, _, name in edges() if name.split(".")[0] in unsafe]
-    for path, _, tree in [*sources("flora_core"), *sources("kernels/flora_kernels")]:
+    for path, package, tree in [*sources("flora_core"), *sources("kernels/flora_kernels")]:
+        assert not {home.split(".")[0] for _, home, _ in imports(tree, package)} & unsafe, path
         calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
         assert not {"torch.load", "torch.save", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"} & set(calls), path

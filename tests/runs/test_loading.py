@@ -12,8 +12,8 @@ import pytest
 import torch
 import transformers
 
-from flora_core.cli import doctor as devices
 from flora_core.cli.main import main
+from flora_core.common import devices
 from flora_core.config.recipe import Recipe, load
 from flora_core.runs.build import build_model
 from flora_core.runs.loading import load_model, load_tokenizer, model_folder

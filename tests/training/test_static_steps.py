@@ -25,7 +25,7 @@ from flora_core.data.template import IGNORE, Example
 from flora_core.model.cohort import keys_on_device
 from flora_core.model.loss import client_losses
 from flora_core.ops import autotune
-from flora_core.training import static_steps, steps
+from flora_core.training import cuda_graphs, static_steps, steps
 from flora_core.training.static_steps import Shape, round_up, shape_of
 from tests.support import models
 from tests.support.fake_graphs import Told, attend_by_offsets
@@ -114,7 +114,7 @@ def test_shapes_come_from_a_short_list():
 
 
 def test_a_function_is_called_then_captured_then_replayed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(static_steps, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
     executor, ran = Told(), []
     for _ in range(5):
         for key in ("a", "b", "c", None):
@@ -288,7 +288,7 @@ def test_a_pass_waits_for_the_streams_of_its_own_device(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[device.index])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    static_steps.Cuda(torch.device("cuda:1")).call(lambda: asked.append("called"))
+    cuda_graphs.Cuda(torch.device("cuda:1")).call(lambda: asked.append("called"))
     one = torch.device("cuda:1")
     assert asked == [(one, "waits for", one), "called", (one, "waits for", one)]
 

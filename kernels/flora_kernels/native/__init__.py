@@ -41,7 +41,7 @@ from .arguments import stream_of as _stream_of
 
 def _why_not(error: ImportError) -> str:
     """Why the compiled module cannot be had."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parents[1]
     note = folder / "not_built.txt"
     if note.exists():
         return note.read_text().strip()

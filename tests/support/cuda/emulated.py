@@ -2,7 +2,8 @@
 
 ``Library`` has the functions of ``flora_kernels.reference`` with the same arguments. ``build_emulated`` compiles the
 kernels with the host compiler: every access of theirs is then checked for bounds, races and order. ``build_for_gpu``
-needs nvcc and a GPU: ``at_hand`` then gives the tests kernels that run there (and tests/support/cuda/gpu_check.py times them).
+needs nvcc and a GPU: ``at_hand`` then gives the tests kernels that run there (and tests/support/cuda/gpu_check.py times
+them).
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -347,7 +348,7 @@ def build_emulated(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
     if compiler is None:
         raise FileNotFoundError("needs g++ or clang++ to build the kernels for the host")
     done = subprocess.run(
-        [compiler, *HOST_FLAGS, "-I", str(csrc / "include"), str(csrc / "cuda" / "check.cu"), "-o", str(out)],
+        [compiler, *HOST_FLAGS, "-I", str(csrc / "include"), str(csrc / "cuda" / "probes.cu"), "-o", str(out)],
         capture_output=True,
         text=True,
     )
@@ -399,7 +400,7 @@ def build_for_gpu(folder: Path, arch: str = "native") -> Path:
     if compiler is None:
         raise FileNotFoundError("needs nvcc to build the kernels for a GPU")
     flags = ["-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", "-I", str(ROOT / "csrc/include")]
-    source = str(ROOT / "csrc" / "cuda" / "check.cu")
+    source = str(ROOT / "csrc" / "cuda" / "probes.cu")
     done = subprocess.run([compiler, *flags, source, "-o", str(out)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])

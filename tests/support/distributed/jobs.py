@@ -110,7 +110,7 @@ def launch(folder: Path, size: int, jobs: dict[str, dict[str, Any]], seconds: fl
         changes = {"out": str(folder / job.get("at", name)), **job["changes"]}
         listed.append({**job, "name": name, "out": changes.pop("out"), "changes": changes})
     (folder / "jobs.json").write_text(json.dumps(listed))
-    worker = str(ROOT / "tests" / "distributed_worker.py")
+    worker = str(ROOT / "tests" / "support" / "distributed" / "worker.py")
     process = torchrun(size, [worker, str(folder / "jobs.json"), str(folder / "results")])
     try:
         said, _ = process.communicate(timeout=seconds)

@@ -1,4 +1,5 @@
-"""What ``tests/distributed/test_processes.py`` has torchrun start: runs a list of jobs, one after another, on every rank.
+"""What ``tests/distributed/test_processes.py`` has torchrun start: runs a list of jobs, one after another, on every
+rank.
 
 A job is {"name", "out", "changes": for ``make_federation``, "fault": name of a fault below}. What came of it on a rank
 goes to ``<results>/<name>-<rank>.json``: the type and text of the error, or a digest of the weights.
@@ -72,7 +73,7 @@ def other_weights(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
 
 @fault(1)
 def other_version(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    patch.setattr("flora_core.__version__", "0.0.7")
+    patch.setattr("flora_core.version.__version__", "0.0.7")
 
 
 @fault(1)

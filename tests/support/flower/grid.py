@@ -31,7 +31,7 @@ class MemoryGrid:
     def __init__(self, sites: dict[int, Site], fault: Fault | None = None):
         self.sites, self.fault = sites, fault
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
-        self.app = flower.client_app()
+        self.app = node.client_app()
         self.sent: list[Message] = []
 
     def get_node_ids(self) -> list[int]:

@@ -35,7 +35,7 @@ MIXED, EMPTY, RANK_0, ODD, MANY, LONG = (LINEAR_SHAPES[i] for i in (0, 2, 4, 6, 
 SMALL = LinearCase("two tiles for one client, one for the others", (70, 0, 33, 1), 70, 40, (20, 3, 5, 2))
 # Tiles past one in every direction, none of them whole.
 WIDE = LinearCase("more than one tile of every axis", (70, 0, 131, 1), 150, 300, (20, 3, 70, 5))
-VECTORS = json.loads((Path(__file__).parent / "data" / "dropout_vectors.json").read_text())["masks"]
+VECTORS = json.loads((Path(__file__).parents[1] / "dropout_vectors.json").read_text())["masks"]
 # NumPy says so when it multiplies the NaN that a test plants.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
