@@ -64,6 +64,8 @@ ISA_TESTS := $(patsubst %,tests/aggregation/test_%.py,downlink flora flora_warm 
     $(patsubst %,tests/model/test_%.py,attention attention_kernels cohort isolation loss) \
     $(patsubst %,tests/ops/test_%.py,cohort_adamw fusion lora_linear rounding shared_input stacked_merge) \
     $(patsubst %,tests/training/test_%.py,optimizer peft_equality static_steps trainer)
+SOAK_TESTS := $(patsubst %,tests/federation/test_%.py,callable_clients faults hostile kill_resume privacy) \
+    tests/aggregation/test_norms.py tests/training/test_memory.py
 
 .PHONY: demo test test-isa test-install test-all soak bench bench-gpu lint clean environment install
 
@@ -89,8 +91,7 @@ test-all: environment
 # What takes longest of the full size: kills, mixed faults and mutated files, each seeded.
 soak: environment
 	mkdir -p docs/logs
-	$(PYTEST) --scale=full -ra --durations=10 tests/federation/test_faults.py tests/federation/test_hostile.py tests/federation/test_kill_resume.py \
-	    tests/training/test_memory.py tests/federation/test_privacy.py tests/federation/test_callable_clients.py tests/aggregation/test_norms.py 2>&1 | tee docs/logs/soak.txt
+	$(PYTEST) --scale=full -ra --durations=10 $(SOAK_TESTS) 2>&1 | tee docs/logs/soak.txt
 
 # A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list

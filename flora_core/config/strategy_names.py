@@ -49,7 +49,7 @@ def unknown_strategy(name: Any, known: Iterable[str]) -> ValueError:
 
 
 def check_strategy_name(name: str) -> None:
-    """Check a strategy's name early; strategies of a user's own are known once `flora_core.aggregate` is imported.
+    """Check a strategy's name early; strategies of a user's own are known once `flora_core.aggregation` is imported.
 
     Raises:
         ValueError: With the nearest name and all others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .sharding import ShardedBase, check_plain, check_training, hold_base, is_sharded, sharded
+from .sharding import ShardedBase, check_plain, check_training, hold_base, is_sharded, shard_base, sharded
 from .world import RankError, Ranks, ranks, session
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "is_sharded",
     "ranks",
     "session",
+    "shard_base",
     "sharded",
 ]

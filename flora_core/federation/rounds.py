@@ -45,7 +45,7 @@ class Federation(Resuming):
             strategies keep an adapter beside it: ``FederationResult.apply_to`` gives the result of either.
         tokenizer: Its tokenizer, or the folder or hub name of it; None if all data are encoded.
         clients: One ``ClientSpec`` each.
-        strategy: A name from the table of ``flora_core.aggregate``.
+        strategy: A name from the table of ``flora_core.aggregation``.
         config: Rounds, sampling, weights, folder, ...
         train: Settings of local training.
         target_modules: As in ``attach``.

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench import compare
 from bench.cases.rivals import Rival, ready
-from bench.harness import compare, machine
+from bench.harness import machine
 from bench.harness.deadline import OutOfTime, within
 from bench.harness.outcomes import Outcomes
 from bench.harness.protocol import Check, Load, Missing, Result, Timing, interleave, reason, speedup

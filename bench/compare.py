@@ -1,6 +1,6 @@
 """Two sets of results against each other: what became slower or faster by more than the noise.
 
-python -m bench.harness.compare OLD NEW        each a folder of JSON files or a commit whose bench/results is meant
+python -m bench.compare OLD NEW        each a folder of JSON files or a commit whose bench/results is meant
 
 A machine's own speed drifts by a tenth unseen, so not times are compared but ratios to the rivals of the same run:
 round by round, ours against the rival next to it. A change counts where the two runs' spreads do not meet.
@@ -114,12 +114,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison; 1 if something became slower beyond the noise."""
     words = list(sys.argv[1:] if argv is None else argv)
     if len(words) != 2:
-        print("python -m bench.harness.compare OLD NEW: each a folder of results or a commit", file=sys.stderr)
+        print("python -m bench.compare OLD NEW: each a folder of results or a commit", file=sys.stderr)
         return 2
     try:
         text, slower = report(*map(results, words))
     except ValueError as error:
-        print(f"bench.harness.compare: {error}", file=sys.stderr)
+        print(f"bench.compare: {error}", file=sys.stderr)
         return 2
     print(text)
     return int(slower)
