@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .chat import Plain
+from .layout import Plain
 from .pack import Packed, Padded, epoch_order, micro_batches, pack, pad, passes
 from .partition import partition, partition_file
 from .records import Record, check_records, load_records, normalise

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..common import check_choice, check_number
-from .chat import EMPTY, Chat, Layout, Plain
+from .chat import Chat
+from .layout import EMPTY, Layout, Plain
 from .records import Record, normalise
 from .tokens import Tokens, eos_id, ids_of, last_mark, start_ids
 

@@ -39,7 +39,7 @@ def runs(example):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_prompts_and_labels_are_the_templates(family, name):
     tokenizer = make(family, name)
-    for count in (1, 2, 4):
+    for count in (1, 2, 3, 4):
         messages = conversation(count, system=name not in ("llama2", "gemma") and count == 2)
         report = EncodeReport()
         (example,) = encode([{"messages": messages}], tokenizer, max_length=999, report=report)
@@ -160,6 +160,43 @@ def test_call_that_a_template_drops_is_refused_though_a_tool_has_its_name():
         ValueError, match=r"record 0: the chat template leaves out the tool calls of message 1 \(look\)"
     ):
         encoded({"messages": CALLED, "tools": tools}, tokenizer)
+
+
+# The generation prompt closes an empty thought that the conversation does not repeat.
+THINKS = CALLS.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}")
+REFUSES_A_PREFIX = "{% if messages | length < 4 %}{{ raise_exception('no turn of the tool') }}{% endif %}" + CALLS
+
+
+@pytest.mark.parametrize("template", [THINKS, REFUSES_A_PREFIX], ids=["another prompt", "no prompt"])
+@pytest.mark.parametrize("content", [None, "let me see"])
+def test_a_turn_of_calls_without_its_prompt_leaves_the_turn_before_it_alone(template, content):
+    tokenizer = make("byte-level BPE", template, "<|im_end|>")
+    example, report = encoded({"messages": [CALLED[0], {**CALLED[1], "content": content}, *CALLED[2:]]}, tokenizer)
+    first, last = learned(tokenizer, example)
+    call = '\n<tool_call>\n{"name": "look", "arguments": {"at": "dog"}}\n</tool_call><|im_end|>'
+    assert (first, last) == ((content or "") + call, "one dog<|im_end|>")
+    assert "is not what generation starts from" in str(report)
+
+
+# What is said beside calls stands in a turn of its own, which the template does not mark as generated.
+ASIDE = (
+    "{% for m in messages %}{% if m.tool_calls %}{{ '<|im_start|>note\n' + m.content + '<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{% if m.tool_calls %}"
+    "{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("loss", [True, False])
+def test_text_that_a_template_writes_outside_the_answer_is_reported(loss):
+    tokenizer = make("byte-level BPE", ASIDE, "<|im_end|>")
+    said = {**CALLED[1], "content": "let me see", "train": loss}
+    example, report = encoded({"messages": [CALLED[0], said, *CALLED[2:]]}, tokenizer)
+    assert "let me see" in tokenizer.decode(example.input_ids)
+    assert "let me see" not in "".join(learned(tokenizer, example))
+    noted = "writes the content of turns of the assistant outside the answer, without loss (records: 1; record 0)"
+    assert (noted in str(report)) == loss
 
 
 def test_masked_turns_have_no_loss():

@@ -35,7 +35,16 @@ FLOORS = {
     ],
     "testing": ["budget cases dropout rounding", "linear merge"],
     "adapters": ["base peft_config peft_keys penalty", "update", "bank peft"],
-    "data": ["demo messages partition sources", "forms", "records", "chat splits", "tokens", "template", "pack"],
+    "data": [
+        "demo messages partition sources",
+        "forms",
+        "records",
+        "layout splits",
+        "answers tokens",
+        "chat",
+        "template",
+        "pack",
+    ],
     "distributed": ["sharding world"],
     "model": [
         "accepted client deterministic recompute weights",
