@@ -1,4 +1,4 @@
-"""A record as one text with its answers, and the plain layout under headings, for tokenizers without a chat template."""
+"""A record as one text with its answers; the plain layout under headings, for tokenizers without a chat template."""
 
 from __future__ import annotations
 

@@ -180,10 +180,10 @@ def test_a_turn_of_calls_without_its_prompt_leaves_the_turn_before_it_alone(temp
 
 # What is said beside calls stands in a turn of its own, which the template does not mark as generated.
 ASIDE = (
-    "{% for m in messages %}{% if m.tool_calls %}{{ '<|im_start|>note\n' + m.content + '<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}{% if m.tool_calls %}"
-    "{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>' }}"
+    "{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
+    "{% if m.tool_calls %}{{ '<|im_start|>note\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
