@@ -72,7 +72,7 @@ _GENERATIONS = {
 }
 _INSTRUCTIONS = {"AVX512": "AVX-512", "AVX2": "AVX2", "DEFAULT": "no AVX2"}
 # What holds torch, its two product libraries and our own kernels to fewer instructions than the processor has.
-HOLDS = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "FLORA_ISA")
+HOLDS = ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "FLORA_ISA")
 
 
 def machine_label(env: dict[str, Any]) -> str:

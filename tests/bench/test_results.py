@@ -328,3 +328,12 @@ def test_a_case_that_failed_gives_back_what_its_error_held():
     assert held() is not None
     machine.forget()
     assert held() is None
+
+
+@pytest.mark.parametrize("name", ["MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "FLORA_ISA"])
+def test_a_processor_held_to_fewer_instructions_is_labelled_so(name, monkeypatch):
+    for other in machine.HOLDS:
+        monkeypatch.delenv(other, raising=False)
+    assert "held-to" not in machine.machine_slug()
+    monkeypatch.setenv(name, "avx2")
+    assert "held-to" in machine.machine_slug()
