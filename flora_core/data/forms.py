@@ -3,10 +3,10 @@
     chat        messages | conversations                 a list of turns, ShareGPT's too
     question    `QUESTION` with input | context, system, history, and one of `ANSWER`
     prompt      prompt and completion as lists of turns  loss on the completion alone
-    choices     question, choices, answer (an index)     for evaluation
+    choices     question, choices, answer (an index)     for evaluation; or choices {text, label} and answerKey (ARC)
     text        text                                     all of it is learned
 
-Columns are told apart by name, so forms and field names may be mixed. Two columns that claim the same part and differ
+A column's meaning is its name's, whatever its case, so forms and field names may be mixed. Two columns that claim the same part and differ
 are refused: one of them would be lost. Errors have no place here, as in ``messages``.
 """
 
@@ -65,7 +65,10 @@ class _Columns:
     """A record's columns, of which each is taken once."""
 
     def __init__(self, fields: Mapping[str, Any]):
-        self.given = present(fields)
+        given = present(fields)
+        # Some data sets write Question and Answer.
+        small = {name: name.lower() for name in given if name.lower() in _CONTENT and name.lower() not in given}
+        self.given = {small.get(name, name): value for name, value in given.items()}
         self.left = dict(self.given)
 
     def has(self, names: tuple[str, ...]) -> bool:
@@ -216,13 +219,18 @@ def _put_before(parts: Parts, turns: list[dict[str, Any]], trained: bool = False
 
 def _read_choices(columns: _Columns, parts: Parts) -> None:
     """A multiple-choice question."""
-    choices, answer = columns.take(("choices",))[1], columns.take(("answer",))[1]
+    choices, answer = columns.take(("choices",))[1], columns.take(("answer", "answerKey"))[1]
+    if isinstance(choices, Mapping):
+        labels = list(choices.get("label") or ())
+        answer = labels.index(answer) if labels.count(answer) == 1 else answer
+        choices = choices.get("text")
     count = len(choices) if isinstance(choices, (list, tuple)) else 0
     fits = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < count and 2 <= count <= _LETTERS
     question = columns.take(("question",))[1]
     require(
         fits and question is not None,
-        f"multiple choice needs question, choices (2 to {_LETTERS}) and answer (an index), got answer {answer!r:.40}",
+        f"multiple choice needs question, choices (2 to {_LETTERS}) and answer (an index), or choices {{text, label}} and "
+        f"answerKey (a label), got answer {answer!r:.40}",
     )
     texts = [check_text(text, f"choices[{number}]") for number, text in enumerate(choices)]
     parts.text, parts.choices, parts.correct = check_text(question, "question"), texts, answer

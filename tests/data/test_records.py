@@ -152,6 +152,20 @@ def test_reports_unknown_keys_of_turns():
     assert normalise({"messages": [{**ASK, "mood": "x", "id": 3}, ANSWER]}, "here").unknown == ("messages[].mood",)
 
 
+def test_columns_with_capitals_and_arc_choices_are_read():
+    record = normalise({"Question": "q", "Input": "more", "Response": "r", "Level": "1"}, "here")
+    assert [turn["content"] for turn in record.messages or []] == ["q\n\nmore", "r"]
+    assert record.unknown == ("Level",)
+    choices = {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}
+    record = normalise({"question": "?", "choices": choices, "answerKey": "B"}, "here")
+    assert (record.text, record.choices, record.correct) == ("?", ["x", "y", "z"], 1)
+    for wrong in ("D", "a", 1):
+        with pytest.raises(
+            ValueError, match=r"here: multiple choice needs .* or choices \{text, label\} and answerKey"
+        ):
+            normalise({"question": "?", "choices": choices, "answerKey": wrong}, "here")
+
+
 def test_reads_multiple_choice():
     record = normalise({"question": "?", "choices": ["a", "b"], "answer": 1, "subject": "law"}, "here")
     assert (record.text, record.choices, record.correct, record.messages) == ("?", ["a", "b"], 1, None)
