@@ -6,8 +6,8 @@
     choices     question, choices, answer (an index)     for evaluation; or choices {text, label} and answerKey (ARC)
     text        text                                     all of it is learned
 
-A column's meaning is its name's, whatever its case, so forms and field names may be mixed. Two columns that claim the same part and differ
-are refused: one of them would be lost. Errors have no place here, as in ``messages``.
+A column's meaning is its name's, whatever its case, so forms and field names may be mixed. Two columns that claim the
+same part and differ are refused: one of them would be lost. Errors have no place here, as in ``messages``.
 """
 
 from __future__ import annotations
@@ -219,18 +219,19 @@ def _put_before(parts: Parts, turns: list[dict[str, Any]], trained: bool = False
 
 def _read_choices(columns: _Columns, parts: Parts) -> None:
     """A multiple-choice question."""
-    choices, answer = columns.take(("choices",))[1], columns.take(("answer", "answerKey"))[1]
+    choices: Any = columns.take(("choices",))[1]
+    answer: Any = columns.take(("answer", "answerKey"))[1]
+    given = answer
     if isinstance(choices, Mapping):
         labels = list(choices.get("label") or ())
-        answer = labels.index(answer) if labels.count(answer) == 1 else answer
-        choices = choices.get("text")
+        choices, answer = choices.get("text"), labels.index(given) if labels.count(given) == 1 else None
     count = len(choices) if isinstance(choices, (list, tuple)) else 0
     fits = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < count and 2 <= count <= _LETTERS
     question = columns.take(("question",))[1]
     require(
         fits and question is not None,
-        f"multiple choice needs question, choices (2 to {_LETTERS}) and answer (an index), or choices {{text, label}} and "
-        f"answerKey (a label), got answer {answer!r:.40}",
+        f"multiple choice needs question, choices (2 to {_LETTERS}) and answer (an index), or choices {{text, label}} "
+        f"and answerKey (a label), got answer {given!r:.40}",
     )
     texts = [check_text(text, f"choices[{number}]") for number, text in enumerate(choices)]
     parts.text, parts.choices, parts.correct = check_text(question, "question"), texts, answer
