@@ -99,7 +99,7 @@ def found_archs() -> str:
 
 
 def cuda_codes() -> list[str]:
-    """What nvcc compiles for."""
+    """GPUs that nvcc compiles for."""
     codes = []
     for arch in wanted_archs().split(","):
         number, ptx = arch.strip().removesuffix("+PTX"), arch.strip().endswith("+PTX")

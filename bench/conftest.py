@@ -74,7 +74,7 @@ def _scale(config: pytest.Config) -> Scale:
 
 @pytest.fixture
 def scale(request: pytest.FixtureRequest) -> Scale:
-    """What the options say."""
+    """Scale of the benchmarks by the options."""
     return _scale(request.config)
 
 

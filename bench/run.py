@@ -97,7 +97,7 @@ def listed() -> list[list[str]]:
 
 
 def words(options: argparse.Namespace, selection: str) -> list[str]:
-    """What pytest is told."""
+    """Arguments of pytest."""
     shrunk = ["--bench-layers=1", "--bench-tokens=16", "--bench-seconds=0.01"] if selection == "quick" else []
     given = {"minutes": options.minutes, "stop": options.stop, "layers": options.layers, "tokens": options.tokens}
     given["seconds"] = options.seconds

@@ -1,4 +1,4 @@
-"""What is measured, as data: models, cohorts, tokens, dropout and targets, and the cases that each selection takes.
+"""The measured cases, as data: models, cohorts, tokens, dropout and targets, and the cases that each selection takes.
 
 A selection varies one axis at a time around a base case, for the whole grid of a question takes days:
 

@@ -84,7 +84,7 @@ class Linear:
 
     @property
     def bytes(self) -> dict[str, int]:
-        """What must be read and written at least: x, W and y; dy, W, x and dx; the factors at 4 bytes."""
+        """Bytes that must be read and written at least: x, W and y; dy, W, x and dx; the factors at 4 bytes."""
         M, size = self.tokens.total, self.dtype.itemsize
         factors, base = 4 * self.ranks.total * (self.N + self.K), size * (M * self.N + M * self.K + self.N * self.K)
         return {"forward": base + factors, "backward": base + size * M * self.K + 2 * factors}

@@ -1,4 +1,4 @@
-"""What a GPU that is lent for minutes is asked, in three calls: ``python -m bench.gpu.run --call a --out DIR``.
+"""Checks and timings for a few minutes on a GPU, in three calls: ``python -m bench.gpu.run --call a --out DIR``.
 
     a   are the kernels right, how fast is each alone, does a step capture and repeat bit for bit
     b   LoRA linears on every path against the frozen linear and PEFT

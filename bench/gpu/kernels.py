@@ -68,7 +68,7 @@ class Operands:
 
     @property
     def counts(self) -> dict[str, Count]:
-        """What each op must move and multiply."""
+        """Count the bytes and operations of each op."""
         m, r, K, N = self.tokens.lengths, RANKS, self.K, self.N
         base = counts.linear(m, K, N)
         one, other = counts.shrink(m, r, K), counts.expand_(m, r, N)

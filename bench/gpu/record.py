@@ -26,7 +26,7 @@ LEAST_SECONDS = 2.0
 
 
 class Record:
-    """What a run found, step by step.
+    """Findings of a run, step by step.
 
     Args:
         out: The folder that ``NAME.json`` and ``NAME.tar.gz`` are written to.

@@ -150,7 +150,7 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
 
 
 def check_graphs(device: str) -> dict[str, Any]:
-    """Whether replays have the bits of calls, and their training the error of ordinary steps against float64."""
+    """Return whether replays have the bits of calls, and their training the error of ordinary steps against float64."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     (exact, _), (replayed, told) = (train(device, way, dtype) for way in ("exact", "replayed"))
     # On a CPU the ordinary steps' rounding, and so the budget, would be the processor's.
@@ -165,7 +165,8 @@ def check_graphs(device: str) -> dict[str, Any]:
 
 
 def check_repeats(device: str) -> dict[str, Any]:
-    """Whether the same training gives the same bits twice, over sequences of many key blocks, replayed and called.
+    """Return whether the same training gives the same bits twice, over sequences of many key blocks, replayed and
+    called.
 
     Attention's backward is where it would differ: a sequence of more than one block of keys sums dQ from several.
     """

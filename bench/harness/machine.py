@@ -1,4 +1,4 @@
-"""What a result is measured on: commit, processor or GPU with driver and clocks, versions, and what else ran."""
+"""Environment of a measurement: commit, processor or GPU with driver and clocks, versions, and what else ran."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def forget() -> None:
 
 @functools.cache
 def _git(*arguments: str) -> str:
-    """What git answers; nothing in a tree that came without its history, or where git is missing."""
+    """Output of git; empty in a tree without its history, or where git is missing."""
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

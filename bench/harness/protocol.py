@@ -125,7 +125,7 @@ def reason(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class Check:
-    """Whether results agree with the oracle: the worst error as a share of its budget, and how it was found."""
+    """Return whether results agree with the oracle: the worst error as a share of its budget, and how it was found."""
 
     ratio: float
     how: str
@@ -191,7 +191,7 @@ class Result:
 
     @property
     def shrunk(self) -> bool:
-        """Whether this is a smoke test's result, which is not published."""
+        """Return whether this is a smoke test's result, which is not published."""
         return SMOKE in self._whole.parents
 
     @property
@@ -275,7 +275,7 @@ def _told(found: Mapping[str, Any]) -> str:
 
 
 def _command() -> str:
-    """What runs this benchmark again: its own test, where ``flora bench`` runs it among others."""
+    """Command that runs this benchmark again: its own test, where ``flora bench`` runs it among others."""
     test, words = os.environ.get("PYTEST_CURRENT_TEST"), os.environ.get("FLORA_BENCH_WORDS")
     if test is None or words is None:
         return "python -m pytest " + shlex.join(sys.argv[1:])

@@ -15,7 +15,7 @@ def device() -> torch.device:
 
 
 def dtype(where: torch.device) -> torch.dtype:
-    """What a base is held in: bfloat16 on a GPU; float32 on a CPU, whose 16-bit products are far slower."""
+    """Dtype of the base: bfloat16 on a GPU; float32 on a CPU, whose 16-bit products are far slower."""
     return torch.bfloat16 if where.type == "cuda" else torch.float32
 
 

@@ -138,7 +138,7 @@ def _errors(speedups: Sequence[Data]) -> list[list[float]]:
 
 
 def _on_axis(data: Data, axis: str, tokens: int) -> bool:
-    """Whether a point differs from the base case in this axis alone."""
+    """Return whether a point differs from the base case in this axis alone."""
     settings = data["settings"]
     clean = {"tokens": settings["tokens"] == tokens, "mix": settings["mix"] == "mixed"}
     if axis == "tokens":

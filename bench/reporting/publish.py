@@ -119,7 +119,7 @@ def saved_table(data: Data) -> str:
 
 
 def demo_table(found: Sequence[Data]) -> str:
-    """What the demo reached with each seed, and its time."""
+    """Table of the demo's result with each seed, and its time."""
     rows = []
     for data in found:
         first, last = data["rows"][0], data["rows"][-1]

@@ -42,7 +42,7 @@ def _newest(results: dict[str, Data]) -> str:
 
 
 def is_published(speedup: Data) -> bool:
-    """Whether a ratio has the rounds that a published one needs."""
+    """Return whether a ratio has the rounds that a published one needs."""
     return len(speedup["rounds"]) >= LEAST_ROUNDS
 
 
@@ -68,7 +68,7 @@ def seconds(timing: Data) -> str:
 
 
 def verdict(value: float, target: float | None, at_least: bool = True) -> str:
-    """Whether a target was met, and by which comparison."""
+    """Return whether a target was met, and by which comparison."""
     if target is None:
         return ""
     met = value >= target if at_least else value <= target
@@ -91,7 +91,7 @@ def ratio(speedup: Data, rival: str) -> str:
 
 
 def verdict_of(speedup: Data) -> str:
-    """Whether a speed-up meets its target; too few rounds decide nothing."""
+    """Return whether a speed-up meets its target; too few rounds decide nothing."""
     if speedup["target"] is not None and not is_published(speedup):
         return f"**not known** (target >= {speedup['target']:g})"
     return verdict(speedup["times"], speedup["target"])
@@ -128,7 +128,7 @@ def speed_rows(data: Data) -> list[list[str]]:
 
 
 def is_compared(data: Data) -> bool:
-    """Whether a result sets contenders against each other."""
+    """Return whether a result sets contenders against each other."""
     return bool({"times", "speedups", "failed", "stopped"} & data.keys())
 
 

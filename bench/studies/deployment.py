@@ -1,4 +1,4 @@
-"""What Flower adds to a run: seconds from the command to the first round, per round against one process, idle traffic.
+"""Overhead of Flower: seconds from the command to the first round, per round against one process, idle traffic.
 
 python -m bench.studies.deployment            runs two SuperNodes over TLS, and writes bench/results/deployment.json
 python -m bench.studies.deployment publish    writes the table of docs/flower.md from it
@@ -46,7 +46,7 @@ def cpu_seconds(world: Deployment) -> float:
 
 
 def traffic(seen: list[dict[str, tuple[int, int]]], counted: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each client sent and was sent in each round: on the wire, and by the strategy's own account."""
+    """Bytes that each client sent and received in each round: on the wire, and by the strategy's own account."""
     return [
         {"round": event["round"], "client": name, "way": way, "counted": size, "wire": after[name][i] - before[name][i]}
         for event, before, after in zip(counted, seen, seen[1:], strict=False)

@@ -158,7 +158,7 @@ def do(args: argparse.Namespace, one: Run, deadline: float) -> list[dict[str, An
 
 
 def digest(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of a run: curves over rounds."""
+    """Record of a run: curves over rounds."""
     # A resumed run tells its evaluations of rounds that were redone again; the last one counts.
     seen = {event["round"]: event for event in events if event["event"] == "evaluated"}
     rounds = {event["round"]: event for event in events if event["event"] == "aggregated"}

@@ -1,4 +1,4 @@
-"""What a round costs at 10,000 clients of a 70B model: unit costs measured on its real shapes, the rest arithmetic.
+"""Cost of a round at 10,000 clients of a 70B model: unit costs measured on its real shapes, the rest arithmetic.
 
 python -m bench.studies.scale            measures, and writes bench/results/scale.json
 python -m bench.studies.scale publish    writes the tables of docs/scale.md from it
@@ -50,7 +50,7 @@ def sizes(targets: str) -> list[tuple[int, int]]:
 
 
 def update_bytes(targets: str, rank: float) -> float:
-    """What a client of this rank sends: both factors of every module, float32."""
+    """Bytes that a client of this rank sends: both factors of every module, float32."""
     return rank * FLOAT * sum(N + K for N, K in sizes(targets))
 
 
@@ -117,7 +117,7 @@ def measure_module(name: str, clients: int) -> dict[str, Any]:
 
 
 def _there_and_back(update: ClientUpdate) -> None:
-    """What a message costs both its sides; the node's half is counted for the server too."""
+    """Cost of a message for both its sides; the node's half is counted for the server too."""
     from safetensors.torch import load, save
 
     A, B = update.adapters["m"]

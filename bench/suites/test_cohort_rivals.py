@@ -29,7 +29,8 @@ def target_of(case: Case) -> float | None:
 
 
 def compiles(case: Case) -> bool:
-    """Whether torch.compile takes part: on a GPU in the case without dropout of the smaller model, which is last."""
+    """Return whether torch.compile takes part: on a GPU in the case without dropout of the smaller model, which is
+    last."""
     chosen = (case.model, case.mix, case.dropout) == ("TinyLlama-1.1B", "mixed", 0.0)
     return os.environ.get("FLORA_BENCH_COMPILE") == "1" or (torch.cuda.is_available() and chosen)
 

@@ -52,7 +52,7 @@ class Contender:
         return found
 
     def results(self) -> Factors:
-        """What ``run`` gives, joined: y and x of all tokens, and each leaf's gradient by its name."""
+        """Join the results of ``run``: y and x of all tokens, and each leaf's gradient by its name."""
         found = self.run()
         joined = {"y": torch.cat([y for y, *_ in found]), "x": torch.cat([dx for _, dx, *_ in found])}
         for part, (_, _, *grads) in zip(self.parts, found, strict=True):

@@ -1,4 +1,4 @@
-"""What a server pays for each strategy: 1,000 clients of ranks 4 to 64, a tenth of them a round, Llama-7B's q and v.
+"""A server's cost of each strategy: 1,000 clients of ranks 4 to 64, a tenth of them a round, Llama-7B's q and v.
 
 Each case is a process of its own and a file of its own, so that it can be run alone (``-k flexlora``) and a stop loses
 nothing. Where 64 modules would take many minutes a few are measured: every module costs the same, so time and bytes

@@ -1,4 +1,4 @@
-"""What a strategy adds to its clients' local losses: HetLoRA's penalty on the tail of the ranks (arXiv 2401.06432).
+"""Penalty on its clients' local losses that a strategy may add: HetLoRA's on the tail of the ranks (arXiv 2401.06432).
 
     weight * sum over modules of ||A[first:]||_F ||B[first:]||_F
 

@@ -110,7 +110,7 @@ def _deviation(applied: Sequence[Stack], exact: Stack) -> Deviation:
 
 
 def _left_after_cancelling(applied: Sequence[Stack], exact: Stack) -> Stack | None:
-    """What is left of applied - exact if it begins with the rows of exact: those cancel exactly, as do equal pairs."""
+    """Simplify applied - exact if it begins with the rows of exact: those cancel exactly, as do equal pairs."""
     rows = exact[0].shape[0]
     if not applied or not _same_rows([part[:rows] for part in applied[0]], exact):
         return None

@@ -1,4 +1,4 @@
-"""What goes down to the clients: the smallest exact form of each module's change, and how one catches up.
+"""The downlink: the smallest exact form of each module's change, and catching up on missed rounds.
 
 Forms of a change of a module's weight, N x K, counted in numbers that travel:
 
@@ -91,7 +91,8 @@ def _recompressed(stack: Stack) -> Stack:
 
 @dataclass
 class DeltaLog:
-    """What each round sent down, and which round each client has, so that one who was away catches up exactly.
+    """Log of what each round sent down and which round each client has, so that a client that missed rounds catches up
+    exactly.
 
     A client catches up by the rounds it missed or by a snapshot of the weights, whichever is smaller. Once the rounds
     since some point weigh as much as a snapshot, nobody needs the older ones: they are forgotten.

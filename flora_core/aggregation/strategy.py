@@ -76,7 +76,7 @@ class Strategy:
     def penalty(
         self, state: Mapping[str, Any], client: str, ranks: Mapping[str, int], **options: Any
     ) -> TailPenalty | None:
-        """What a client adds to its loss in the round that starts from ``state``; None for nothing."""
+        """Penalty that a client adds to its loss in the round that starts from ``state``; None for nothing."""
         return None
 
     def population_options(self, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def leading_svd(stack: Stack, rank: int) -> Svd:
 
 
 def is_whole_cheaper(stack: Stack, rank: int) -> bool:
-    """Whether a whole decomposition takes fewer operations than the leading triplets by iteration.
+    """Return whether a whole decomposition takes fewer operations than the leading triplets by iteration.
 
     Counts of both and times agreed on which to take, for P from 2 to 6 times the width (float64, one thread).
     """
@@ -82,7 +82,7 @@ def is_whole_cheaper(stack: Stack, rank: int) -> bool:
 
 
 def is_core_cheaper(stack: Stack) -> bool:
-    """Whether two QR and an SVD of the P x P core take less time than an SVD of the N x K product.
+    """Return whether two QR and an SVD of the P x P core take less time than an SVD of the N x K product.
 
     Operations, those of the core times 1.3: with that, they break even where measured times do, at P = 0.8 N for K = N
     and 0.95 K for N = 3 K, and give the ratios below it too (float64, one thread).
@@ -105,7 +105,7 @@ def _finished(U: torch.Tensor, S: torch.Tensor, V: torch.Tensor, size: float) ->
 
 
 def is_smaller_than_dense(stack: Stack) -> bool:
-    """Whether the stack's P (N + K) numbers are fewer than the N K of its product."""
+    """Return whether the stack's P (N + K) numbers are fewer than the N K of its product."""
     (P, K), N = stack[0].shape, stack[1].shape[1]
     return P * (N + K) < N * K
 
@@ -134,7 +134,7 @@ def as_fresh(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def full_rank(rows_PK: torch.Tensor) -> bool:
-    """Whether rows are independent by a wide margin: the Cholesky factor of their cosines has no small pivot.
+    """Return whether rows are independent by a wide margin: the Cholesky factor of their cosines has no small pivot.
 
     One symmetric product, far cheaper than an SVD, in float32 where the margin allows it; False only means that an SVD
     must decide.

@@ -1,4 +1,4 @@
-"""What a round of updates must satisfy, and its terms: the p_k s_k B_k A_k that every strategy starts from.
+"""Checks of a round's updates, and its terms: the p_k s_k B_k A_k that every strategy starts from.
 
 Letters: K in_features, N out_features, R one client's rank, P the sum of ranks.
 """

@@ -175,7 +175,7 @@ def write_app(folder: Path) -> Path:
 
 
 def _steps(out: Path, options: argparse.Namespace, names: list[str]) -> list[str]:
-    """What to run where, in order; a rehearsal's commands run in any folder."""
+    """List the commands of each machine, in order; a rehearsal's run in any folder."""
     keys, recipe, here = out / "keys", options.recipe, options.host in _HERE
     file = str(Path(recipe).resolve()) if Path(recipe).is_file() else recipe
     home = f"FLWR_HOME={shlex.quote(str(out / 'flower'))}"

@@ -16,7 +16,7 @@ _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json")
 
 
 def is_path(source: Any) -> bool:
-    """Whether a source is a path or a list of paths, and not data itself."""
+    """Return whether a source is a path or a list of paths, and not data itself."""
     if isinstance(source, (list, tuple)):
         return bool(source) and all(isinstance(item, (str, os.PathLike)) for item in source)
     return isinstance(source, (str, os.PathLike))

@@ -159,7 +159,7 @@ def _with_digest(part: str, name: str) -> str:
 
 
 def _folded(name: str) -> str:
-    """What a file system without upper and lower case tells names by."""
+    """Key of a name on a file system that ignores case."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 

@@ -39,7 +39,7 @@ def _shortened(name: str, length: int = 40) -> str:
 
 
 def _numbers(cells: Sequence[str]) -> bool:
-    """Whether a column holds numbers with units, which are read by their last digits."""
+    """Return whether a column holds numbers with units, which are read by their last digits."""
     return bool(cells) and all(cell[:1] in "+-.0123456789" for cell in cells if cell)
 
 

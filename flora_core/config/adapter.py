@@ -68,7 +68,7 @@ class AdapterConfig:
         return float(alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def targets(self, module: str, default: Sequence[str] | str) -> bool:
-        """Whether the client adapts a module: in its own target list, with a rank above 0."""
+        """Return whether the client adapts a module: in its own target list, with a rank above 0."""
         wanted = self.target_modules if self.target_modules is not None else default
         return self.rank_of(module) > 0 and matches_target(wanted, module)
 
@@ -99,7 +99,8 @@ def match_pattern(patterns: Mapping[str, Value], module: str, default: Value) ->
 
 
 def matches_target(wanted: Sequence[str] | str, module: str) -> bool:
-    """Whether target_modules names a module path: a list by name or suffix, a string as a regex over the path."""
+    """Return whether target_modules names a module path: a list by name or suffix, a string as a regex over the
+    path."""
     if isinstance(wanted, str):
         return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in wanted)

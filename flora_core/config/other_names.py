@@ -1,4 +1,4 @@
-"""What other programs call our settings, so that an error can name ours."""
+"""Other programs' names of our settings, so that an error can name ours."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ class DataRecipe:
 
 @dataclass
 class ClientOverride:
-    """What one client does differently: fields of AdapterConfig and of TrainConfig."""
+    """One client's own settings: fields of AdapterConfig and of TrainConfig."""
 
     adapter: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": AdapterConfig})
     train: dict[str, Any] = field(default_factory=dict, metadata={"fields_of": TrainConfig})

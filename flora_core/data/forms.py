@@ -48,7 +48,7 @@ _REFUSED = {
 
 @dataclass
 class Parts:
-    """What a record's columns stand for; the fields are those of ``records.Record``."""
+    """Meaning of a record's columns; the fields are those of ``records.Record``."""
 
     messages: list[dict[str, Any]] | None = None
     loss: list[bool] = field(default_factory=list)

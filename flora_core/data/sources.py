@@ -188,7 +188,7 @@ def _parsed(parse: Callable[..., Any], place: str, text: str, *at: int) -> Any:
 
 
 def _is_no_object(text: str) -> bool:
-    """Whether a line does not begin as an object, or begins one that is written over several lines."""
+    """Return whether a line does not begin as an object, or begins one that is written over several lines."""
     return text.strip() == "{" or not text.lstrip().startswith(("{", "["))
 
 

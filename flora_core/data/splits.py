@@ -119,7 +119,7 @@ def load_test(recipe: Recipe) -> list[Record]:
 
 
 def exists(source: Any) -> bool:
-    """Whether all files of a source are on this machine."""
+    """Return whether all files of a source are on this machine."""
     try:
         return bool(data_files(source))
     except FileNotFoundError:

@@ -53,7 +53,7 @@ class ShardedBase:
         return sum(_local(parameter).nbytes for parameter in self.model.parameters())
 
     def to_json(self) -> dict[str, Any]:
-        """What the event of a run's start tells."""
+        """Facts of sharding for the event of a run's start."""
         return {"held": "sharded", "reason": self.reason, "bytes": self.held_bytes}
 
     def __str__(self) -> str:
@@ -176,12 +176,12 @@ class ShardedBase:
 
 
 def sharded(model: Any) -> ShardedBase | None:
-    """What holds a model's base between ranks; None for a base that is whole here."""
+    """Return the sharded base of a model; None for a base that is whole here."""
     return vars(model).get(_KEPT)
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is one of which every process has a part."""
+    """Return whether a tensor is one of which every process has a part."""
     return hasattr(tensor, "device_mesh")
 
 

@@ -51,7 +51,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone writes files, evaluates and tells progress."""
+        """Return whether this is rank 0, which alone writes files, evaluates and tells progress."""
         return self.rank == 0
 
     def meet(self, value: int = 0, *, passes: bool = False) -> list[int]:
@@ -108,7 +108,7 @@ class Ranks:
             raise
 
     def _within_pass(self, error: BaseException) -> BaseException:
-        """What ends this rank within a pass: the others wait in there, and hear of it as connections close."""
+        """End this process within a pass: the others wait in there, and hear of it as connections close."""
         if is_out_of_memory(error) or not isinstance(error, RuntimeError):
             print(f"flora: rank {self.rank} of {self.size} failed within a pass of the sharded base", file=sys.stderr)
             return error
@@ -128,7 +128,7 @@ class Ranks:
             self._meet(0, error)
 
     def send(self, state: Any, source: int = 0) -> Any:
-        """What one rank has, on all of them: nested dicts and lists of tensors and JSON values.
+        """Share each process's value with all: nested dicts and lists of tensors and JSON values.
 
         Args:
             state: On the source, where it comes back as it is; of no account on the others.

@@ -1,4 +1,4 @@
-"""What comes from outside: ask clients elsewhere, wait no longer than agreed, read within limits, keep what is refused.
+"""Clients that are callables: ask, wait no longer than agreed, read the answers within limits.
 
 A client elsewhere is a function that is given a ``Task`` and returns a ``ClientUpdate``, or the folder where the
 client's PEFT adapter lies. It may raise, never return, or return anything: that costs the round this client alone.
@@ -31,7 +31,7 @@ _LOOK_S = 0.2
 
 @dataclass(frozen=True)
 class Task:
-    """What a client elsewhere is asked to do in a round.
+    """One round's task of a callable client.
 
     Args:
         round: Which, from 1.

@@ -1,4 +1,4 @@
-"""What of a round's updates moves between ranks: every adapter to every rank, or one sum a module.
+"""Exchange of a round's updates between processes: every adapter to every process, or one sum a module.
 
 Bytes on all wires together, for W ranks, factors of b bytes a number, and a ring that adds in float64:
 
@@ -39,7 +39,7 @@ class Way:
     moved_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """What the event of the exchange tells."""
+        """Facts of the exchange for its event."""
         return {"reduced": len(self.reduced), "reason": self.reason, "gather_bytes": self.gather_bytes}
 
 

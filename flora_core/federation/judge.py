@@ -19,7 +19,7 @@ from ..model import Cohort
 
 
 def promised(cohort: Cohort, client: str) -> ClientUpdate:
-    """What a client's update must look like by its configuration: tensors without storage, and the scalings."""
+    """Describe the update that a client's configuration promises: tensors without storage, and the scalings."""
     shapes = {m: (A_RK.to("meta"), B_RN.to("meta")) for m, (A_RK, B_RN) in cohort.bank.adapters(client).items()}
     return ClientUpdate(client, shapes, cohort.bank.scaling(client))
 

@@ -125,7 +125,7 @@ class TrainingRound:
 
     @contextmanager
     def _trainer(self, number: int, names: Sequence[str], done: dict[str, Event]) -> Iterator[CohortTrainer | None]:
-        """What trains these clients in this round; None for nobody."""
+        """Make the trainer of these clients for this round; None if there are none."""
         if not names:
             yield None
             return
@@ -147,7 +147,7 @@ class TrainingRound:
             )
 
     def _work(self, name: str) -> float:
-        """What training a client in this round is predicted to cost: tokens times the numbers that each meets."""
+        """Predict the cost of training a client in this round: tokens times the numbers that each meets."""
         spec = self.specs[name]
         client = LocalClient(name, self.train.overridden(spec.train), spec.data, self.round)
         mean = sum(len(example.input_ids) for example in client.examples) / len(client.examples)
@@ -184,7 +184,7 @@ class TrainingRound:
         failures: dict[str, str],
         done: dict[str, Event],
     ) -> tuple[list[ClientUpdate], dict[str, str]]:
-        """What all ranks' clients did, on all ranks: updates, failures, moments, events."""
+        """Exchange the results of all processes' clients: updates, failures, moments, events."""
         if self.ranks.size == 1:
             return updates, failures
         before, mine = self.ranks.moved_bytes, shares[self.ranks.rank]

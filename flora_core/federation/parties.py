@@ -38,7 +38,7 @@ _NOWHERE = -1
 
 @dataclass
 class Answers:
-    """What a round's clients sent.
+    """Answers of a round's clients.
 
     Args:
         updates: Those that could be read, in the order of the round's clients.
@@ -55,7 +55,7 @@ class Answers:
 
 
 class Link(Protocol):
-    """What carries messages between the server and the parties."""
+    """Transport of messages between the server and the parties."""
 
     def meet(self, terms: Terms) -> dict[str, dict[str, Any]]:
         """Ask whoever came since the last call; client -> what ``Site.begin`` says of it."""
@@ -97,7 +97,7 @@ def spec_of(hello: Mapping[str, Any]) -> ClientSpec:
 
 
 def metrics_of(told: Any, examples: int) -> dict[str, Any]:
-    """What a client tells of its training, of which nothing but finite numbers under known names is kept.
+    """Read a client's metrics; only finite numbers under known names are kept.
 
     Args:
         told: What it sent.
@@ -132,7 +132,7 @@ class RemoteServer(Server):
         return result
 
     def lacking(self, client: str, newest: int) -> tuple[int | None, list[tuple[int, Tensors]]]:
-        """What a client needs to hold the newest round.
+        """Compute what a client needs to hold the newest round.
 
         Returns:
             The round that the changes start from, None for a snapshot; and (round, tensors) in order.
@@ -272,7 +272,7 @@ class RemoteFederation(Federation):
         self.server.log.have[name] = hello["round"] if known else _NOWHERE
 
     def _is_same(self, found: Any) -> bool:
-        """Whether a party's digest is that of the server's weights; it may send anything."""
+        """Return whether a party's digest is that of the server's weights; it may send anything."""
         modules = found.get("modules") if isinstance(found, dict) else None
         if not isinstance(modules, list) or not all(isinstance(m, str) and m in self.server.weights for m in modules):
             return False
@@ -308,7 +308,7 @@ class RemoteFederation(Federation):
 
 
 def make_terms(model: Any, config: FederationConfig, train: TrainConfig | None = None, **settings: Any) -> Terms:
-    """What a run asks of every party, with an identifier made of the settings, the base and the folder."""
+    """Make a run's terms for every party, with an identifier made of the settings, the base and the folder."""
     shared = {name: settings[name] for name in ("target_modules", "backend", "fuse") if name in settings}
     terms = Terms("", config.rounds, config.seed, base_digest(model), **shared, rounding=config.rounding)
     terms = replace(terms, train=asdict(train or TrainConfig()))

@@ -102,7 +102,7 @@ def secret_draw(names: Sequence[str], fraction: float) -> list[str]:
 
 
 class PrivateSum:
-    """What a private run does instead of a strategy, and the book of what it has released.
+    """The private sum that replaces a strategy, and the ledger of its releases.
 
     Args:
         privacy: How private.
@@ -145,7 +145,7 @@ class PrivateSum:
 
     @property
     def affordable(self) -> bool:
-        """Whether one more release stays within epsilon, where that is bounded."""
+        """Return whether one more release stays within epsilon, where that is bounded."""
         most = self.privacy.epsilon
         # The noise was calibrated by this same bound, to a tolerance of 1e-4 from below.
         return most is None or self._spent(len(self.releases) + 1) <= most * (1 + 1e-9)
@@ -154,7 +154,7 @@ class PrivateSum:
         return spent(releases, self.fraction, self.sigma, self.privacy.delta)
 
     def report(self) -> dict[str, Any]:
-        """What has been spent, for events and reports."""
+        """Report the privacy spent, for events and reports."""
         facts = {"delta": self.privacy.delta, "noise_multiplier": self.sigma, "clip": self.privacy.clip}
         return {"epsilon": self._spent(len(self.releases)), "releases": len(self.releases), **facts}
 

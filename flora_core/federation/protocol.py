@@ -1,4 +1,4 @@
-"""What the server and a party send each other.
+"""Messages between the server and a party.
 
 Letters: K in_features, N out_features, P the sum of ranks.
 """
@@ -20,7 +20,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run asks of every party; JSON values.
+    """Terms of a run for every party; JSON values.
 
     Args:
         run: Identifies the run: a copy of the model made for another one is not touched.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class FederationResult:
-    """What a run leaves.
+    """Result of a run.
 
     Strategies differ in where the global model is. ``flora`` and ``flora_svd`` write it into the weights of the model
     that ``Federation`` was given. The others keep an adapter beside the base: that model alone is then *not* the result

@@ -32,7 +32,7 @@ class Resuming(TrainingRound):
 
     @property
     def _kept(self) -> dict[str, Any]:
-        """What the settings ask to be kept at the end; a finished run that kept something else saves its model anew."""
+        """List the settings of the saved model; a finished run that saved it otherwise saves it anew."""
         return {"save_model": self.config.save_model, "save_dtype": self.config.save_dtype}
 
     @property

@@ -302,7 +302,8 @@ class Federation(Resuming):
         folder.save_round(number, updates, state, [*events, end], base, self.server.fan_in_fan_out)
 
     def _aggregation(self, updates: Sequence[ClientUpdate], applied: bool) -> dict[str, Any]:
-        """What the round's aggregation depends on besides the clients' adapters (``flora_core.federation.replay``)."""
+        """Record what the round's aggregation depends on besides the clients' adapters
+        (``flora_core.federation.replay``)."""
         weights = {update.client: update.weight for update in updates}
         rule = {"strategy": self.strategy.name, "options": self.server.options}
         return {**rule, "clients": weights, "applied": applied}

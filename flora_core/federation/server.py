@@ -86,7 +86,7 @@ class Server:
 
     @property
     def has_lossy_rounding(self) -> bool:
-        """Whether a round's small changes are lost in 16 bits."""
+        """Return whether a round's small changes are lost in 16 bits."""
         return self.rounding == "nearest" and any(weight.element_size() == 2 for weight in self.weights.values())
 
     @property
@@ -252,7 +252,7 @@ class Server:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the targets are Conv1D, as PEFT must know."""
+        """Return whether the targets are Conv1D, as PEFT must know."""
         return any(is_conv1d(self.model.get_submodule(module)) for module in self.weights)
 
     @contextmanager
@@ -282,6 +282,7 @@ class Server:
 
 
 def base_path(model: Any) -> str | None:
-    """What transformers loads the model from: a hub name, or the whole path of a folder; None for a model made here."""
+    """Name the place that transformers loads the model from: a hub name, or the whole path of a folder; None for a
+    model made here."""
     name = getattr(model.config, "_name_or_path", None) or None
     return os.path.abspath(name) if name and os.path.isdir(name) else name

@@ -22,7 +22,7 @@ _CONNECT_S = 10.0
 
 
 def check_folder(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str] = ()) -> list[str]:
-    """What is wrong with the server's files in a folder of ``make_keys``, with the remedy, a line each.
+    """List the faults of the server's files in a folder of ``make_keys``, with the remedy, a line each.
 
     Args:
         folder: Where they are.
@@ -35,7 +35,7 @@ def check_folder(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str] 
 
 
 def check_files(paths: Sequence[str | Path], hosts: Sequence[str] = (), now: datetime | None = None) -> list[str]:
-    """What is wrong with certificates and private keys, with the remedy, a line each; nothing if all is well.
+    """List the faults of certificates and private keys, with the remedy, a line each; empty if there are none.
 
     A certificate among them that is no CA's must be of the CA's making, name the hosts, and belong to the server's key.
 
@@ -116,7 +116,7 @@ def _privacy(path: Path) -> list[str]:
 
 
 def _together(found: dict[str, Any], hosts: Sequence[str]) -> list[str]:
-    """What does not fit together."""
+    """List the files that do not belong together."""
     from cryptography.exceptions import InvalidSignature
 
     if "server" not in found:
@@ -150,7 +150,7 @@ def _names(certificate: Any) -> list[str]:
 
 
 def check_port(host: str, port: int) -> list[str]:
-    """Whether this machine can listen there."""
+    """Return whether this machine can listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as one:
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,7 +164,7 @@ def check_port(host: str, port: int) -> list[str]:
 
 
 def check_server(host: str, port: int, authority: str | Path) -> tuple[list[str], list[str]]:
-    """Whether a server answers, with a certificate that the CA's vouches for.
+    """Return whether a server answers, with a certificate that the CA's vouches for.
 
     Returns:
         What is wrong; and what may still become right, for a server that is not there yet may come.

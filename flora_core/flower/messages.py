@@ -1,4 +1,4 @@
-"""What travels between the two sides on Flower: JSON values as one text, tensors as safetensors buffers.
+"""Messages between the two sides on Flower: JSON values as one text, tensors as safetensors buffers.
 
 A buffer keeps bfloat16, which Flower's own arrays do not. Tensors that many messages have in common are one record of
 all of them: Flower keeps and stores equal records once.

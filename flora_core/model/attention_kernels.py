@@ -126,7 +126,8 @@ def flash(q, k, v, lengths: Lengths, window: int | None, scaling: float | None) 
 def _takes_fewer_heads(
     attend: Callable[..., Any], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
 ) -> bool:
-    """Whether a function that does not say so takes fewer heads of K and V than of Q; ``sizes``: both, and of a head.
+    """Return whether a function that does not say so takes fewer heads of K and V than of Q; ``sizes``: both, and of a
+    head.
 
     Repeating K and V costs their bytes several times over. So it is tried once on a few rows: output and gradients
     must be those over repeated K and V.

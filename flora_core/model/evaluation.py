@@ -188,7 +188,7 @@ def _rows(way: Way, hidden_MH: torch.Tensor, target_M: torch.Tensor) -> tuple[to
 def _choose(
     model: Any, tokenizer: Any, records: Sequence[Record], token_budget: int, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """Whether each question's likeliest letter is the right one."""
+    """Return whether each question's likeliest letter is the right one."""
     asked: list[Record] = []
     for record in records:
         choices = record.choices or []

@@ -114,7 +114,7 @@ def _close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> bool:
 
 
 def _bends(model: Any, linear: Head, hidden: torch.Tensor) -> bool:
-    """Whether the model's own head departs from the product.
+    """Return whether the model's own head departs from the product.
 
     A softcap hides where logits are small, a scale near 1 in the rounding of 16 bits: so the same hidden states go
     through both, as they are and loud, and only the rounding of one product is allowed.

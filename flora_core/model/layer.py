@@ -45,7 +45,7 @@ class Layout:
 
 
 class Route:
-    """What the wrapped layers of one model do now: ``layout`` for a batch, ``client`` for one client's adapter.
+    """State of the wrapped layers of one model: ``layout`` for a batch, ``client`` for one client's adapter.
 
     ``groups`` names for each layer those that see the same input, in the order in which they run: the first computes
     for all of them and leaves the others' outputs in ``waiting``.
@@ -80,7 +80,7 @@ class Route:
             self._seen.append((layer, x))
 
     def take(self, path: str, x: torch.Tensor) -> torch.Tensor | None:
-        """What the first of the group left for a layer, if it was made of this very input."""
+        """Return the result that the group's first layer left for this one, if it was made of this very input."""
         source, version, y = self.waiting.pop(path, (None, 0, None))
         return y if source is x and version == _version(x) else None
 

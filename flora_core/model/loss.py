@@ -59,7 +59,7 @@ class Head:
 
 
 class _Output:
-    """What any family's decoder gives: hidden states; whatever else is asked for (router logits, ...) is None."""
+    """Output of any family's decoder: hidden states; any other field (router logits, ...) is None."""
 
     def __init__(self, hidden: torch.Tensor):
         self.last_hidden_state = hidden

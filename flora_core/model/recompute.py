@@ -20,7 +20,7 @@ from ..config import TrainConfig
 
 @contextmanager
 def keeping_less(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """What a client's settings ask for: gradient checkpointing, ``recompute``, both or neither."""
+    """List what a client's settings recompute: gradient checkpointing, ``recompute``, both or neither."""
     with recomputing(model, config.recompute), _checkpointed(model, config.gradient_checkpointing):
         yield
 
@@ -83,7 +83,7 @@ def _again(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def _computes_so(module: Any) -> bool:
-    """Whether a gated module is down(act(gate(x)) up(x)): some families do more in between."""
+    """Return whether a gated module is down(act(gate(x)) up(x)): some families do more in between."""
     weight = module.gate_proj.weight
     x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).to(weight.dtype).view(1, 2, -1)
     expected = module(x)

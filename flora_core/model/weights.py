@@ -9,7 +9,7 @@ from torch import nn
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Conv1D, which stores its weight K x N."""
+    """Return whether a module is GPT-2's Conv1D, which stores its weight K x N."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 

@@ -42,7 +42,7 @@ def _check_apart_in_storage(sharing: Sequence[tuple[int, bool, str, torch.Tensor
 
 
 def _shares_places(tensor: torch.Tensor) -> bool:
-    """Whether two elements may lie in one place: an axis must step over all that the smaller steps reach."""
+    """Return whether two elements may lie in one place: an axis must step over all that the smaller steps reach."""
     reach = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= reach:
@@ -58,7 +58,8 @@ def _reach(tensor: torch.Tensor) -> int:
 
 
 def _are_columns_apart(one: torch.Tensor, other: torch.Tensor, ahead: int) -> bool:
-    """Whether two tensors, the other so many bytes ahead, are ranges of columns of one matrix, without a common one."""
+    """Return whether two tensors, the other so many bytes ahead, are ranges of columns of one matrix, without a common
+    one."""
     if one.dim() != 2 or other.dim() != 2 or one.dtype != other.dtype or one.stride() != other.stride():
         return False
     (pitch, step), size = one.stride(), one.element_size()

@@ -26,7 +26,7 @@ Tensors = Sequence[torch.Tensor]
 
 @dataclass(slots=True)
 class Plan:
-    """What forward and gradients need besides tensors that take part in the graph; one entry per target."""
+    """Arguments of forward and gradients that are no tensors of the graph; one entry per target."""
 
     kernels: ModuleType
     tokens: Segments

@@ -26,7 +26,8 @@ Timer = Callable[[Sequence[Callable[[], Any]]], list[float]]
 
 @dataclass(frozen=True)
 class Shape:
-    """What a choice depends on besides the device. M counts in powers of two, P in tiles of 64: as it is measured."""
+    """Shape that a choice depends on, besides the device. M counts in powers of two, P in tiles of 64: as it is
+    measured."""
 
     direction: str
     M: int
@@ -124,7 +125,7 @@ class Choices:
         self.used.update(choices)
 
     def told(self, N: int, K: int, dtype: torch.dtype, direction: str = "forward") -> str:
-        """What is chosen for the products (or merges) of one weight, and why, for people."""
+        """Describe what is chosen for the products (or merges) of one weight, and why."""
         like = Shape(direction, 1, N, K, 1, dtype).key.split()
         found = []
         for key, entry in {**self.known, **self.used}.items():

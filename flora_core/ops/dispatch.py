@@ -1,4 +1,4 @@
-"""What a call of a public op does, eager or registered: check, pick the kernels, run.
+"""A call of a public op, eager or registered: validate, dispatch to a backend, run.
 
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients, H hyper-parameters.
 """
@@ -86,7 +86,7 @@ def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulat
 
 
 def _merged(items: Sequence[MergeItem]) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:
-    """What a merge writes and what it reads, by the arguments' names."""
+    """List the tensors that a merge writes and those that it reads, by the arguments' names."""
     written, read = [], []
     for i, item in enumerate(items):
         prefix = f"items[{i}]." if len(items) > 1 else ""

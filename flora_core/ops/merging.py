@@ -69,7 +69,7 @@ def pick(
 
 
 def _shape(items: Sequence[MergeItem], rounding: str, accumulate: torch.dtype, **_: Any) -> Shape:
-    """What the choice is kept under: the number of weights for M, the largest sizes, how it is summed and rounded."""
+    """Key of a choice: the number of weights for M, the largest sizes, how it is summed and rounded."""
     kind = "low_bits" if items[0].low_bits is not None else rounding
     N, K = (max(item.weight.shape[axis] for item in items) for axis in (0, 1))
     P = max(item.A.shape[0] for item in items)

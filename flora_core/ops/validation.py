@@ -1,4 +1,4 @@
-"""What callers hand to the public ops, checked: the one place, for eager calls and registered ops alike.
+"""Validation of the public ops' arguments: the one place, for eager calls and registered ops alike.
 
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients,
 H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
@@ -78,7 +78,8 @@ def check_target(
 
 
 def is_sound(x_MK: torch.Tensor, target: LoraWeights, clients: int) -> bool:
-    """Whether ``check_target`` has nothing to say and all tensors are plain: quick, since every call pays for it.
+    """Return whether ``check_target`` has nothing to say and all tensors are plain: quick, since every call pays for
+    it.
 
     ``x_MK`` has passed ``check_rows``. What is not sound here is looked at again, one by one, to say what is wrong.
     """

@@ -1,4 +1,4 @@
-"""What makes a run the run that it is, so that it is resumed as the same one or not at all."""
+"""The configuration fingerprint that a resumed run must match."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check_rounds(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the last bits of a run depend on besides its identity."""
+    """Facts that the last bits of a run depend on besides its configuration."""
     from ..version import __version__
 
     cuda = device.type == "cuda"

@@ -165,7 +165,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run in the folder is over."""
+        """Return whether the run in the folder is over."""
         return bool(self.facts.get("finished"))
 
     @property

@@ -15,7 +15,7 @@ MOST_ROUNDS = 12
 
 @dataclass
 class History:
-    """What the events of a run add up to; a round that was redone after a crash counts once."""
+    """Summary of a run's events; a round that was redone after a crash counts once."""
 
     start: Event = field(default_factory=dict)
     clients: dict[tuple[int, str], Event] = field(default_factory=dict)

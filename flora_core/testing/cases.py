@@ -1,4 +1,4 @@
-"""What the cases of all ops share: dtypes and their names, backends, memory layouts."""
+"""Shared by the cases of all ops: dtypes and their names, backends, memory layouts."""
 
 from __future__ import annotations
 

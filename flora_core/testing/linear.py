@@ -50,7 +50,7 @@ LINEAR_SHAPES = (
 
 @dataclass
 class LinearInputs:
-    """What ``lora_linear`` takes, and the upstream gradient dy."""
+    """Arguments of ``lora_linear``, and the upstream gradient dy."""
 
     x: torch.Tensor
     weight: torch.Tensor

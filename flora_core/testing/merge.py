@@ -39,7 +39,7 @@ MERGE_SHAPES = (
 
 @dataclass
 class MergeInputs:
-    """What ``stacked_merge_`` takes, and the ranks of the clients in the stack."""
+    """Arguments of ``stacked_merge_``, and the ranks of the clients in the stack."""
 
     weight: torch.Tensor
     A: torch.Tensor

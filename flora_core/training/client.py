@@ -46,7 +46,7 @@ class LocalClient:
         return [self.examples[i] for i in order[within * self.per_step : (within + 1) * self.per_step]]
 
     def metrics(self) -> dict[str, Any]:
-        """What is told of the client, and goes with its update."""
+        """Metrics of the client, as its events and its update carry them."""
         first, last = (self.losses[0], self.losses[-1]) if self.losses else (None, None)
         return {
             "loss_first": first,
@@ -59,7 +59,7 @@ class LocalClient:
         }
 
     def demand(self, parameters: int) -> Demand:
-        """What this client, whose adapter has so many numbers, asks of the planner."""
+        """Estimate this client's demand for the planner, given the numbers of its adapter."""
         lengths = sorted((len(example.input_ids) for example in self.examples), reverse=True)
         mean = math.ceil(sum(lengths) / len(lengths))
         tokens = mean * min(self.config.batch_size, len(lengths))

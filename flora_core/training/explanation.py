@@ -27,7 +27,7 @@ _KERNELS = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found: one row per target and one line per decision about the whole model."""
+    """Result of ``explain``: one row per target and one line per decision about the whole model."""
 
     rows: tuple[dict[str, str], ...]
     notes: tuple[str, ...]

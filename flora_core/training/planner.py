@@ -21,7 +21,7 @@ _LOSS_BYTES = 3 << 26
 
 @dataclass(frozen=True)
 class Demand:
-    """What one client asks of the machine: its micro-batch and longest sequence in tokens, its adapter in numbers."""
+    """One client's demand: its micro-batch and longest sequence in tokens, its adapter in numbers."""
 
     name: str
     config: TrainConfig

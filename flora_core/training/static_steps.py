@@ -72,7 +72,7 @@ _STATIC_WAYS = ("flash-attn", "varlen")
 
 
 def _on_device(cohort: Cohort) -> bool:
-    """Whether the kernels find the clients' rows on the device alone."""
+    """Return whether the kernels find the clients' rows on the device alone."""
     layer = next(iter(cohort.layers.values()))
     return resolve(cohort.backend, "shrink", layer.weight)[0].__name__.endswith("triton")
 

@@ -57,7 +57,7 @@ class CohortSteps:
         self._static = self._graphed()
 
     def _graphed(self) -> StaticSteps | None:
-        """What runs steps as CUDA graphs; None where something speaks against it."""
+        """Runner of steps as CUDA graphs; None where something speaks against them."""
         config = self.clients[0].config
         reason = why_not(self.cohort, config)
         self.cuda_graphs = f"off: {reason}"
@@ -71,7 +71,7 @@ class CohortSteps:
 
     @property
     def graphed(self) -> bool:
-        """Whether steps run as CUDA graphs now."""
+        """Return whether steps run as CUDA graphs now."""
         return self._static is not None
 
     def release(self) -> None:

@@ -115,7 +115,8 @@ class CohortTrainer:
         return sum(A.numel() + B.numel() for A, B in self.cohort.bank.adapters(name).values())
 
     def _bytes_per_token(self) -> float:
-        """What one token keeps for backward, and its part of the one layer that is computed again at a time."""
+        """Estimate the bytes that one token keeps for backward, with its part of the one layer that is recomputed at a
+        time."""
         with evaluation_mode(self.cohort.model):
             whole, most = planner.measure_bytes_per_token(self.cohort), 0.0
             layers = getattr(self.cohort.model.config, "num_hidden_layers", None) or 1
@@ -243,7 +244,7 @@ class CohortTrainer:
             )
 
     def steps_of(self, bank: AdapterBank, clients: Sequence[LocalClient]) -> CohortSteps:
-        """What takes the steps of some clients, whose working bank is the active one; ``release`` it afterwards."""
+        """Make the steps of some clients, whose working bank is the active one; ``release`` them afterwards."""
         pad_id = getattr(self.tokenizer, "pad_token_id", None)
         steps = CohortSteps(
             self.cohort,

@@ -1,4 +1,4 @@
-"""What the kernels' functions take besides arrays: plain tuples, without torch."""
+"""Arguments of the kernels' functions besides arrays: plain tuples, without torch."""
 
 from __future__ import annotations
 

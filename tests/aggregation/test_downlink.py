@@ -1,4 +1,4 @@
-"""What goes down: the smallest exact form of every change, and how a client that was away gets the same weights.
+"""The downlink: the smallest exact form of every change, and a client that missed rounds gets the same weights.
 
 Letters: K in_features, N out_features, P the sum of ranks.
 """

@@ -1,4 +1,4 @@
-"""What flora_warm promises: exact, everybody starts at the global model, over many rounds, whoever takes part.
+"""Promises of flora_warm: exact, every client starts at the global model, over many rounds and any participation.
 
 Letters: K in_features, N out_features, R one client's rank.
 """

@@ -1,4 +1,4 @@
-"""What the strategies cost by count: the counts behind the table of docs/strategies.md are those of the code that runs.
+"""Costs of the strategies by count: the counts behind the table of docs/strategies.md are those of the code that runs.
 
 Letters: K in_features, N out_features, P the sum of ranks.
 """

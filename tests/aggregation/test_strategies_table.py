@@ -1,4 +1,4 @@
-"""What users choose by name: the table, the options, the docs, and strategies of their own."""
+"""Strategies by name: the table, the options, the docs, and strategies of their own."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def test_rates_are_measured():
 
 
 class Event:
-    """What the profiler tells of an operation."""
+    """Facts of an operation from the profiler."""
 
     def __init__(self, name: str, own: float, parent: Event | None = None, nr: int = -1, start: float = 0.0):
         self.name, self.self_cpu_time_total, self.cpu_parent, self.sequence_nr = name, own, parent, nr

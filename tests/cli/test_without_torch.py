@@ -1,4 +1,4 @@
-"""What the `flora` command answers before torch is imported: help, the version, and every wrong argument."""
+"""Answers of the `flora` command before torch is imported: help, the version, and every wrong argument."""
 
 from __future__ import annotations
 

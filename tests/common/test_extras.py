@@ -1,4 +1,4 @@
-"""What is said where a package of an extra is missing."""
+"""Errors where a package of an extra is missing."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_dir_appears_at_the_end_and_not_at_all_after_an_error(tmp_path):
 
 
 def watch_renames(monkeypatch) -> tuple[list[str], set[str]]:
-    """What is renamed before it is on the disk, and the folders whose renames a power cut could still undo."""
+    """Files renamed before they are on the disk, and the folders whose renames a power cut could still undo."""
     if not os.path.isdir("/proc/self/fd"):
         pytest.skip("reads /proc")
     synced, due, faults = set(), set(), []

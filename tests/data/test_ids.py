@@ -410,7 +410,7 @@ KEYS = {
 
 
 def outcome(record, template):
-    """What became of a record: the text of its ids, and what was reported; or the refusal."""
+    """Outcome of a record: the text of its ids, and what was reported; or the refusal."""
     tokenizer, reported = make("byte-level BPE", template, "<|im_end|>"), []
     try:
         records = check_records([record], "data", warn=reported.append)

@@ -1,4 +1,5 @@
-"""What of runs in several processes needs no second one: the variables of a launcher, who trains what, what moves."""
+"""Parts of runs in several processes that need no second one: the variables of a launcher, who trains what, what
+moves."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ REFUSED = pytest.mark.filterwarnings("ignore:client .* was refused:RuntimeWarnin
 
 
 def honest(task: Task) -> ClientUpdate:
-    """What a client that does its work sends: the same whenever it is asked."""
+    """Answer of an honest client: the same whenever it is asked."""
     adapters = {}
     for module, (A_RK, B_RN) in task.start.items():
         random = generator(0, task.client, task.round, module)

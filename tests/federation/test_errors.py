@@ -71,7 +71,7 @@ def test_a_client_whose_data_give_nan_stays_alone_with_it(tmp_path):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
 def test_a_client_whose_adapter_is_broken_stays_alone_with_it(value, tmp_path, monkeypatch):
-    """What comes back over a wire may be anything, whatever the training was like."""
+    """An answer over a wire may be anything, whatever the training was like."""
     from flora_core.federation import local_clients
 
     class Tampered(local_clients.CohortTrainer):

@@ -107,7 +107,7 @@ def flora_records(name: str, count: int) -> list[Any]:
 
 
 class Rows:
-    """What ``datasets.Dataset`` is like: sized, indexable, no iterator of its own."""
+    """Like ``datasets.Dataset``: sized, indexable, no iterator of its own."""
 
     def __init__(self, rows):
         self.rows = rows

@@ -1,4 +1,4 @@
-"""What a run tells and leaves behind: its events, its result, its files, and the model, also where it fails."""
+"""A run's outputs: its events, its result, its files, and the model, also where it fails."""
 
 from __future__ import annotations
 

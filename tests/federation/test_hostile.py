@@ -225,7 +225,7 @@ def test_whatever_the_adapters_are_they_can_be_quarantined(adapters, tmp_path):
 
 
 def attempt(read: Callable[[], Any], errors: tuple[type[Exception], ...]) -> tuple[Any, str]:
-    """What is read, or the text of a refusal of these types; anything else ends the test."""
+    """Result of reading, or the text of a refusal of these types; anything else ends the test."""
     try:
         return read(), ""
     except errors as error:
@@ -301,7 +301,7 @@ def test_mutated_checkpoints_are_found_out_and_the_round_before_is_used(tmp_path
 
 
 def _json(data: bytes) -> object:
-    """What the text says; None if it is no JSON or says something twice."""
+    """Parse the text; None if it is no JSON or has a key twice."""
     try:
         return json.loads(data, object_pairs_hook=_once)
     except (ValueError, RecursionError):

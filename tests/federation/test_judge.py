@@ -1,4 +1,4 @@
-"""What a client sends is used only if it is what its configuration promised; the reason for a refusal helps.
+"""An update is used only if it is what the client's configuration promised; the reason for a refusal helps.
 
 Letters: K in_features, N out_features, R one client's rank.
 """

@@ -1,4 +1,5 @@
-"""What a run leaves, loaded as it says, is the model that the run reports; and any round as one adapter on its base."""
+"""A run's artefacts, loaded as their configs say, are the model that the run reports; any round is one adapter on its
+base."""
 
 from __future__ import annotations
 
@@ -177,7 +178,7 @@ def test_wide_modules_keep_the_stack_and_narrow_ones_are_recompressed(tmp_path):
 
 
 def test_rows_that_cancel_are_left_out_without_a_decomposition(monkeypatch):
-    """What a round of flora_warm or fedex takes out of the base, the global adapter puts back."""
+    """The global adapter puts back what a round of flora_warm or fedex takes out of the base."""
     random = torch.Generator().manual_seed(0)
     A, B = torch.randn(5, 64, generator=random), torch.randn(5, 48, generator=random)
     shared = A[3:], B[3:]

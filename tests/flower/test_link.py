@@ -109,7 +109,7 @@ def changed(**values: Any) -> Any:
 
 
 def by_superlink(code: int, reason: str) -> Any:
-    """What the SuperLink answers in its own name."""
+    """Answer of the SuperLink itself."""
 
     def how(message: Message, reply: Message) -> Message:
         answer = Message(Error(code, reason), reply_to=message)
@@ -164,7 +164,7 @@ def test_an_update_that_does_not_arrive_whole_is_refused_and_the_round_goes_on(f
 
 
 class LateGrid(MemoryGrid):
-    """What c answers in round 1 arrives in round 2, beside its own answer or posing as that."""
+    """The answer of c for round 1 arrives in round 2, beside its own answer or posing as that."""
 
     def __init__(self, sites: dict[int, Site], posing: bool):
         super().__init__(sites, self.delay)

@@ -92,7 +92,7 @@ WIDE_LOAD, WIDE_STORE, TENSOR = r"\b(LDG|LDGSTS)\.\S*128", r"\bSTG\.\S*128", r"\
 
 
 def problems(kernel: Kernel) -> list[str]:
-    """What a kernel must not be."""
+    """Properties that a kernel must not have."""
     found = []
     if kernel.stack_bytes or kernel.count(r"\b(STL|LDL)\b"):
         found.append(f"spills: {kernel.stack_bytes} bytes of stack")

@@ -122,7 +122,7 @@ FAULTS = {
 
 
 def caught(library: Library, op: Callable[[Library], float]) -> str | None:
-    """What gives a fault away: a message of the harness, or a wrong result; None if nothing does."""
+    """Evidence of a fault: a message of the harness, or a wrong result; None without any."""
     for order in (0, 1):
         library.order = order
         try:

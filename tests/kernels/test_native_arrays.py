@@ -1,4 +1,5 @@
-"""What the native library takes and refuses: arrays of NumPy, JAX and torch, bad sizes, overlaps; errors name it."""
+"""Arguments that the native library takes and refuses: arrays of NumPy, JAX and torch, bad sizes, overlaps; errors name
+it."""
 
 from __future__ import annotations
 

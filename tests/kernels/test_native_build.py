@@ -119,7 +119,7 @@ def test_the_page_shows_what_the_examples_do():
 
 
 def checkout(folder: Path) -> Path:
-    """What a build needs of this checkout, copied."""
+    """Copy of what a build needs of this checkout."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     left_out = shutil.ignore_patterns("__pycache__", "*.so", "lib", "include", "not_built.txt")

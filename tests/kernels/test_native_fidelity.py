@@ -1,4 +1,4 @@
-"""What ten rounds of small updates leave of themselves in bfloat16 weights, by the way they are written.
+"""Share of ten rounds of small updates that bfloat16 weights keep, by rounding.
 
 Per way: the share of the update that arrived (its projection on the exact one), and the relative error.
 Letters: K in_features, N out_features, P sum of ranks.

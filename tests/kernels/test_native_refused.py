@@ -1,4 +1,4 @@
-"""What the functions of ``flora_kernels.native`` refuse before the library sees it; each message names the argument."""
+"""Arguments that ``flora_kernels.native`` refuses before the library sees them; each message names the argument."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def arguments(op: str, dtype: torch.dtype) -> tuple[Any, list[Any]]:
 
 
 def rest(op: str, struct: Any, accumulate: int = 1) -> tuple[Any, ...]:
-    """What follows exec in a call."""
+    """Arguments after exec in a call."""
     if op != "merge_many":
         return (ctypes.byref(struct),)
     options = abi.Options(ctypes.sizeof(abi.Options), 0, accumulate)

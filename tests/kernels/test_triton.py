@@ -201,7 +201,7 @@ def test_a_tile_measured_here_goes_first_and_the_reason_is_told(monkeypatch):
 
 
 def test_addresses_are_of_64_bits():
-    """What a tile steps over may be more than 32 bits hold; a wrong address crashes the process."""
+    """A tile may step over more than 32 bits hold; a wrong address crashes the process."""
     code = """
 import torch
 import tests.support.triton.interpreter

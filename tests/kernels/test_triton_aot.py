@@ -46,7 +46,7 @@ PRODUCTS = ("_shrink_kernel", "_expand_kernel", "_wgrad_kernel", "_linear_kernel
 
 
 def problems(configuration: str, kernel: Built, target: Target) -> list[str]:
-    """What a kernel of a configuration must not be."""
+    """Properties that a kernel of a configuration must not have."""
     found = []
     spilled = kernel.count(r"\b(STL|LDL)\b") if target.gpu.backend == "cuda" else 0
     if kernel.stack_bytes or spilled:
@@ -101,7 +101,7 @@ def test_what_is_compiled_ahead_of_time(scale):
 
 
 def chosen_by(module: ModuleType, launches: list[tuple[Any, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """What a module's own launches were given."""
+    """Arguments of a module's own launches."""
     yield from (launch for kernel, launch in launches if kernel.fn.__module__ == module.__name__)
 
 

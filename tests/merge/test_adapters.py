@@ -1,4 +1,4 @@
-"""What of an adapter is merged on disk: names, missing modules, copies of the base's weights, scale, reports.
+"""Adapters merged on disk: names, missing modules, copies of the base's weights, scale, reports.
 
 Letters: K in_features, N out_features, R one client's rank.
 """

@@ -1,4 +1,4 @@
-"""What a merge on disk refuses: before anything is written, naming what, what was expected, what came, what to do."""
+"""Refusals of a merge on disk: before anything is written, with name, expected, got and remedy."""
 
 from __future__ import annotations
 

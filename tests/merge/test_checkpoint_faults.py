@@ -317,7 +317,7 @@ def test_numbers_that_begin_anywhere_in_a_file_and_disks_that_take_no_direct_wri
 
 
 def test_a_disk_that_takes_no_more_direct_writes_gets_the_rest_by_others(tmp_path, monkeypatch):
-    """What is left of a page after a part of it was taken is no whole page, which direct writes refuse."""
+    """The rest of a page after a part of it was taken is no whole page, which direct writes refuse."""
     base, paths = save_checkpoint(tmp_path / "base", weights(width=4)), save_adapters(tmp_path, width=4)
     flora.merge_into_checkpoint(base, dict.fromkeys(paths, 1), tmp_path / "wanted")
     keep = writer._write

@@ -1,4 +1,4 @@
-"""What the engine takes as a model or a tokenizer, and what it asks for instead of others."""
+"""Models and tokenizers that the engine takes, and what it asks for instead of others."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def run_federation(model: Any) -> None:
 
 
 def is_freed(use: Any, collect: bool) -> bool:
-    """Whether a model is freed once its user has used it and let it go."""
+    """Return whether a model is freed once its user has used it and let it go."""
     model = make_model()
     gone = weakref.ref(model)
     use(model)

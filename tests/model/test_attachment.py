@@ -62,7 +62,7 @@ def test_targets():
 
 
 class Int8Linear(nn.Linear):
-    """What a quantised layer looks like: a subclass whose weight is no floating-point matrix."""
+    """Like a quantised layer: a subclass whose weight is no floating-point matrix."""
 
     def __init__(self, plain: nn.Linear):
         super().__init__(plain.in_features, plain.out_features, bias=False)

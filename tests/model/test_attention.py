@@ -165,7 +165,7 @@ def test_a_mask_of_the_models_own_is_not_ignored():
 
 
 def test_attach_notices_a_family_that_packing_would_change():
-    """What no configuration tells shows in the logits of a few tokens: batches are padded then."""
+    """Attention across tokens that no configuration names shows in a few tokens' logits: batches are padded then."""
     model = models.tiny("llama", torch.float32)
     plain = type(model.model.layers[0].self_attn).forward
 

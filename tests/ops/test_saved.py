@@ -1,4 +1,4 @@
-"""What one Llama layer keeps for backward in bf16: a cohort against PEFT with bf16 adapters and PEFT as it comes.
+"""Bytes that one Llama layer keeps for backward in bf16: a cohort against PEFT with bf16 adapters and PEFT as it comes.
 
 Bytes per token and hidden unit do not depend on the size, so the layer has Llama-7B's proportions at an eighth of its
 width, with an eighth of rank 16; only what is kept once per token (norms, attention) weighs a little more.
@@ -63,7 +63,7 @@ def batch(cohort: flora.Cohort) -> Any:
 
 
 def fixed(model: Any) -> list[torch.Tensor]:
-    """What is there anyway: the weights and the adapters."""
+    """Tensors that are there anyway: the weights and the adapters."""
     return [*model.parameters(), *(layer.entry()[0].A_PK for layer in model.modules() if hasattr(layer, "entry"))]
 
 

@@ -1,4 +1,4 @@
-"""What was checked once is not checked again: sound calls take kernels with less host time, and nothing else does.
+"""Sound arguments are not checked twice: sound calls take kernels with less host time, and nothing else does.
 
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
 """
@@ -63,7 +63,7 @@ def test_kernels_without_checks_have_the_bits_of_native(dtype: torch.dtype, drop
 
 
 def changes(x: torch.Tensor, one: LoraWeights) -> dict[str, tuple[Any, LoraWeights]]:
-    """What is not sound, one thing at a time."""
+    """Unsound arguments, one at a time."""
     return {
         "columns of x": (x[:, 1:], one),
         "rows of A": (x, replace(one, A=one.A[1:])),

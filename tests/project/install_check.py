@@ -115,7 +115,7 @@ def check(environment: Environment, torch: str, source: Path, native: str) -> li
 
 
 def expected(native: str) -> dict[str, Sequence[str]]:
-    """What the commands print."""
+    """Expected output of the commands."""
     return {
         "flora --version": [f"flora-core {__version__}"],
         "flora --help": ["flora run quickstart --dry-run"],

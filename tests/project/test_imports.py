@@ -1,4 +1,4 @@
-"""What an import pulls in, and that imports run downward and through the packages' faces only."""
+"""Imports: what they load, and that they run downward and through the packages' faces only."""
 
 from __future__ import annotations
 

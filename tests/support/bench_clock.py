@@ -15,7 +15,7 @@ GREEN = Check(0.5, "exactly")
 
 
 class Pedantic:
-    """What ``interleave`` needs of pytest-benchmark's fixture."""
+    """The part of pytest-benchmark's fixture that ``interleave`` uses."""
 
     def pedantic(self, work: Any, setup: Any, rounds: int, **others: Any) -> None:
         assert others["iterations"] == 1

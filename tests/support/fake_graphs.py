@@ -1,4 +1,4 @@
-"""What stands in for a GPU where training steps of static shape are tried without one.
+"""A stand-in for a GPU, to try training steps of static shape without one.
 
 ``Told`` is the executor of graphs over a device whose captures are the functions themselves. ``varlen_attn`` computes
 what torch's does from offsets in a tensor, so that no length need be on the host.

@@ -139,7 +139,7 @@ def new_folder(path: Path, **options) -> RunFolder:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """What a full disk is like, for this process: no file may grow beyond ``size`` bytes."""
+    """Like a full disk, for this process: no file may grow beyond ``size`` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

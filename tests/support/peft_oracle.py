@@ -118,7 +118,7 @@ def factors(peft: Any, of: Callable[[nn.Parameter], Any] = lambda weight: weight
 
 @dataclass
 class Trained:
-    """What a client's training left behind; gradients are those of step 1, moments those after the last."""
+    """Result of a client's training; gradients are those of step 1, moments those after the last."""
 
     losses: list[float]
     grads: Adapters

@@ -109,7 +109,7 @@ def assert_close(got: Dense, want: Dense, norms: Mapping[str, float], bound: flo
 
 
 def effective(adapter: Any, update: ClientUpdate) -> Dense:
-    """What a client's adapter adds to the base, module by module."""
+    """Sum that a client's adapter adds to the base, module by module."""
     return {m: update.scaling[m] * B.double().T @ A.double() for m, (A, B) in (adapter or {}).items()}
 
 
@@ -125,7 +125,7 @@ def fresh_start(client: ClientUpdate) -> Any:
 
 
 def start_of(result: RoundResult, client: ClientUpdate) -> Any:
-    """What the round's result gives a client that it may not have seen."""
+    """Adapter that the round's result gives a client that it may not have seen."""
     return result.next_adapter(client.client, ranks=client.ranks, scaling=client.scaling)
 
 
@@ -155,7 +155,7 @@ def global_model(base: Dense, result: RoundResult) -> Dense:
 
 
 def idle(result: RoundResult, client: ClientUpdate) -> ClientUpdate:
-    """What a client sends back that did not train: its start, or a fresh adapter with B = 0."""
+    """Update of a client that did not train: its start, or a fresh adapter with B = 0."""
     return ClientUpdate(
         client.client, {**fresh_start(client), **(start_of(result, client) or {})}, client.scaling, client.weight
     )

@@ -147,7 +147,7 @@ def test_the_estimate_counts_accumulated_batches():
 
 
 def test_bytes_per_token_is_measured():
-    """What a pass keeps for backward, in the order of magnitude; the bank is left as it was."""
+    """The estimate of what a pass keeps for backward has the right magnitude; the bank is left as it was."""
     cohort = flora.attach(models.tiny("llama", torch.float32), models.clients(), ["q_proj", "v_proj"])
     measured = measure_bytes_per_token(cohort, 32)
     # Two layers of widths 16 and 24 keep some dozens of 4-byte numbers per unit of width.

@@ -1,4 +1,4 @@
-"""What ``native`` makes of its arguments before the compiled module sees them; what does not fit is refused by name.
+"""Arguments of ``native`` as the compiled module takes them; unfit ones are refused by name.
 
 Letters: C clients.
 """

@@ -1,4 +1,4 @@
-"""What the kernels share: finding a tile's client, Philox dropout, tables on the device, tile configurations.
+"""Shared by the kernels: finding a tile's client, Philox dropout, tables on the device, tile configurations.
 
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 Tables are int32 offsets (C + 1 entries) on the device; a kernel searches them itself, so nothing is read back and a
@@ -62,7 +62,7 @@ def pick(tiles: Sequence[Tile], dtype: torch.dtype) -> Tile:
 
 
 def are_aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 bytes: compiled code then makes wide accesses."""
+    """Return whether every row begins at a multiple of 16 bytes: compiled code then makes wide accesses."""
     return all(
         tensor.data_ptr() % 16 == 0 and all(step == 1 or step % 16 == 0 for step in tensor.stride())
         for tensor in tensors
@@ -133,7 +133,7 @@ def total(ranges: Ranges) -> int:
 
 
 def lengths_known(ranges: Ranges) -> bool:
-    """Whether the host knows the ranges; if not, launchers take what is enough for any."""
+    """Return whether the host knows the ranges; if not, launchers take what is enough for any."""
     return getattr(ranges, "lengths", ()) is not None
 
 

@@ -1,4 +1,4 @@
-"""What each op must move and multiply, from its shapes alone, and the time that no kernel can beat.
+"""Bytes and operations that each op needs by its shapes alone, and the time that no kernel can beat.
 
 Counted once per tensor that the op must read or write, whatever its tiles read again from the cache.
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients; ``size`` is bytes per element of

@@ -159,7 +159,7 @@ def _swapped(item: MergeItem, rounding: str) -> MergeItem:
 
 
 def _is_aligned(item: MergeItem) -> bool:
-    """Whether rows start at multiples of 16 bytes and 16 elements, so that accesses may be wide."""
+    """Return whether rows start at multiples of 16 bytes and 16 elements, so that accesses may be wide."""
     tensors = [item.weight, item.A, item.B, *([] if item.low_bits is None else [item.low_bits])]
     return all(size % 16 == 0 for size in item.weight.shape) and all(
         tensor.stride(1) == 1 and tensor.stride(0) % 16 == 0 and tensor.data_ptr() % 16 == 0 for tensor in tensors

@@ -51,7 +51,7 @@ HOST_FLAGS = ("-x", "c++", "-O1", "-std=c++17", "-shared", "-fPIC", "-fno-strict
 
 
 class EmulationError(RuntimeError):
-    """What the emulation found wrong with a kernel."""
+    """Fault of a kernel that the emulation found."""
 
 
 def _span_bytes(tensor: torch.Tensor) -> int:

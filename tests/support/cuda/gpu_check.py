@@ -36,7 +36,7 @@ RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 
 
 def check_probes(library: Library) -> dict[str, bool]:
-    """Whether each wrapper gives the words that its manual says."""
+    """Return whether each wrapper gives the words that its manual says."""
     right = {}
     for name, number in PROBES.items():
         words = words_for(name)
@@ -207,7 +207,7 @@ def time_linears(library: Library, bandwidth: float) -> dict[str, Any]:
 
 
 def output_of(*words: str) -> str:
-    """What a program prints; nothing where it is missing."""
+    """Output of a program; empty where it is missing."""
     try:
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     except OSError:
@@ -215,7 +215,7 @@ def output_of(*words: str) -> str:
 
 
 def within_budget(found: dict[str, Any]) -> bool:
-    """Whether every ratio of a check is at most 1."""
+    """Return whether every ratio of a check is at most 1."""
     return all(isinstance(ratio, float) and ratio <= 1 for ratio in found.values())
 
 

@@ -1,4 +1,4 @@
-"""What the wrappers of csrc/cuda/ptx.cuh must give, written anew from the PTX manual (ISA 9.0) in plain Python.
+"""Expected results of the wrappers of csrc/cuda/ptx.cuh, written anew from the PTX manual (ISA 9.0) in plain Python.
 
 Each probe runs one wrapper on a warp: int32 words in, int32 words out. The emulation is held against ``expected`` by
 the tests, a GPU against the emulation by ``tests/support/cuda/gpu_check.py``.

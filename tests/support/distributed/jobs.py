@@ -88,7 +88,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 @dataclass
 class Launch:
-    """What the processes of one launch left: results of every job by rank, and the jobs' folders."""
+    """Results of one launch's processes: results of every job by rank, and the jobs' folders."""
 
     folder: Path
     size: int
@@ -134,7 +134,7 @@ def without_ranks(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_weights(out: Path, whole: Path) -> None:
-    """What two rounds changed in a float64 base agrees within the budget, module by module."""
+    """Check that two runs' changes of a float64 base agree within the budget, module by module."""
     state = Path("rounds") / "0002" / "state.safetensors"
     got, wanted = load_file(out / state), load_file(whole / state)
     assert got.keys() == wanted.keys()
@@ -152,7 +152,7 @@ def aggregations(events: list[dict[str, Any]]) -> list[Any]:
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 120) -> Any:
-    """What a function gives as soon as that is not empty."""
+    """Return a function's result as soon as it is not empty."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if found := what():

@@ -1,5 +1,5 @@
-"""What ``tests/distributed/test_processes.py`` has torchrun start: runs a list of jobs, one after another, on every
-rank.
+"""The program that ``tests/distributed/test_processes.py`` has torchrun start: runs a list of jobs, one after another,
+on every rank.
 
 A job is {"name", "out", "changes": for ``make_federation``, "fault": name of a fault below}. What came of it on a rank
 goes to ``<results>/<name>-<rank>.json``: the type and text of the error, or a digest of the weights.
@@ -180,7 +180,7 @@ def under(name: str | None, rank: int, changes: dict[str, Any]) -> Iterator[None
 
 
 def arguments(job: dict[str, Any]) -> dict[str, Any]:
-    """What of a job is for ``make_federation``; JSON has no clients and no dtypes."""
+    """A job's arguments for ``make_federation``; JSON has no clients and no dtypes."""
     changes = dict(job.get("changes", {}))
     clients = make_clients(changes.pop("ranks", (4, 2, 3)), dropout=changes.pop("dropout", 0.0))
     poisoned, own = changes.pop("poisoned", None), changes.pop("own_targets", None)

@@ -160,7 +160,7 @@ class Deployment:
         return found
 
     def log(self, name: str) -> str:
-        """What a process printed."""
+        """Output of a process."""
         path = self.folder / f"{name}.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 

@@ -102,7 +102,7 @@ def specialised(
 
 
 def source(kernel: JITFunction, launch: dict[str, Any], aligned: bool = True) -> ASTSource:
-    """What the launch would compile, specialised as it would be where tensors begin at multiples of 16 bytes."""
+    """Compile what a launch would, specialised as it would be where tensors begin at multiples of 16 bytes."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         value = launch[parameter.name]
