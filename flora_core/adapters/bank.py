@@ -30,7 +30,7 @@ class BankModule:
 
     @functools.cached_property
     def padded(self) -> BankModule:
-        """The same stack with one more client of rank 0: nobody, whose rows fill a batch up."""
+        """The same stack with one more client of rank 0, whose rows pad a batch."""
         scaling_C = torch.tensor([*self.scaling_C, 0.0], dtype=self.A_PK.dtype, device=self.A_PK.device)
         return BankModule(self.A_PK, self.B_PN, Segments.from_lengths([*self.ranks.lengths, 0]), scaling_C)
 

@@ -1,4 +1,4 @@
-"""Strategies that average A and B apart: cheap, and not the average of the products.
+"""Strategies that average A and B separately: cheap, and not the average of the products.
 
     A = sum_k w_k A_k,   B = sum_k w_k s_k B_k,   client c starts from (A, B / s_c)
 
@@ -25,7 +25,7 @@ from .terms import Term, exact_stacks, round_terms
 
 @register
 class FedIT(AdapterStrategy):
-    """Average A and B apart; equal ranks only; the base never changes (arXiv 2305.05644)."""
+    """Average A and B separately; equal ranks only; the base never changes (arXiv 2305.05644)."""
 
     name = "fedit"
     paper = "FedIT, arXiv 2305.05644"

@@ -95,7 +95,7 @@ class DeltaLog:
     exactly.
 
     A client catches up by the rounds it missed or by a snapshot of the weights, whichever is smaller. Once the rounds
-    since some point weigh as much as a snapshot, nobody needs the older ones: they are forgotten.
+    since some point weigh as much as a snapshot, the older ones are not needed any more and are dropped.
 
     Args:
         snapshot_bytes: Bytes of all weights that rounds change.

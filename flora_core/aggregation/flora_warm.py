@@ -36,9 +36,9 @@ class FloraWarm(AdapterStrategy):
 
     *Exact*: W' + C' = W + T whatever C' is, so a fast, approximate decomposition does. *Everybody starts at the global
     model*: client k computes with ``W' + s_k (B_C / s_k) A_C + s_k 0 D = W' + C'``. It holds bit for bit where F = 0
-    (then B = 0), and where s_k is a power of two; else up to one rounding of B_C / s_k. *Nobody trains*: every client
-    sends back C', so T = C' (shares add up to 1) and W' = W. These need that every client carries C: F is at most the
-    smallest rank that any client has in the module, and 0 where some client does not adapt it.
+    (then B = 0), and where s_k is a power of two; else up to one rounding of B_C / s_k. *No client trains*: every
+    client sends back C', so T = C' (shares add up to 1) and W' = W. These need that every client carries C: F is at
+    most the smallest rank that any client has in the module, and 0 where some client does not adapt it.
 
     Options: ``start="directions"`` sets F = 0 (all of T goes into the base). ``floor`` bounds F, one number or module
     -> number; unless given, a federation takes the smallest rank of all its clients, ``aggregate`` that of the round.

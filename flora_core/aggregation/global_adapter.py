@@ -28,8 +28,8 @@ Pair = dict[str, torch.Tensor]
 class AdapterStrategy(Strategy):
     """A global adapter in ``state["adapter"]``, module -> {"A", "B"} in float64 with scalings folded into B.
 
-    A subclass says how a module's terms make a new pair. A module that nobody adapts in a round keeps the pair that it
-    has. A client starts from the first rows of the pair that it can hold.
+    A subclass says how a module's terms make a new pair. A module that no client adapts in a round keeps the pair that
+    it has. A client starts from the first rows of the pair that it can hold.
     """
 
     def combine(self, terms: Sequence[Term], old: Pair | None, **options: Any) -> Pair:
@@ -109,7 +109,7 @@ class AdapterStrategy(Strategy):
         return pair["A"], pair["B"]
 
     def adapter_bytes(self, state: Mapping[str, Any], update: ClientUpdate, trained: Sequence[str]) -> int:
-        """The rows of the client's rank; of a factor that nobody trained it has the newest already."""
+        """The rows of the client's rank; of a factor that no client trained it has the newest already."""
         size = 0
         for module, rank in update.ranks.items():
             if module in state["adapter"]:

@@ -87,7 +87,7 @@ def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
     """Name the clients whose norm is more than ``factor`` times the median of the round.
 
     The median is one of honest clients' as long as they are more than half. Below three clients it says nothing, nor
-    where it is zero, and nobody is named.
+    where it is zero, and no client is named.
 
     Args:
         norms: Client -> norm of its products.

@@ -39,11 +39,11 @@ class Strategy:
         exact: Whether what it applies is the sum of p_k s_k B_k A_k itself.
         mixed_ranks: Whether clients may have different ranks in one module.
         mixed_modules: Whether clients may adapt different sets of modules.
-        idle_safe: Whether a round in which nobody trains leaves every client's effective model as it is, at any
+        idle_safe: Whether a round in which no client trains leaves every client's effective model as it is, at any
             ranks that the strategy takes.
         paper: The name of the method and the paper that it is from; empty for one of your own.
         shared_start: Whether clients must start their first round from one common adapter (of which a smaller
-            client takes the first rows), because factors are averaged apart.
+            client takes the first rows), because factors are averaged separately.
     """
 
     name: ClassVar[str] = ""

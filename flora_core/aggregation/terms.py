@@ -51,7 +51,7 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
 
 
 def _check_bases(updates: Sequence[ClientUpdate]) -> None:
-    """Check that nobody is known to have trained on another base; equal shapes would hide it."""
+    """Check that no client is known to have trained on another base; equal shapes would hide it."""
     bases: dict[str, list[str]] = defaultdict(list)
     for update in updates:
         if update.base is not None:

@@ -208,7 +208,7 @@ def _train(recipe: Recipe, first: bool) -> int:
     if first and without is not None:
         print(f"flora: note: {without}", file=sys.stderr)
     model, tokenizer, clients, test_records = build_run(recipe, spread=True)
-    # What a client's failure is about is told by its event; the warning of the same is for people without callbacks.
+    # A client's failure is reported by its event; the warning is for callers without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
     with make_progress() if first else nullcontext() as progress:
         result = Federation(

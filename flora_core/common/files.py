@@ -113,7 +113,7 @@ def write_safetensors(
 
 
 def folder_names(names: Iterable[str], taken: Collection[str] = ()) -> dict[str, str]:
-    """Name a folder for each name, such that every file system keeps them apart.
+    """Name a folder for each name, such that they differ on every file system.
 
     A name of letters, digits, ``.``, ``_`` and ``-`` stays as it is. Another one has its other characters replaced by
     ``-``; where that, or upper and lower case, leaves two alike, or a name is too long or a system's own, a digest of

@@ -80,7 +80,8 @@ def read_header(
 
 
 def open_plain(path: Path, max_bytes: int | None = None, *, links: bool = True) -> Any:
-    """Open a file that must be a plain one (a pipe or device may hang, a link lead elsewhere) and not too large.
+    """Open a file that must be a plain one (a pipe or device may hang, a link may lead out of the folder) and not too
+    large.
 
     Args:
         path: The file.
@@ -162,7 +163,7 @@ def _checked(path: Path, header: Mapping[str, Any], data_bytes: int) -> dict[str
 
 def _entry(path: Path, name: str, entry: Any) -> TensorInfo:
     where = f"{path}: tensor {name[:80]!r}"
-    # Nobody here makes a path of a name, but whoever unpacks the file elsewhere may.
+    # The engine makes no path of a name, but another program that unpacks the file may.
     steps = not {"", ".", ".."}.isdisjoint(name.split("/"))
     require(
         len(name.encode("utf-8", "surrogatepass")) <= _MAX_NAME and not steps and not _CONTROL.search(name),

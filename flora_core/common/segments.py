@@ -87,7 +87,8 @@ def to_device(values: torch.Tensor, into: torch.Tensor) -> None:
 class DeviceSegments:
     """Segments whose lengths the device alone knows, so that a captured CUDA graph may be replayed with others.
 
-    The host knows their number, their total and a bound on the longest. Whoever asks it for a range is told so.
+    The host knows their number, their total and a bound on the longest. Asking for a range raises an error that says
+    so.
 
     Args:
         offsets: C + 1 entries in int32; the first is 0, the last is ``total``.

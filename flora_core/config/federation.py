@@ -46,7 +46,7 @@ class FederationConfig:
         outlier_factor: An update whose norm is more than so many times the median of its round is refused, where there
             are at least three; None refuses none.
         clip_update: Norm down to which larger updates are scaled; None clips none.
-        deadline_s: How long clients elsewhere are waited for in a round, in seconds; None waits for ever.
+        deadline_s: How long remote clients are waited for in a round, in seconds; None waits for ever.
         privacy: Differential privacy of the global model towards every client (``flora_core.federation.privacy``).
         keep_snapshots: Checkpoints whose weights are kept, the newest; adapters of all rounds stay (``save_adapters``).
         save_model: Save the global model as a whole at the end.

@@ -2,7 +2,7 @@
 
 A layer's weights are gathered right before its forward and its backward, and let go of after. That takes all ranks at
 once, and each has clients of its own with as many steps as they need. So the ranks meet before every pass of the
-decoder: who has none runs one along that trains nothing, until nobody has any.
+decoder: a process without work runs an empty pass, until all are done.
 
 Embeddings, norms and head outside the layers, and adapters, are whole on every rank. Letters: K in_features,
 N out_features, W ranks.
@@ -198,7 +198,7 @@ def shard_base(model: Any, ranks: Ranks, device: torch.device | None = None, rea
         model: A transformers causal LM, whole; on the CPU, or where it is to stay.
         ranks: From ``flora_core.distributed.ranks``.
         device: Where parts go, a layer at a time; None for where the model is.
-        reason: Told in the run's events.
+        reason: Reported in the run's events.
     Raises:
         ValueError: If there is one rank alone, the model is sharded already, or has no decoder layers to spread.
     """

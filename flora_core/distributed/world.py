@@ -1,8 +1,8 @@
-"""Several processes that train one run: each a share of a round's clients, and each is told what the others did.
+"""Several processes that train one run: each trains a share of a round's clients and receives the others' results.
 
 Every process (a rank) has the same model, clients and settings. torch's launcher starts them and torch's process group
 carries what moves between them: JSON, and tensors as raw bytes. Before anything moves the ranks meet: one that failed
-says so there, and all end with its words, so that nobody waits for it. ``docs/distributed.md`` shows how it is run.
+says so there, and all end with its message, so that none waits for it. ``docs/distributed.md`` shows how it is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..common import Stopped, differences, is_out_of_memory, put_in, require, ta
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start the processes with torchrun --nproc-per-node N -m flora_core.cli run RECIPE, or unset WORLD_SIZE"
-# To find each other; whoever came then waits for the slowest rank, whose share may take long.
+# To find each other; a process then waits for the slowest one, whose share may take long.
 _JOIN_SECONDS, _WAIT_SECONDS = 300, 7200
 _BUCKET_BYTES = 1 << 28
 # Parts of the environment that must be alike on all ranks; others may change the last bits.
@@ -44,7 +44,7 @@ class Ranks:
         self.group = group
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(), dist.get_world_size())
         self.moved_bytes = 0
-        # Within a pass of a sharded base, which takes all ranks: then nobody hears of anything else.
+        # Within a pass of a sharded base, which takes all processes: then none receives anything else.
         self.busy = False
         self._told: BaseException | None = None
         self._meshes: dict[str, Any] = {}
@@ -121,7 +121,7 @@ class Ranks:
         if self.size == 1 or error is self._told:
             return
         self._told = error
-        # The others may be in the midst of their shares: nobody should wait for them to see this.
+        # The others may be in the midst of their shares: this is reported without waiting for them.
         text = f"rank {self.rank} of {self.size} failed ({type(error).__name__}: {error}); telling the others"
         print(f"flora: {text}", file=sys.stderr, flush=True)
         with suppress(RankError):

@@ -1,6 +1,6 @@
 """Clients that are callables: ask, wait no longer than agreed, read the answers within limits.
 
-A client elsewhere is a function that is given a ``Task`` and returns a ``ClientUpdate``, or the folder where the
+A remote client is a function that is given a ``Task`` and returns a ``ClientUpdate``, or the folder where the
 client's PEFT adapter lies. It may raise, never return, or return anything: that costs the round this client alone.
 """
 
@@ -58,7 +58,7 @@ class Asked:
         remotes: Client -> the function that asks it.
         tasks: Client -> its task.
         deadline_s: Seconds from now after which an answer counts no more; None waits for ever. Counted by a clock
-            that nobody can set.
+            that cannot be set by others.
     """
 
     def __init__(self, remotes: Mapping[str, Remote], tasks: Mapping[str, Task], deadline_s: float | None):
@@ -114,7 +114,7 @@ def receive(answer: Any, expected: ClientUpdate, device: torch.device | str = "c
         expected: What ``validate.promised`` gives for the client.
         device: Where its tensors go.
     Returns:
-        The update, in copies that nobody else can change any more; ``validate.sift`` judges what is in it.
+        The update, in copies that no other code can change; ``validate.sift`` judges what is in it.
     Raises:
         ValueError, OSError: With the file's name, if the folder holds no adapter that can be read safely: larger than
             what was promised can be, a link, damaged, with regular expressions, ...
@@ -152,7 +152,7 @@ def _numbers(expected: ClientUpdate) -> int:
 
 
 def elsewhere_done(round: int, spec: ClientSpec, seconds: float | None) -> dict[str, Any]:
-    """The event of a client that trained elsewhere: what it says of itself is not taken for a fact."""
+    """The event of a client that trained remotely: its own metrics are not taken for facts."""
     known = {"examples": 0, "tokens": 0, "steps": 0, "seconds": seconds or 0.0, "tokens_per_s": 0.0}
     event = {"event": "client_done", "round": round, "client": spec.name, "rank": spec.adapter.rank}
     return {**event, "loss_first": None, "loss_last": None, **known}

@@ -34,7 +34,7 @@ def sift(
 
     Args:
         updates: What the clients of a round sent.
-        expected: Client -> what ``promised`` gives for it; nobody else may take part.
+        expected: Client -> what ``promised`` gives for it; no other client may take part.
         max_norm: Bound on the norm of a client's product, see ``why_refused``.
         outlier_factor: A norm more than so many times the median of the good updates is refused too, where there are
             at least three.

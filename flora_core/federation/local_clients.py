@@ -1,4 +1,4 @@
-"""Train a round's clients, here together, on several ranks or elsewhere, and judge what comes of it.
+"""Train a round's clients, in this process, in several or remotely, and judge their updates.
 
 Everything random derives from (seed, round, client), but for the draws of a private run.
 """
@@ -233,7 +233,7 @@ class TrainingRound:
             autotune.use({str(self.server.device): merged})
 
     def _ask(self, number: int, names: Sequence[str]) -> Asked:
-        """Have the clients elsewhere begin; they are waited for when those here are done."""
+        """Start the remote clients; they are waited for when the local ones are done."""
         if not names:
             return Asked({}, {}, None)
         self.server.refuse_penalties(names)
@@ -258,7 +258,7 @@ class TrainingRound:
             self._emit("warning", round=number, client=name, message=f"{name}'s update is not kept apart: {error}")
 
     def _hear(self, event: Event, done: dict[str, Event]) -> None:
-        """Pass progress on at once; what a client did is told when its update has been judged."""
+        """Pass progress on at once; a client's result is reported when its update has been judged."""
         if event["event"] == "client_done":
             done[event["client"]] = event
         elif event["event"] == "warning":

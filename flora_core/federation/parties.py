@@ -32,7 +32,7 @@ from .server import Server
 _ASK_AGAIN_SECONDS = 0.5
 # Whose versions decide how sums are rounded; builds of one release (2.13.0+cpu) go with the device.
 _LIBRARIES = ("flora_core", "torch", "transformers")
-# Below every round that a log can hold: whoever is there needs a snapshot.
+# Below every round that a log can hold: a client at it needs a snapshot.
 _NOWHERE = -1
 
 
@@ -58,7 +58,7 @@ class Link(Protocol):
     """Transport of messages between the server and the parties."""
 
     def meet(self, terms: Terms) -> dict[str, dict[str, Any]]:
-        """Ask whoever came since the last call; client -> what ``Site.begin`` says of it."""
+        """Ask the parties that joined since the last call; client -> what ``Site.begin`` says of it."""
         ...
 
     def connected(self) -> set[str]:
@@ -123,7 +123,7 @@ class RemoteServer(Server):
         self.changes: dict[int, Tensors] = {}
 
     def apply(self, updates: Sequence[ClientUpdate], number: int) -> RoundResult:
-        """As ``Server.apply``; nobody has the change yet."""
+        """As ``Server.apply``; no party has the change yet."""
         had = {update.client: self.log.have.get(update.client, 0) for update in updates}
         result = super().apply(updates, number)
         self.log.have.update(had)

@@ -33,7 +33,7 @@ class Site:
         model: The base as everybody has it; its target weights are changed in place.
         tokenizer: For data that are not encoded.
         spec: Name, data, adapter and own settings of the party.
-        folder: Where the copies of runs are kept; nobody else may write there.
+        folder: Where the copies of runs are kept; no other program may write there.
     """
 
     def __init__(self, model: Any, tokenizer: Any, spec: ClientSpec, folder: str | Path):

@@ -96,7 +96,7 @@ def secret_normals(count: int) -> torch.Tensor:
 
 
 def secret_draw(names: Sequence[str], fraction: float) -> list[str]:
-    """Poisson sampling: each name by itself with this probability; nobody can know or repeat the draw."""
+    """Poisson sampling: each name by itself with this probability; the draw can be neither known nor repeated."""
     words = [int.from_bytes(os.urandom(7), "little") >> 3 for _ in names]
     return [name for name, word in zip(names, words, strict=True) if word * 2.0**-53 < fraction]
 

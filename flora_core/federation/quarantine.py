@@ -27,7 +27,7 @@ def quarantine(
     expected: ClientUpdate | None = None,
     folder: str | None = None,
 ) -> Path:
-    """Keep a refused update apart, with the reason, for people to look at: nothing reads it again.
+    """Keep a refused update in quarantine, with the reason, for inspection: nothing reads it again.
 
     Args:
         home: The run's folder; the place is ``quarantine/<round>/<client>`` in it, whatever the client calls itself.
@@ -51,7 +51,7 @@ def quarantine(
 
 
 def _folder_name(client: Any) -> str:
-    """The client's name if it can be a folder's, else a digest of it: nobody chooses a path here."""
+    """The client's name if it can be a folder's, else a digest of it: a client cannot choose a path."""
     name = str(client)
     if re.fullmatch(r"[\w-][\w.-]{0,99}", name, re.ASCII):
         return name

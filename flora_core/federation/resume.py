@@ -109,7 +109,7 @@ class Resuming(TrainingRound):
     def _keep_alike(self, number: int) -> None:
         """See that the round left all ranks the same weights; where a machine rounds otherwise, rank 0's count."""
         if self.ranks.size == 1 or self.server.base is not None:
-            return  # nobody else has a copy
+            return  # no other process has a copy
         saved = {**self.server.weights, **{f"{m} low bits": low for m, low in self.server.low_bits.items()}}
         digests = self.ranks.exchange([tensor_digest(saved.items())])
         others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]

@@ -54,7 +54,7 @@ class Federation(Resuming):
         callbacks: Called with every event (``flora_core.runs.progress`` lists them).
         backend: auto, reference, triton or native.
         fuse: As in ``attach``.
-        remote: Client -> the function that has it train elsewhere (``flora_core.federation.callable_clients``): asked
+        remote: Client -> the function that trains it remotely (``flora_core.federation.callable_clients``): asked
             while the others train here, for ``config.deadline_s`` at most. Its spec needs no data; what it sends is not
             trusted.
     In processes that torchrun started each trains its share of the clients (``flora_core.distributed``).
@@ -263,7 +263,7 @@ class Federation(Resuming):
         late = {name: self.server.catch_up(name) for name in self.names}
         updates = self._train(number, self.names)
         self.paused = {}
-        # A private round is released whoever took part: that nothing was would tell who did not.
+        # A private round is released even if no client took part: an omission would reveal who did not.
         applied = len(updates) >= self.config.min_clients if self.private is None else self.private.affordable
         if applied:
             self._apply(number, updates, {name: how for name, how in late.items() if how[1]})
@@ -297,7 +297,7 @@ class Federation(Resuming):
         folder.keep_choices()
         # Those before the first round have no snapshot of their own.
         events = [event for event in self.events if event.get("round") == number or number == 1]
-        # What single clients sent is nobody's but the server's under privacy.
+        # Under differential privacy, individual updates are never written to disk.
         updates = updates if self.private is None and self.config.save_adapters else []
         folder.save_round(number, updates, state, [*events, end], base, self.server.fan_in_fan_out)
 

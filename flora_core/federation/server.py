@@ -152,7 +152,7 @@ class Server:
         return {name: penalty for name, penalty in found.items() if penalty is not None}
 
     def refuse_penalties(self, clients: Iterable[str]) -> None:
-        """Refuse a penalty for clients that train elsewhere: what they are told has no word for it."""
+        """Refuse a penalty for remote clients: their task has no field for it."""
         asked = list(self.penalties(clients))
         require(
             not asked,
@@ -183,7 +183,7 @@ class Server:
             cohort.load(client, start)
 
     def _common_start(self, number: int) -> dict[str, torch.Tensor]:
-        """One A per module, of the largest rank: factors that are averaged apart must start alike."""
+        """One A per module, of the largest rank: factors that are averaged separately must start alike."""
         shapes: dict[str, torch.Size] = {}
         for update in self.expected.values():
             for module, (A_RK, _) in update.adapters.items():
@@ -202,7 +202,7 @@ class Server:
         Args:
             updates: The good ones.
             number: The round.
-            sums: Module -> ``sum_k p_k s_k B_k A_k`` in float64, where it was made elsewhere
+            sums: Module -> ``sum_k p_k s_k B_k A_k`` in float64, where it was made by other processes
             (``flora_core.federation.exchange``).
         Returns:
             The round's result, whose certificate has the error of the write too.

@@ -21,7 +21,7 @@ LOOPBACK = ("127.0.0.1", "::1")
 def make_keys(folder: str | Path, hosts: Sequence[str], nodes: Sequence[str], days: int = 365) -> Path:
     """Make a folder with ``ca.crt``, ``server.crt``, ``server.key`` and each node's ``NODE.key`` and ``NODE.pub``.
 
-    The CA's own key is not kept: whoever needs another server certificate makes all of them anew. Private keys can be
+    The CA's own key is not kept: another server certificate means making all of them anew. Private keys can be
     read by their owner alone.
 
     Args:

@@ -110,7 +110,7 @@ class FloraStrategy(Strategy):
         return found
 
     def _refuse(self, node: int, reason: str) -> None:
-        """Tell both sides that a node cannot take part; nobody waits for its answer."""
+        """Tell both sides that a node cannot take part; its answer is not waited for."""
         self._warn(f"node {node} cannot take part: {reason}")
         self.grid.push_messages([Message(pack({"refused": reason}), dst_node_id=node, message_type="query")])
 

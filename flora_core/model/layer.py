@@ -30,7 +30,7 @@ class Layout:
         real_index: Flat positions of the real tokens in a padded batch; None where nothing is padded.
         positions: Rows of the whole input, padding included.
         adapters: False runs the base alone (used to probe a model).
-        padding: The last segment of tokens is nobody's: rows that fill the batch up.
+        padding: The last segment of tokens is padding: rows that fill the batch up.
         dropout_C: What ``lora_linears`` takes; None for the clients' own.
     """
 

@@ -26,7 +26,7 @@ def dropout_threshold(probability: float) -> int:
 
 @functools.lru_cache(maxsize=256)
 def _host_thresholds(dropout_C: tuple[float, ...]) -> tuple[int, ...] | None:
-    """q of each client; None where nobody drops anything."""
+    """q of each client; None where no client drops anything."""
     q_C = tuple(dropout_threshold(p) for p in dropout_C)
     return q_C if any(q_C) else None
 
@@ -43,7 +43,7 @@ def _thresholds(dropout_C: Numbers) -> tuple[int, ...] | torch.Tensor | None:
 
 
 def dropout_of(kernels: ModuleType, dropout_C: Any, seed_C: Any, row_C: Any, clients: int) -> Any:
-    """The kernels' description of a target's dropout; None where nobody drops anything."""
+    """The kernels' description of a target's dropout; None where no client drops anything."""
     if dropout_C is None:
         return None
     _check_per_client("dropout_C", dropout_C)

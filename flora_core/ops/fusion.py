@@ -64,7 +64,7 @@ def _copied(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
 def _without_sick_clients(B_PN: torch.Tensor, ranks: Segments, scaling_C: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
     """B^T without the columns of clients in whose B something is not finite, and NaN for their scale.
 
-    Their own rows become NaN as a whole; nobody else's are touched. Nothing is read back from the device.
+    Their own rows become NaN as a whole; no other client's are touched. Nothing is read back from the device.
     """
     device, wide = B_PN.device, torch.promote_types(B_PN.dtype, torch.float32)
     offsets = ranks.offsets_on(device).long()

@@ -252,7 +252,7 @@ class RunFolder:
         return folder
 
     def drop_superfluous(self, number: int, pause: bool = True) -> None:
-        """Drop what nobody needs once a round is whole: a process killed in between leaves it to the next one.
+        """Drop what is not needed once a round is complete: a process killed in between leaves it to the next one.
 
         Args:
             number: The newest whole round.
@@ -424,7 +424,8 @@ def _by_round(events: Sequence[Event]) -> defaultdict[int, list[Event]]:
 
 
 def _whole(told: list[Event], kept: list[Event]) -> list[Event]:
-    """A round's events as they were told, starts of resumed runs among them; what was kept, if one of those is lost."""
+    """A round's events as they were reported, starts of resumed runs among them; what was kept, if one of those is
+    lost."""
     return told if {_line(event) for event in kept} <= {_line(event) for event in told} else kept
 
 

@@ -234,7 +234,7 @@ def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
 
 
 class Bar:
-    """Show bytes done, their rate and the time left: a live bar on a terminal, a line every few seconds elsewhere."""
+    """Show bytes done, their rate and the time left: a live bar on a terminal, a line every few seconds otherwise."""
 
     def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
         self.stream: TextIO = sys.stderr if stream is None else stream

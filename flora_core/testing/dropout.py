@@ -1,4 +1,4 @@
-"""Dropout's mask, drawn one element at a time in Python ints, apart from the kernels."""
+"""Dropout's mask, drawn one element at a time in Python ints, independent of the kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Cases, inputs, oracle and planted faults of the packed LoRA linear.
 
-The oracle is written plainly and apart from the kernels: the dense formula per client, gradients from autograd.
+The oracle is written plainly and shares nothing with the kernels: the dense formula per client, gradients from
+autograd.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients.
 """
 
@@ -41,7 +42,7 @@ LINEAR_SHAPES = (
     LinearCase("a client without tokens between two that have some", (8, 0, 16), 32, 32, (4, 5, 8)),
     LinearCase("no tokens at all", (0, 0), 16, 8, (4, 2)),
     LinearCase("rank 0 between two clients that adapt", (9, 6, 7), 32, 40, (4, 0, 9)),
-    LinearCase("nobody adapts this module", (5, 3), 16, 16, (0, 0)),
+    LinearCase("no client adapts this module", (5, 3), 16, 16, (0, 0)),
     LinearCase("K and N that no vector width divides", (11, 17), 53, 35, (5, 2)),
     LinearCase("many clients, and a rank above one tile", (6, 4, 3, 5, 2, 4, 3), 96, 72, (64, 32, 16, 16, 8, 8, 4)),
     LinearCase("tokens above one tile", (150, 3), 24, 16, (6, 4)),

@@ -16,7 +16,7 @@ MOST_GRAPHS = 32
 
 
 class Executor(Protocol):
-    """Runs a function of static buffers; ``key`` tells functions apart, None is for one that does not come again."""
+    """Runs a function of static buffers; ``key`` identifies a function, None is for one that does not come again."""
 
     def run(self, key: Hashable | None, function: Callable[[], None]) -> None:
         """Run a function."""
@@ -90,5 +90,5 @@ class Cuda:
 
 
 def executor_for(device: torch.device) -> Executor:
-    """Graphs on a GPU, plain calls elsewhere."""
+    """Graphs on a GPU, plain calls on other devices."""
     return Graphs(Cuda(device)) if device.type == "cuda" else Eager()

@@ -129,7 +129,7 @@ class CohortAdamW:
         """Take the prepared step where loss and gradient are finite, decided on the device: no number is read back.
 
         Returns:
-            Losses and norms, (2, C), float64. Whoever has read them calls ``advance``.
+            Losses and norms, (2, C), float64. The caller reads them, then calls ``advance``.
         """
         norms_C = self._norms().double()
         self._launch(norms_C, loss_C.isfinite() & norms_C.isfinite())

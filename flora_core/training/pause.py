@@ -1,7 +1,7 @@
 """Stop between two optimizer steps and go on there later: what SIGTERM asks for, and a cohort that memory cannot hold.
 
 A client's state is JSON and tensors: its factors, its optimizer, and how far it is. Batches, dropout and schedules
-depend on the step alone, so whoever goes on from a state ends with the bytes of one that never stopped.
+depend on the step alone, so a client resumed from a state ends with the bytes of one that never stopped.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def stopping(wanted: bool = True) -> Iterator[Callable[[], bool]]:
     """Take SIGTERM as the wish to stop at the next good place: the function tells whether it came.
 
     A second SIGTERM ends the process at once, as without this. Only the main thread can listen; in any other, and
-    where it is not wanted, nothing is changed and nobody is told.
+    where it is not wanted, nothing is changed or reported.
     """
     if not wanted or threading.current_thread() is not threading.main_thread():
         yield lambda: False

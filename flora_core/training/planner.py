@@ -132,13 +132,13 @@ def _within(groups, cohorts, budget: int, limit: int, cost, bytes_per_token: flo
 
 
 def spread(work: Mapping[str, float], ranks: int) -> list[list[str]]:
-    """Deal clients out to ranks so that these have about equal work: the largest first, each to whoever has least.
+    """Assign clients to processes so that these have about equal work: the largest first, each to the least loaded.
 
     At most 4/3 - 1/(3 ranks) of the best possible time (Graham 1969). The same on every rank.
 
     Args:
         work: Client -> predicted work, in the round's order.
-        ranks: How many there are; some may get nobody.
+        ranks: How many there are; some may get no client.
     Returns:
         Each rank's clients, in the round's order.
     """

@@ -1,6 +1,6 @@
 """Training steps of static shape, which a GPU captures once as a CUDA graph and replays.
 
-A pass is filled up with rows that are nobody's to one of a few sizes. All that differs from one pass to the next lies
+A pass is filled up with padding rows to one of a few sizes. All that differs from one pass to the next lies
 in one device table: tokens, targets, offsets of clients and sequences, dropout's keys and counters. A step's settings
 lie in the optimizer's. Whether a client's step is taken is decided on the device. Everything but the capture runs on a
 CPU as well, where ``Eager`` calls what ``Graphs`` replays.
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(rows: int, labels: int, sequences: int, longest: int) -> Shape:
-    """The sizes for a pass of so many rows, labels and sequences, with at least one row that is nobody's."""
+    """The sizes for a pass of so many rows, labels and sequences, with at least one padding row."""
     full = round_up(rows + 1, 16)
     # What is filled up is cut into sequences no longer than others.
     return Shape(full, round_up(max(labels, 1), 4), round_up(sequences - (-(full - rows) // longest), 1))

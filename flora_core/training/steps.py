@@ -35,7 +35,7 @@ class CohortSteps:
         pad_id: Token that fills padded batches up.
         penalties: Client -> what is added to its gradient.
         tokens_in_flight: What is left of a pass where memory ran out before; halved where it does again.
-        warn: Told what is done otherwise than was asked, and why.
+        warn: Called with a message when a fallback is used.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class CohortTrainer:
         callbacks: Called with event dicts: ``train_progress``, ``client_done``, ``warning``.
         optimizer_state: What ``optimizer_state`` of the round before was, for clients that keep theirs.
         trainable: The factors that are trained, "A", "B" or both; the other one stays as it is, bit for bit.
-        penalties: Client -> what is added to its loss; losses are told without it.
+        penalties: Client -> what is added to its loss; losses are reported without it.
         stop: Asked after every step; where it says True, training ends with ``Paused``, which has the state.
         resume: The state of a ``Paused``, to go on from.
     Raises:

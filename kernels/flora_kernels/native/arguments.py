@@ -62,7 +62,7 @@ def key(seed: Any) -> int:
 
 
 def torch_if_imported() -> Any:
-    """torch, if anybody has imported it: nobody else can hand us tensors."""
+    """torch, if it has been imported: without it there are no tensors."""
     return sys.modules.get("torch")
 
 
@@ -128,7 +128,7 @@ def columns_of(name: str, array: Any) -> int:
 
 
 def offsets_of(name: str, ranges: Ranges, total: int | None = None) -> Sequence[int]:
-    """Where ranges begin and end: kept ready by whoever has them, else gathered; ``total`` is where they must end."""
+    """Where ranges begin and end: kept ready by the caller, else gathered; ``total`` is where they must end."""
     offsets = getattr(ranges, "offsets", None)
     if not isinstance(offsets, tuple):
         offsets = [0]
@@ -173,7 +173,7 @@ def flat_size(tokens: Sequence[int], ranks: Sequence[int]) -> int:
 
 
 def run(function: Callable[..., None], *arguments: Any, **names: str) -> None:
-    """Call the compiled module; what the C interface refuses is told in the names of ``native``."""
+    """Call the compiled module; errors of the C interface are reported in the names of ``native``."""
     try:
         function(*arguments)
     except ValueError as error:

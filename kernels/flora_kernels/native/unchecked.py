@@ -1,7 +1,7 @@
 """shrink, expand_ and wgrad of ``native`` with less host time, for torch tensors that the caller has looked at.
 
 They must be plain strided CPU tensors of a float type, out of autograd's sight, beside ``flora_core.Segments`` and
-numbers that are sound; whoever has anything else calls ``native``, which refuses it by name. Sizes, strides, dtypes and
+valid numbers; callers with anything else use ``native``, which refuses it by name. Sizes, strides, dtypes and
 overlaps are still checked by the C interface, before anything is written.
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks, C clients.
 """

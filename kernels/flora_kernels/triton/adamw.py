@@ -57,7 +57,7 @@ def _adamw_kernel(
     real = element < numel
     zero = tl.zeros([BLOCK], dtype=dtype)
     shrunk, to_m, keep_v, to_v, rate, clip = zero, zero, zero, zero, zero, zero
-    # Where nobody is active the step is computed all the same, and thrown away: it must not divide by 0.
+    # Without an active client the step is computed all the same, and discarded: it must not divide by 0.
     root, eps = zero + 1, zero + 1
     active = element < 0
     index = last_at_or_before(offsets_ptr, num_ranges, start, 1)

@@ -1,4 +1,4 @@
-"""place: the scaled S of every client in columns of its own, zero elsewhere: what a wider X holds beside X.
+"""place: the scaled S of every client in columns of its own, zero in the others': what a wider X holds beside X.
 
 One launch. A program writes BLOCK_M rows of one client and BLOCK_P columns, all of them, so that nothing need be
 cleared before. Called by ``ways.augmented``: [X | S'] [W | B]^T is then X W^T + s_c S_c B_c.
