@@ -242,7 +242,7 @@ def compare(benchmark: Any, scale: Any, case: Case, part: str) -> None:
     """Time forward or backward of every contender, check ours, and print speed-ups if the check is green."""
     question = f"LoRA linear {part} of {len(case.ranks)} clients: {case.model} {case.linear}, {case.tokens} tokens each"
     result = Result(f"linear_{part}_{case.id}", question, case.settings, scale.folder)
-    with result.told():
+    with result.reported():
         setting = Linear(case)
         result.save(rates=rates(setting.device), flops=setting.flops[part], bytes=setting.bytes[part])
         contenders = {"flora": setting.ours(), **ready(RIVALS, setting, result)}

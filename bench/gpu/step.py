@@ -19,7 +19,7 @@ from flora_core.model.batch import lay_out
 from flora_core.testing import plain_rounding
 from flora_core.training import cuda_graphs, static_steps, steps
 from tests.support import models
-from tests.support.fake_graphs import Told, attend_by_offsets
+from tests.support.fake_graphs import FakeGraphs, attend_by_offsets
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RANKS, LENGTHS = (5, 2, 16), ((9, 4), (1,), (17,))
@@ -140,7 +140,7 @@ def train(device: str, way: str, dtype: torch.dtype) -> tuple[Factors, str]:
         if device == "cpu" and static:
             attend_by_offsets(patch)
             patch.setattr(steps, "why_not", lambda *_: None)
-            patch.setattr(steps, "executor_for", lambda _: Told())
+            patch.setattr(steps, "executor_for", lambda _: FakeGraphs())
         updates = runner.run()
     factors = {
         f"{u.client} {m} {'AB'[i]}": t for u in updates for m, ab in u.adapters.items() for i, t in enumerate(ab)

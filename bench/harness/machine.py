@@ -133,7 +133,7 @@ def environment() -> dict[str, Any]:
 def _gpu() -> dict[str, Any]:
     """The GPU, its driver, clocks, power and what keeps it busy before this process does; nothing where there is none.
 
-    Asked once, before the first measurement: later it would be our own work that keeps it busy.
+    PendingClients once, before the first measurement: later it would be our own work that keeps it busy.
     """
     if not torch.cuda.is_available():
         return {}

@@ -221,7 +221,7 @@ class Result:
         print(f"\n{self.data['name']}: without {name}: {reason(error)}", end="")
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def reported(self) -> Iterator[None]:
         """Write why a case failed or was stopped into its file, then let the error go on."""
         try:
             yield

@@ -22,7 +22,7 @@ from flora_core.adapters.update import ClientUpdate, RoundResult
 from flora_core.aggregation import aggregate
 from flora_core.common.formatting import show_bytes, show_seconds
 from flora_core.common.seeds import generator
-from flora_core.federation.judge import sift
+from flora_core.federation.judge import judge_updates
 from flora_core.merge.in_place import apply_base_delta_, new_low_bits
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
@@ -107,7 +107,7 @@ def measure_module(name: str, clients: int) -> dict[str, Any]:
     result: list[RoundResult] = []
     times = {
         "unpack": seconds_of(lambda: [_there_and_back(update) for update in updates]),
-        "judge": seconds_of(lambda: sift(updates, promised)),
+        "judge": seconds_of(lambda: judge_updates(updates, promised)),
         "aggregate": seconds_of(lambda: result.append(aggregate(updates, "flora"))),
     }
     stack = {"m": result[-1].base_delta["m"]}

@@ -42,7 +42,7 @@ def test_bench_cohort_rivals(benchmark: Any, scale: Any, case: Case):
         f"A training step of {clients} clients ({case.mix}) of {case.model}, {layers} layers, {case.tokens} tokens each"
     )
     result = Result(f"cohort_rivals_{case.id}", question, {**case.settings, "layers": layers}, scale.folder)
-    with result.told():
+    with result.reported():
         setting = Step(case, layers, compiles=compiles(case))
         result.save(rates=rates(device()), tokens_step=setting.tokens, dtype=str(setting.dtype))
         rivals = ready(RIVALS, setting, result)

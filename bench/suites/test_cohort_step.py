@@ -29,7 +29,7 @@ def compare(
     seconds = settings.pop("seconds")
     details = {"ranks": RANKS, "alpha": "2r", "targets": "all linears", "dtype": "float32", "lr": cohorts.LR}
     result = Result(name, question, {**scale.settings, **details, **settings}, scale.folder)
-    with result.told():
+    with result.reported():
         measure(benchmark, result, scale, batches, oracle, target, dict(seconds=seconds, most=15))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
 

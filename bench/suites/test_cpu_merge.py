@@ -191,7 +191,7 @@ def test_bench_cpu_merge_bf16(benchmark: Any, scale: Any, name: str):
     if name == "2048x2048":
         rivals["bfloat16 addmm_"] = bf16_addmm(layers, layers.weights())
         targets["bfloat16 addmm_"] = 100.0 if torch.backends.cpu.get_cpu_capability() == "AVX2" else None
-    with result.told():
+    with result.reported():
         run(benchmark, result, layers, "flora", rivals, 8 * scale.seconds)
         print("\n" + result.conclude("flora", targets))
     told = result.data["check"]
@@ -209,7 +209,7 @@ def test_bench_cpu_merge_fp32(benchmark: Any, scale: Any, name: str):
     )
     layers = Layers(name, scale.layers, torch.float32)
     rivals = {"addmm_": addmm(layers, layers.weights())}
-    with result.told():
+    with result.reported():
         run(benchmark, result, layers, "flora", rivals, 6 * scale.seconds)
         print("\n" + result.conclude("flora", {"addmm_": 0.95}))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
@@ -227,7 +227,7 @@ def test_bench_cpu_merge_instruction_sets(benchmark: Any, scale: Any):
     )
     layers = Layers(name, scale.layers, torch.bfloat16)
     rivals = {isa: ours(layers, layers.weights(), isa) for isa in others}
-    with result.told():
+    with result.reported():
         run(benchmark, result, layers, "flora", rivals, 8 * scale.seconds)
         print("\n" + result.conclude("flora", dict.fromkeys(others)))
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}

@@ -103,7 +103,7 @@ def test_bench_data_loading(benchmark: Any, scale: Any, tmp_path: Path):
         {"clients": CLIENTS, "records": per_client, "batch_size": BATCH, "fair": FAIR},
         scale.folder,
     )
-    with result.told():
+    with result.reported():
         values = interleave(
             benchmark,
             result,

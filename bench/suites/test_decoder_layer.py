@@ -161,7 +161,7 @@ def test_bench_decoder_layer(benchmark: Any, scale: Any, case: Case):
         f"{case.targets} targets, {case.tokens} tokens each, dropout {case.dropout:g}"
     )
     result = Result(f"decoder_layer_{case.id}", question, case.settings, scale.folder)
-    with result.told():
+    with result.reported():
         setting = Layer(case)
         result.save(rates=rates(setting.device), dtype=str(setting.dtype))
         contenders = ready(RIVALS, setting, result)

@@ -24,7 +24,7 @@ def test_bench_federated_round(benchmark: Any, scale: Any, case: Case):
     )
     settings = {**case.settings, "layers": layers, "steps": STEPS}
     result = Result(f"federated_round_{case.id}", question, settings, scale.folder)
-    with result.told():
+    with result.reported():
         setting = Round(case, layers)
         result.save(rates=rates(device()), dtype=str(setting.dtype))
         rivals = ready(RIVALS, setting, result)

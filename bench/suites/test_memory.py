@@ -86,7 +86,7 @@ def test_bench_memory(benchmark: Any, scale: Any, case: Case):
         {**case.settings, "layers": layers, "steps": STEPS[device().type], "dtype": str(dtype(device()))},
         scale.folder,
     )
-    with result.told():
+    with result.reported():
         result.checked(Step(case, min(2, layers), cuda_graphs=False).check((0, clients // 2, clients - 1)))
         cases = contenders(case, layers)
         try:

@@ -138,7 +138,7 @@ def test_bench_merge(benchmark: Any, scale: Any, accumulate: str):
         {**scale.settings, "ranks": RANKS, "targets": "all linears", "dtype": "float32"},
         scale.folder,
     )
-    with result.told():
+    with result.reported():
         measure(benchmark, result, scale, ours)
     benchmark.extra_info |= {"speedups": result.data["speedups"], "json": result.path.name}
 

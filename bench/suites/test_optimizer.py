@@ -108,7 +108,7 @@ def test_bench_optimizer(benchmark: Any, scale: Any, case: Case):
     layers = scale.depth(case.shapes.layers)
     question = f"One AdamW step of {len(case.ranks)} clients' adapters of {case.model}, {case.targets} targets"
     result = Result(f"optimizer_{case.id}", question, {**case.settings, "layers": layers}, scale.folder)
-    with result.told():
+    with result.reported():
         setting = Adapters(case, layers)
         numel = setting.bank.param.numel()
         result.save(rates=rates(setting.device), parameters=numel, bytes=7 * 4 * numel)

@@ -103,7 +103,7 @@ def test_bench_saved_activations(benchmark: Any, scale: Any):
             sizes = peft_bytes(scale, batches, dropout)
             add(f"PEFT, mean of ten clients, dropout {dropout:g}", sum(sizes), 10 * tokens)
 
-    with result.told():
+    with result.reported():
         result.checked(Layer(Case(tokens=scale.tokens)).check())
         benchmark.pedantic(measure, rounds=1, iterations=1)
         result.save(finished=True)

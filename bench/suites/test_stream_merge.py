@@ -274,7 +274,7 @@ def test_bench_stream_merge(benchmark: Any, scale: Any, tmp_path: Path):
         scale.folder,
     )
     folder = prepare(tmp_path, "tiny", size)
-    with result.told():
+    with result.reported():
         # A copy to warm up: memory that a virtual machine has never used is given to it page by page, and slowly.
         run(COPY, folder, folder / "out")
         compare(benchmark, result, folder, size, (OURS, PEFT, COPY), 3 if scale.full else 1, 0)
@@ -291,7 +291,7 @@ def test_bench_stream_merge_7b(benchmark: Any, scale: Any, tmp_path: Path):
         scale.folder,
     )
     folder = prepare(tmp_path, "7b", SEVEN)
-    with result.told():
+    with result.reported():
         compare(benchmark, result, folder, SEVEN, (COPY, OURS), 1, MEMORY_BYTES)
     peak = result.data["check"]["memory"][OURS]["peak_bytes"]
     assert peak < MEMORY_BYTES, f"the process had {peak / 1e9:.2f} GB"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .sharding import ShardedBase, check_plain, check_training, hold_base, is_sharded, shard_base, sharded
+from .sharding import ShardedBase, check_plain, check_training, is_sharded, shard_base, shard_if_needed, sharded
 from .world import RankError, Ranks, ranks, session
 
 __all__ = [
@@ -11,10 +11,10 @@ __all__ = [
     "ShardedBase",
     "check_plain",
     "check_training",
-    "hold_base",
     "is_sharded",
     "ranks",
     "session",
     "shard_base",
+    "shard_if_needed",
     "sharded",
 ]

@@ -269,7 +269,7 @@ def why_shard(model: Any, wanted: str, ranks: Ranks, device: torch.device) -> st
     return f"the base's {show_bytes(size)} are more than {_ROOM:g} of a rank's memory, {show_bytes(room)} here"
 
 
-def hold_base(model: Any, wanted: str, ranks: Ranks, device: torch.device | None = None) -> bool:
+def shard_if_needed(model: Any, wanted: str, ranks: Ranks, device: torch.device | None = None) -> bool:
     """Spread a model's base over the ranks where that is wanted or it does not fit otherwise; whether it is spread.
 
     Args:

@@ -51,7 +51,7 @@ class Task:
 Remote = Callable[[Task], "ClientUpdate | str | os.PathLike[str]"]
 
 
-class Asked:
+class PendingClients:
     """Clients that were asked at the same time, each in a thread of its own.
 
     Args:
@@ -114,7 +114,7 @@ def receive(answer: Any, expected: ClientUpdate, device: torch.device | str = "c
         expected: What ``validate.promised`` gives for the client.
         device: Where its tensors go.
     Returns:
-        The update, in copies that no other code can change; ``validate.sift`` judges what is in it.
+        The update, in copies that no other code can change; ``judge_updates`` judges what is in it.
     Raises:
         ValueError, OSError: With the file's name, if the folder holds no adapter that can be read safely: larger than
             what was promised can be, a link, damaged, with regular expressions, ...
@@ -151,7 +151,7 @@ def _numbers(expected: ClientUpdate) -> int:
     return sum(factor.numel() for pair in expected.adapters.values() for factor in pair)
 
 
-def elsewhere_done(round: int, spec: ClientSpec, seconds: float | None) -> dict[str, Any]:
+def remote_done(round: int, spec: ClientSpec, seconds: float | None) -> dict[str, Any]:
     """The event of a client that trained remotely: its own metrics are not taken for facts."""
     known = {"examples": 0, "tokens": 0, "steps": 0, "seconds": seconds or 0.0, "tokens_per_s": 0.0}
     event = {"event": "client_done", "round": round, "client": spec.name, "rank": spec.adapter.rank}

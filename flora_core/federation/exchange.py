@@ -65,7 +65,7 @@ def choose(expected: Sequence[ClientUpdate], ranks: int, why_gather: str | None)
     return Way(reduced, reason, sum(gathered.values()), moved)
 
 
-def light(update: ClientUpdate, reduced: Iterable[str]) -> ClientUpdate:
+def without_factors(update: ClientUpdate, reduced: Iterable[str]) -> ClientUpdate:
     """An update without the factors that do not move."""
     moving = [module for module in update.adapters if module not in set(reduced)]
     parts = {name: {m: getattr(update, name)[m] for m in moving} for name in ("adapters", "scaling")}

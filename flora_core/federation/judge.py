@@ -24,7 +24,7 @@ def promised(cohort: Cohort, client: str) -> ClientUpdate:
     return ClientUpdate(client, shapes, cohort.bank.scaling(client))
 
 
-def sift(
+def judge_updates(
     updates: Sequence[ClientUpdate],
     expected: Mapping[str, ClientUpdate],
     max_norm: float | None = None,

@@ -21,9 +21,9 @@ from ..model import ClientSpec, Cohort, attach, detach
 from ..ops import autotune
 from ..runs import Event, RunFolder
 from ..training import CohortTrainer, LocalClient, Paused, spread
-from .callable_clients import Asked, Remote, Task, elsewhere_done, receive
-from .exchange import choose, light, partial_sum, whole
-from .judge import sift
+from .callable_clients import PendingClients, Remote, Task, receive, remote_done
+from .exchange import choose, partial_sum, whole, without_factors
+from .judge import judge_updates
 from .privacy import PrivateSum
 from .quarantine import quarantine
 from .server import Server
@@ -98,7 +98,7 @@ class TrainingRound:
         kept = [name for name in self.specs if name in self.optimizer and name not in refused]
         self.optimizer = {name: self.optimizer[name] for name in kept}
         for name in names:
-            event = done.get(name) or elsewhere_done(number, self.specs[name], asked.seconds.get(name))
+            event = done.get(name) or remote_done(number, self.specs[name], asked.seconds.get(name))
             self._emit(**event | ({"refused": refused[name]} if name in refused else {}))
         return good
 
@@ -195,7 +195,7 @@ class TrainingRound:
             # The others will not see these factors.
             updates, refused = self._judge(updates, mine)
             failures |= refused
-        ready = {update.client: light(update, way.reduced) for update in updates}
+        ready = {update.client: without_factors(update, way.reduced) for update in updates}
         parts: list[dict[str, Any]] = [{"fuse": autotune.used(), "warnings": self.heard}]
         for name in mine:
             part = {"client": name, "done": done[name], "failure": failures.get(name)}
@@ -232,17 +232,17 @@ class TrainingRound:
         if merged:
             autotune.use({str(self.server.device): merged})
 
-    def _ask(self, number: int, names: Sequence[str]) -> Asked:
+    def _ask(self, number: int, names: Sequence[str]) -> PendingClients:
         """Start the remote clients; they are waited for when the local ones are done."""
         if not names:
-            return Asked({}, {}, None)
+            return PendingClients({}, {}, None)
         self.server.refuse_penalties(names)
         with self._attached([self.specs[n] for n in names], derive(self.config.seed, "round", number)) as cohort:
             self.server.load_starts(cohort, number)
             starts = {name: cohort.update(name) for name in names}
         trainable = self.server.trainable
         tasks = {n: Task(number, n, start.adapters, start.scaling, trainable) for n, start in starts.items()}
-        return Asked(self.remote, tasks, self.config.deadline_s)
+        return PendingClients(self.remote, tasks, self.config.deadline_s)
 
     def _set_aside(self, number: int, name: str, reason: str, answer: Any) -> None:
         """Keep what was refused, for people to look at; that this fails must not cost the others their round."""
@@ -275,7 +275,9 @@ class TrainingRound:
             return list(updates), {}
         bound = self.server.largest if self.config.max_norm is None else min(self.server.largest, self.config.max_norm)
         config = self.config
-        good, refused = sift(updates, {name: self.expected[name] for name in names}, bound, config.outlier_factor)
+        good, refused = judge_updates(
+            updates, {name: self.expected[name] for name in names}, bound, config.outlier_factor
+        )
         self._warn_of(refused)
         if config.clip_update is not None:
             good, before = clipped(good, config.clip_update)

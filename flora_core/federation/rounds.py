@@ -20,7 +20,7 @@ from ..aggregation import get_strategy
 from ..common import Stopped, peak_memory_bytes, require
 from ..config import FederationConfig, TrainConfig
 from ..data import Record, check_records
-from ..distributed import hold_base, ranks
+from ..distributed import ranks, shard_if_needed
 from ..model import ClientSpec, as_tokenizer, check_model, evaluate
 from ..runs import Event, RunFolder, converted, dtype_to_save
 from ..training import CohortTrainer, Paused, stopping
@@ -145,7 +145,7 @@ class Federation(Resuming):
             stopping(self.config.out is not None) as self.stop,
         ):
             began = time.perf_counter()
-            hold_base(self.model, self.config.base, self.ranks)
+            shard_if_needed(self.model, self.config.base, self.ranks)
             notes = self._check_clients()
             notes += self._resume()
             if self._over:

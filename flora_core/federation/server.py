@@ -20,7 +20,7 @@ from ..common import derive, generator, on_device, require, tensor_digest
 from ..distributed import sharded
 from ..merge import adapter_stack, apply_base_delta_, apply_to_parts_, new_low_bits
 from ..model import Cohort, adapter_beside, is_conv1d, target_weights
-from .exchange import dense_stack, light
+from .exchange import dense_stack, without_factors
 
 
 class Server:
@@ -207,7 +207,7 @@ class Server:
         Returns:
             The round's result, whose certificate has the error of the write too.
         """
-        sent = [light(update, sums) for update in updates] if sums else updates
+        sent = [without_factors(update, sums) for update in updates] if sums else updates
         result = aggregate(sent, self.strategy.name, self.state, **self.options)
         if sums:
             self._add_sums(result, updates, sums)

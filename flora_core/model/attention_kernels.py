@@ -211,50 +211,52 @@ def flex(q, k, v, lengths: tuple[int, ...], window: int | None, scaling: float |
     def masked(q, k, v):
         return attend(q, k, v, block_mask=mask, scale=scaling, enable_gqa=grouped)
 
-    return _rows(apart(masked, q, k, v, _owner(lengths, q.device), len(lengths)))
+    return _rows(isolated(masked, q, k, v, _owner(lengths, q.device), len(lengths)))
 
 
-def apart(attend: Callable[..., torch.Tensor], q, k, v, owner_M: torch.Tensor, count: int) -> torch.Tensor:
+def isolated(attend: Callable[..., torch.Tensor], q, k, v, owner_M: torch.Tensor, count: int) -> torch.Tensor:
     """Attend under a mask, with every sequence that is not finite taken out and given back as NaN, both ways.
 
     A masked product alone would not do: 0 * NaN is NaN, in a block that two sequences share.
     """
-    sick = torch.zeros(count, dtype=torch.bool, device=q.device)
-    q, k, v = _Enter.apply(sick, owner_M, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
-    return _Leave.apply(sick, owner_M, attend(q, k, v))  # pyright: ignore[reportReturnType]
+    nonfinite = torch.zeros(count, dtype=torch.bool, device=q.device)
+    q, k, v = _Enter.apply(nonfinite, owner_M, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
+    return _Leave.apply(nonfinite, owner_M, attend(q, k, v))  # pyright: ignore[reportReturnType]
 
 
-def _mark(sick: torch.Tensor, owner_M: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Add the sequences with something that is not finite to ``sick``; where their tokens are, (M, 1)."""
+def _mark(nonfinite: torch.Tensor, owner_M: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Add the sequences with something that is not finite to ``nonfinite``; where their tokens are, (M, 1)."""
     for t_1HMD in tensors:
         bad_M = ~t_1HMD.isfinite().all(3).all(1)[0]
-        sick |= torch.zeros_like(sick, dtype=torch.int32).index_add_(0, owner_M, bad_M.int()) > 0
-    return sick[owner_M][:, None]
+        nonfinite |= torch.zeros_like(nonfinite, dtype=torch.int32).index_add_(0, owner_M, bad_M.int()) > 0
+    return nonfinite[owner_M][:, None]
 
 
 class _Enter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sick: torch.Tensor, owner_M: torch.Tensor, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.sick, ctx.owner_M = sick, owner_M
-        bad_M1 = _mark(sick, owner_M, qkv)
+    def forward(
+        ctx: Any, nonfinite: torch.Tensor, owner_M: torch.Tensor, *qkv: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.nonfinite, ctx.owner_M = nonfinite, owner_M
+        bad_M1 = _mark(nonfinite, owner_M, qkv)
         return tuple(torch.where(bad_M1, 0, t) for t in qkv)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        bad_M1 = ctx.sick[ctx.owner_M][:, None]
+        bad_M1 = ctx.nonfinite[ctx.owner_M][:, None]
         return None, None, *(torch.where(bad_M1, float("nan"), grad) for grad in grads)
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sick: torch.Tensor, owner_M: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        ctx.sick, ctx.owner_M = sick, owner_M
-        return torch.where(sick[owner_M][:, None], float("nan"), out)
+    def forward(ctx: Any, nonfinite: torch.Tensor, owner_M: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        ctx.nonfinite, ctx.owner_M = nonfinite, owner_M
+        return torch.where(nonfinite[owner_M][:, None], float("nan"), out)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A sequence whose gradient is not finite is taken out too; ``_Enter`` gives it NaN.
-        return None, None, torch.where(_mark(ctx.sick, ctx.owner_M, [grad]), 0, grad)
+        return None, None, torch.where(_mark(ctx.nonfinite, ctx.owner_M, [grad]), 0, grad)
 
 
 WAYS: dict[str, Callable[..., torch.Tensor]] = {"flash-attn": flash, "varlen": varlen, "flex": flex}

@@ -10,7 +10,7 @@ import torch
 Named = Sequence[tuple[str, torch.Tensor]]
 
 
-def check_apart(written: Named, read: Named = ()) -> None:
+def check_disjoint(written: Named, read: Named = ()) -> None:
     """Check that what is written has a place for each element, and shares none with what is read or written beside it.
 
     A kernel would give one of several answers.
@@ -26,17 +26,17 @@ def check_apart(written: Named, read: Named = ()) -> None:
                 places[tensor.untyped_storage().data_ptr()].append((tensor.data_ptr(), is_written, name, tensor))
     for sharing in places.values():
         if len(sharing) > 1 and any(one[1] for one in sharing):
-            _check_apart_in_storage(sorted(sharing, key=lambda one: one[:3]))
+            _check_disjoint_in_storage(sorted(sharing, key=lambda one: one[:3]))
 
 
-def _check_apart_in_storage(sharing: Sequence[tuple[int, bool, str, torch.Tensor]]) -> None:
-    """As ``check_apart``, for tensors of one storage in the order of their addresses."""
+def _check_disjoint_in_storage(sharing: Sequence[tuple[int, bool, str, torch.Tensor]]) -> None:
+    """As ``check_disjoint``, for tensors of one storage in the order of their addresses."""
     for i, (start, is_written, name, tensor) in enumerate(sharing):
         stop = start + _reach(tensor)
         for other_start, other_written, other, beside in sharing[i + 1 :]:
             if other_start >= stop:
                 break
-            if (is_written or other_written) and not _are_columns_apart(tensor, beside, other_start - start):
+            if (is_written or other_written) and not _are_columns_disjoint(tensor, beside, other_start - start):
                 names = (name, other) if is_written else (other, name)
                 raise ValueError("{} is written and must share no memory with {}; pass its clone()".format(*names))
 
@@ -57,7 +57,7 @@ def _reach(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
-def _are_columns_apart(one: torch.Tensor, other: torch.Tensor, ahead: int) -> bool:
+def _are_columns_disjoint(one: torch.Tensor, other: torch.Tensor, ahead: int) -> bool:
     """Return whether two tensors, the other so many bytes ahead, are ranges of columns of one matrix, without a common
     one."""
     if one.dim() != 2 or other.dim() != 2 or one.dtype != other.dtype or one.stride() != other.stride():

@@ -124,7 +124,7 @@ class Choices:
         """Take a run's choices, which go before everything that was or could be measured."""
         self.used.update(choices)
 
-    def told(self, N: int, K: int, dtype: torch.dtype, direction: str = "forward") -> str:
+    def describe(self, N: int, K: int, dtype: torch.dtype, direction: str = "forward") -> str:
         """Describe what is chosen for the products (or merges) of one weight, and why."""
         like = Shape(direction, 1, N, K, 1, dtype).key.split()
         found = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..common import Segments, check_choice, check_tensor, require
-from .aliasing import check_apart
+from .aliasing import check_disjoint
 from .autograd import Plan, without_autocast
 from .backends import resolve, without_checks
 from .dropout import dropout_of
@@ -79,7 +79,7 @@ def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulat
     check_merges(items, rounding, seed, accumulate)
     if not items:
         return
-    check_apart(*_merged(items))
+    check_disjoint(*_merged(items))
     options: dict[str, Any] = dict(rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
     with torch.no_grad(), without_autocast(items[0].weight):
         merge_with(merge_kernels(items, backend, **options), items, **options)
@@ -110,7 +110,7 @@ def adamw(
     kernels, _ = resolve(backend, "cohort_adamw_", buffers[0])
     check_adamw(buffers, segments.total, len(segments), hyper_CH, owner)
     param, grad, exp_avg, exp_avg_sq = buffers
-    check_apart([("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)], [("grad", grad)])
+    check_disjoint([("param", param), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)], [("grad", grad)])
     owner = range(len(segments)) if owner is None else owner
     with torch.no_grad():
         kernels.cohort_adamw_(*buffers, segments, hyper_CH, owner)

@@ -48,7 +48,7 @@ def augmented(k: Any, x_MK, weight, bias, s_flat, B_PN, tokens, ranks, scaling_C
     """One library product over X and W with the branch as extra columns; what writes the wider X and W is included."""
     (M, K), N, P = x_MK.shape, weight.shape[0], ranks.total
     extra = -(-P // _PAD) * _PAD
-    B_NP, scaling_C = _without_sick_clients(B_PN.to(x_MK.dtype), ranks, scaling_C)
+    B_NP, scaling_C = _without_nonfinite_clients(B_PN.to(x_MK.dtype), ranks, scaling_C)
     wide_x, wide_w = x_MK.new_empty(M, K + extra), weight.new_empty(N, K + extra)
     wide_x[:, :K], wide_w[:, :K], wide_w[:, K : K + P], wide_w[:, K + P :] = x_MK, weight, B_NP, 0
     k.place_(wide_x[:, K:], s_flat, tokens, ranks, scaling_C)
@@ -61,7 +61,9 @@ def _copied(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
-def _without_sick_clients(B_PN: torch.Tensor, ranks: Segments, scaling_C: Numbers) -> tuple[torch.Tensor, torch.Tensor]:
+def _without_nonfinite_clients(
+    B_PN: torch.Tensor, ranks: Segments, scaling_C: Numbers
+) -> tuple[torch.Tensor, torch.Tensor]:
     """B^T without the columns of clients in whose B something is not finite, and NaN for their scale.
 
     Their own rows become NaN as a whole; no other client's are touched. Nothing is read back from the device.

@@ -89,12 +89,12 @@ def _copies(items: Sequence[MergeItem]) -> list[MergeItem]:
     return found
 
 
-def told(weight: torch.Tensor) -> str:
+def describe(weight: torch.Tensor) -> str:
     """Whose kernels merge into a weight under ``auto``, and why, for people."""
     names = able(OP, weight)
     if weight.device.type != "cuda":
         return f"{names[0]} (nothing is measured on a {weight.device.type.upper()})"
     if len(names) > 1 and names[1] == "native":
         N, K = weight.shape
-        return choices_for(weight.device).told(N, K, weight.dtype, "merge")
+        return choices_for(weight.device).describe(N, K, weight.dtype, "merge")
     return f"{names[0]} (the only one that is here)"

@@ -13,7 +13,7 @@ import torch
 
 from ..common import atomic_write_bytes, atomic_write_json, folder_names, nearest, pick_device, pick_dtype, require
 from ..data import Record, Split, client_names_for, exists, load_part, load_test, split_data
-from ..distributed import RankError, Ranks, hold_base, ranks
+from ..distributed import RankError, Ranks, ranks, shard_if_needed
 from ..model import ClientSpec
 from .events import Event
 from .loading import load_model, load_tokenizer, model_folder
@@ -62,7 +62,7 @@ def _load_between(joined: Ranks, recipe: Recipe, folder: str, device: torch.devi
     for turn in range(max(joined.meet(turns)) if base == "sharded" else 1):
         if base == "auto" or turn == here:
             model = load_model(folder, torch.device("cpu"), dtype, recipe.trust_remote_code)
-            model = model if hold_base(model, base, joined, device) else model.to(device)
+            model = model if shard_if_needed(model, base, joined, device) else model.to(device)
         joined.meet()
     return model
 

@@ -74,7 +74,7 @@ def explain(model: nn.Module) -> Explanation:
         f"loss: {head}",
         f"backend: {reason}",
         f"CUDA graphs: {f'off ({against})' if against else 'on, for shapes that come again'}",
-        f"merge: {merging.told(next(iter(cohort.layers.values())).weight)}",
+        f"merge: {merging.describe(next(iter(cohort.layers.values())).weight)}",
     )
     return Explanation(rows, notes)
 
@@ -99,7 +99,7 @@ def _fuse(layer: MultiLoRALinear) -> str:
         return f"{layer.fuse} (fixed)"
     if device.type != "cuda":
         return f"separate (nothing is measured on a {device.type.upper()})"
-    return autotune.choices_for(device).told(layer.out_features, layer.in_features, layer.weight.dtype)
+    return autotune.choices_for(device).describe(layer.out_features, layer.in_features, layer.weight.dtype)
 
 
 def _tiles(kernels: ModuleType, dtype: torch.dtype, targets: int) -> str:

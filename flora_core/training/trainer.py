@@ -47,7 +47,7 @@ class CohortTrainer:
         optimizer_state: What ``optimizer_state`` of the round before was, for clients that keep theirs.
         trainable: The factors that are trained, "A", "B" or both; the other one stays as it is, bit for bit.
         penalties: Client -> what is added to its loss; losses are reported without it.
-        stop: Asked after every step; where it says True, training ends with ``Paused``, which has the state.
+        stop: PendingClients after every step; where it says True, training ends with ``Paused``, which has the state.
         resume: The state of a ``Paused``, to go on from.
     Raises:
         ValueError: For missing data, a client without examples, or sequences longer than the model allows; before

@@ -81,7 +81,7 @@ def test_broken_engine_gets_none(
     monkeypatch.setattr(_KERNELS, name, broken)
     monkeypatch.setattr(cohorts, "LR", 0.05)  # a tiny model learns little in one step at the usual rate
     result = Result("tiny", "Is it faster?", {}, tmp_path)
-    with pytest.raises(AssertionError, match="check is red, no speed-up"), result.told():
+    with pytest.raises(AssertionError, match="check is red, no speed-up"), result.reported():
         print(run(result))
     found = read(result)
     assert not found["check"]["green"]

@@ -68,7 +68,7 @@ def test_rival_that_fails_in_the_middle_is_left_out_with_its_reason(error, words
 
 def test_own_failure_is_in_the_file_and_in_the_table(tmp_path):
     result = Result("r", "Is it fast?", {"model": "m"}, tmp_path)
-    with pytest.raises(torch.OutOfMemoryError), result.told():
+    with pytest.raises(torch.OutOfMemoryError), result.reported():
         raise torch.OutOfMemoryError("no room")
     found = json.loads(result.path.read_text())
     assert not found["finished"]
@@ -83,7 +83,7 @@ def test_interrupted_run_leaves_valid_json_and_says_so(tmp_path):
         raise KeyboardInterrupt
 
     limits: Any = dict(check=lambda _: GREEN, seconds=0, least=3, most=3)
-    with pytest.raises(KeyboardInterrupt), result.told():
+    with pytest.raises(KeyboardInterrupt), result.reported():
         interleave(Pedantic(), result, ("flora", stops), {"PEFT": lambda: None}, **limits)
     found = json.loads(result.path.read_text())
     assert (found["finished"], found["stopped"]) == (False, "interrupted")
@@ -251,7 +251,7 @@ def test_stopped_run_leaves_the_earlier_result_and_tells_of_itself(tmp_path, mon
     result.timings({"flora": Timing([1.0], [1.0])})  # a kill here: nothing is told any more
     assert tables.load(tmp_path)["r"] == before
     assert tables.outcome_rows(tmp_path) == [["r", "stopped", "killed"]]
-    with pytest.raises(OutOfTime), result.told(), within(0.01, "the run"):
+    with pytest.raises(OutOfTime), result.reported(), within(0.01, "the run"):
         time.sleep(5)
     assert tables.load(tmp_path)["r"] == before
     assert tables.outcome_rows(tmp_path) == [["r", "stopped", "out of time: the run was stopped after 0.01 s"]]

@@ -18,7 +18,7 @@ from flora_core.distributed import world
 from flora_core.federation.exchange import Way, choose
 from flora_core.federation.parties import RemoteFederation
 from flora_core.training.planner import spread
-from tests.federation.test_kill_resume import told
+from tests.federation.test_kill_resume import events_of
 from tests.support.federations import make_federation, make_model
 
 
@@ -107,7 +107,7 @@ def test_a_group_of_one_is_one_process(group_of_one, tmp_path):
     make_federation(tmp_path / "group", rounds=1).run()
     with world.session() as ranks:
         assert (ranks.rank, ranks.size, ranks.moved_bytes) == (0, 1, 0)
-    starts = [event for event in told(tmp_path / "group") if event["event"] == "round_start"]
+    starts = [event for event in events_of(tmp_path / "group") if event["event"] == "round_start"]
     assert "shares" not in starts[0]
 
 

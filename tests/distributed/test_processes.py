@@ -12,7 +12,7 @@ import time
 import pytest
 
 from flora_core.cli import main
-from tests.federation.test_kill_resume import told
+from tests.federation.test_kill_resume import events_of
 from tests.support.distributed.jobs import (
     AGAIN,
     ALONE,
@@ -53,7 +53,7 @@ def two(tmp_path_factory) -> Launch:
 def test_two_processes_leave_the_bytes_of_one(name, two, tmp_path):
     alone(tmp_path, JOBS[name])
     assert files(two.out(name), ".safetensors") == files(tmp_path, ".safetensors")
-    events = [without_ranks(told(out)) for out in (two.out(name), tmp_path)]
+    events = [without_ranks(events_of(out)) for out in (two.out(name), tmp_path)]
     assert events[0] == events[1]
     results = two.of(name)
     assert results[0] == results[1]
@@ -61,9 +61,9 @@ def test_two_processes_leave_the_bytes_of_one(name, two, tmp_path):
 
 
 def test_a_poisoned_client_is_refused_wherever_it_trains(two):
-    refused = {event["client"]: event["refused"] for event in told(two.out("poisoned")) if event.get("refused")}
+    refused = {event["client"]: event["refused"] for event in events_of(two.out("poisoned")) if event.get("refused")}
     assert set(refused) == {"b"}
-    shares = [event["shares"] for event in told(two.out("poisoned")) if event["event"] == "round_start"]
+    shares = [event["shares"] for event in events_of(two.out("poisoned")) if event["event"] == "round_start"]
     assert all("b" in share[1] for share in shares), "it is rank 1's, so that its failure had to travel"
 
 
@@ -76,7 +76,7 @@ def test_nothing_is_needed_but_the_processes(two):
 
 
 def test_idle_processes_are_fine_and_told_of(two):
-    messages = [event["message"] for event in told(two.out("one client")) if event["event"] == "warning"]
+    messages = [event["message"] for event in events_of(two.out("one client")) if event["event"] == "warning"]
     assert messages == ["2 ranks share 1 clients of a round: at least 1 train nobody"]
 
 
@@ -85,7 +85,7 @@ def test_packed_cohorts_agree_within_the_budget(name, two, tmp_path):
     """In float64: clients that share passes with others, and passes that were split where memory ran out."""
     alone(tmp_path, JOBS["packed"])
     check_weights(two.out(name), tmp_path)
-    said = [event["message"] for event in told(two.out(name)) if event["event"] == "warning"]
+    said = [event["message"] for event in events_of(two.out(name)) if event["event"] == "warning"]
     assert bool(said) == (name == "no memory")
     assert all("memory ran out at step" in text for text in said)
 
@@ -102,13 +102,13 @@ REDUCED = {
 @pytest.mark.filterwarnings("ignore:client 'b' was:RuntimeWarning")
 @pytest.mark.parametrize("name", REDUCED)
 def test_sums_move_where_they_are_smaller_and_enough(name, two, tmp_path):
-    exchanged = [event for event in told(two.out(name)) if event["event"] == "exchanged"]
+    exchanged = [event for event in events_of(two.out(name)) if event["event"] == "exchanged"]
     modules, reason = REDUCED[name]
     assert {(event["reduced"], event["reason"]) for event in exchanged} == {(modules, reason)}
     if name not in SAME:
         alone(tmp_path, JOBS[name])
         check_weights(two.out(name), tmp_path)
-        events = [without_ranks(told(out)) for out in (two.out(name), tmp_path)]
+        events = [without_ranks(events_of(out)) for out in (two.out(name), tmp_path)]
         for mine, whole in zip(*(map(aggregations, events)), strict=True):
             assert mine == whole
         assert two.of(name)[0]["digest"] == two.of(name)[1]["digest"]
@@ -117,7 +117,7 @@ def test_sums_move_where_they_are_smaller_and_enough(name, two, tmp_path):
 def test_machines_that_round_otherwise_are_told_of_and_do_not_drift(two, tmp_path):
     results = two.of("rounds otherwise")
     assert results[0]["digest"] == results[1]["digest"]
-    messages = [event["message"] for event in told(two.out("rounds otherwise")) if event["event"] == "warning"]
+    messages = [event["message"] for event in events_of(two.out("rounds otherwise")) if event["event"] == "warning"]
     assert len(messages) == 2
     assert all("ranks 1 came to other weights than rank 0" in text for text in messages)
     alone(tmp_path, JOBS["rounds otherwise"])
@@ -159,7 +159,7 @@ def test_a_pause_of_one_process_pauses_all_and_loses_no_step(name, two, tmp_path
 
 def test_a_finished_run_trains_nothing(two):
     assert all(result["evaluated"] == 2 for result in two.of("finished"))
-    starts = [event for event in told(two.out("finished")) if event["event"] == "round_start"]
+    starts = [event for event in events_of(two.out("finished")) if event["event"] == "round_start"]
     assert "shares" not in starts[0]
 
 

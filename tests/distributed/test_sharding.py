@@ -21,7 +21,7 @@ from flora_core.distributed.sharding import check_training, shard_base, why_shar
 from flora_core.distributed.world import Ranks
 from flora_core.model.attachment import attach
 from flora_core.model.client import ClientSpec
-from tests.federation.test_kill_resume import told
+from tests.federation.test_kill_resume import events_of
 from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_ranks
 from tests.support.distributed.worker import arguments
 from tests.support.federations import files, make_federation, make_model, stop_after
@@ -87,7 +87,7 @@ def test_a_sharded_base_leaves_the_bytes_of_a_whole_one(name, two, tmp_path):
     assert len({result["digest"] for result in two.of(name)}) == 1, two.said
     whole(tmp_path, JOBS[name])
     assert files(two.out(name), ".safetensors") == files(tmp_path, ".safetensors")
-    mine, theirs = (without_ranks(told(out)) for out in (two.out(name), tmp_path))
+    mine, theirs = (without_ranks(events_of(out)) for out in (two.out(name), tmp_path))
     assert len(mine) == len(theirs)
     for one, other in zip(mine, theirs, strict=True):
         # Each rank adds its own rows' errors up, so that their last bits are others.

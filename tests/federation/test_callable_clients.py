@@ -23,7 +23,7 @@ from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation import aggregate
 from flora_core.common.errors import Stopped
 from flora_core.common.seeds import generator
-from flora_core.federation.callable_clients import Asked, Task, receive
+from flora_core.federation.callable_clients import PendingClients, Task, receive
 from flora_core.merge.in_place import apply_base_delta_
 from flora_core.model.targets import target_weights as writable
 from tests.support.federations import files, make_clients, make_federation, make_model, target_weights
@@ -201,9 +201,9 @@ def test_a_clock_that_jumps_moves_no_deadline(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: next(jumps))
     task = Task(1, "a", {}, {})
     began = time.monotonic()
-    answers, failed = Asked({"a": lambda task: time.sleep(0.3) or "here"}, {"a": task}, 30.0).wait()
+    answers, failed = PendingClients({"a": lambda task: time.sleep(0.3) or "here"}, {"a": task}, 30.0).wait()
     assert (answers, failed) == ({"a": "here"}, {})
-    answers, failed = Asked({"a": hang}, {"a": task}, 0.5).wait()
+    answers, failed = PendingClients({"a": hang}, {"a": task}, 0.5).wait()
     assert failed == {"a": "it sent nothing within the deadline of 0.5 s"}
     assert time.monotonic() - began < 20
 

@@ -25,7 +25,7 @@ from flora_core.common.errors import Stopped
 from flora_core.common.files import SaveError
 from flora_core.runs.folder import RunFolder
 from flora_core.training.pause import stopping
-from tests.federation.test_kill_resume import CASES, Runner, left_behind, told
+from tests.federation.test_kill_resume import CASES, Runner, events_of, left_behind
 from tests.support.federations import files, make_clients, make_federation, make_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_sigterm_finishes_the_step_saves_it_and_the_run_goes_on_there(variant, s
     assert len(steps) < 1 + max(steps), "what was done is not done again"
     assert step not in steps
     assert left_behind(out) == left_behind(tmp_path / "whole")
-    assert told(out) == told(tmp_path / "whole")
+    assert events_of(out) == events_of(tmp_path / "whole")
     assert not (out / "paused").exists()
 
 

@@ -24,7 +24,7 @@ from flora_core.adapters.update import ClientUpdate
 from flora_core.common import files as files_module
 from flora_core.common.safetensors_header import read_header
 from flora_core.federation.callable_clients import receive
-from flora_core.federation.judge import sift, why_refused
+from flora_core.federation.judge import judge_updates, why_refused
 from flora_core.federation.quarantine import quarantine
 from flora_core.runs.folder import RunFolder
 from tests.federation.test_judge import make_update, promised
@@ -251,7 +251,7 @@ def test_mutated_adapters_never_crash_or_hang_or_touch_anything(sent, tmp_path, 
         if update is None:
             assert str(sent) in refusal, f"{number}: {refusal}"
         else:
-            good, refused = sift([update], {"ann": promised()})
+            good, refused = judge_updates([update], {"ann": promised()})
             assert len(good) + len(refused) == 1
             assert not good or all(t.isfinite().all() for pair in good[0].adapters.values() for t in pair)
         loaded, slowest = loaded + (update is not None), max(slowest, time.monotonic() - began)

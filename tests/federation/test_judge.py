@@ -14,7 +14,7 @@ import torch
 
 from flora_core.adapters.update import ClientUpdate
 from flora_core.aggregation.norms import product_norm
-from flora_core.federation.judge import sift, why_refused
+from flora_core.federation.judge import judge_updates, why_refused
 
 K, N = 12, 20
 RANKS = {"x": 4, "y": 3}
@@ -91,7 +91,7 @@ def test_whatever_is_not_as_promised_is_refused(what):
     got = why_refused(update, promised())
     assert got is not None
     assert re.search(reason, got), got
-    good, refused = sift([make_update("bob"), update], {"ann": promised(), "bob": promised("bob")})
+    good, refused = judge_updates([make_update("bob"), update], {"ann": promised(), "bob": promised("bob")})
     assert [one.client for one in good] == ["bob"]
     assert refused == {"ann": got}
 
@@ -117,7 +117,7 @@ def test_finite_factors_whose_product_no_weight_can_hold_are_refused_without_a_b
 
 def test_only_clients_of_the_round_are_heard_and_each_once():
     updates = [make_update("ann"), make_update("bob"), make_update("bob"), make_update("eve")]
-    good, refused = sift(updates, {"ann": promised(), "bob": promised("bob"), "cid": promised("cid")})
+    good, refused = judge_updates(updates, {"ann": promised(), "bob": promised("bob"), "cid": promised("cid")})
     assert [one.client for one in good] == ["ann"]
     assert refused["bob"] == "it sent 2 updates in one round"
     assert "not asked" in refused["eve"]
@@ -134,10 +134,10 @@ def test_a_norm_far_above_the_median_of_the_good_is_refused():
     sizes = {"ann": 1.0, "bob": 1.1, "cid": 0.9, "dan": 30.0, "eve": math.nan}
     updates = [make_update(name, size) for name, size in sizes.items()]
     mine = {name: promised(name) for name in sizes}
-    good, refused = sift(updates, mine, outlier_factor=5.0)
+    good, refused = judge_updates(updates, mine, outlier_factor=5.0)
     assert [one.client for one in good] == ["ann", "bob", "cid"]
     assert re.fullmatch(
         r"the norm of its product is .*, more than 5 times the round's median of .* \(outlier_factor\)", refused["dan"]
     )
     assert "not finite" in refused["eve"], "what is broken has no part in the median"
-    assert [one.client for one in sift(updates, mine)[0]] == ["ann", "bob", "cid", "dan"]
+    assert [one.client for one in judge_updates(updates, mine)[0]] == ["ann", "bob", "cid", "dan"]

@@ -167,7 +167,7 @@ def left_behind(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in names if path.parent != out}
 
 
-def told(out: Path) -> list[dict[str, Any]]:
+def events_of(out: Path) -> list[dict[str, Any]]:
     """The events of a run without times and without its beginnings, of which a resumed run has several."""
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     kept = [event for event in events if event["event"] != "run_start"]
@@ -195,7 +195,7 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bytes(case, runner, tmp_pat
         kills += killed
         if not killed:
             assert left_behind(out) == wanted
-            assert told(out) == told(tmp_path / "whole")
+            assert events_of(out) == events_of(tmp_path / "whole")
             assert not list(out.rglob(".tmp-*"))
             out = tmp_path / str(attempts)
 

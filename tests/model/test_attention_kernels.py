@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 from flora_core.model import attention, attention_kernels
-from flora_core.model.attention_kernels import apart, block_mask, choose, flex
+from flora_core.model.attention_kernels import block_mask, choose, flex, isolated
 from flora_core.testing import budget_ratio, plain_rounding
 from tests.support import models
 
@@ -128,7 +128,7 @@ def gradients(attend: Any, value: float | None, where: str) -> tuple[torch.Tenso
 @pytest.mark.parametrize("where", ["v", "dy"])
 def test_gradients_stay_apart(where: str):
     def guarded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return apart(dense, q, k, v, attention_kernels._owner(LENGTHS, CPU), len(LENGTHS))
+        return isolated(dense, q, k, v, attention_kernels._owner(LENGTHS, CPU), len(LENGTHS))
 
     clean = gradients(dense, None, where)
     assert all(map(torch.equal, gradients(guarded, None, where), clean))

@@ -135,9 +135,9 @@ def test_a_way_is_measured_once_per_shape_and_kept(tmp_path: Path):
     assert again.pick(SHAPE, TWO, never) == "prewrite"
     assert again.pick(replace(SHAPE, M=8000), TWO, never) == "prewrite", "M counts in powers of two"
     assert again.used == {SHAPE.key: {"way": "prewrite", "us": {"separate": 5.0, "prewrite": 4.0}}}
-    told = again.told(4096, 4096, torch.bfloat16)
+    told = again.describe(4096, 4096, torch.bfloat16)
     assert told == "measured on a GPU: prewrite at M8192 (prewrite 4 us, separate 5 us)"
-    assert again.told(4096, 2048, torch.bfloat16) == "measured at its first batch"
+    assert again.describe(4096, 2048, torch.bfloat16) == "measured at its first batch"
 
 
 def test_another_device_or_version_has_a_table_of_its_own(tmp_path: Path):

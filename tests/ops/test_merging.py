@@ -50,8 +50,8 @@ def test_the_faster_one_is_taken_and_kept(times, wanted, choices, tmp_path):
     again = autotune.Choices({"device": "test"}, tmp_path)
     assert merging.pick(items(), ["reference", "native"], again, timer(runs, 0.0, 0.0), **OPTIONS) == wanted
     assert runs == [2]
-    assert wanted in again.told(20, 24, torch.bfloat16, "merge")
-    assert again.told(20, 99, torch.bfloat16, "merge") == "measured at its first merge"
+    assert wanted in again.describe(20, 24, torch.bfloat16, "merge")
+    assert again.describe(20, 99, torch.bfloat16, "merge") == "measured at its first merge"
     assert list(choices.used) == ["merge-nearest-float32 M4 N20 K24 P64 bfloat16"]
 
 

@@ -1,7 +1,7 @@
 """A stand-in for a GPU, to try training steps of static shape without one.
 
-``Told`` is the executor of graphs over a device whose captures are the functions themselves. ``varlen_attn`` computes
-what torch's does from offsets in a tensor, so that no length need be on the host.
+``FakeGraphs`` is the executor of graphs over a device whose captures are the functions themselves. ``varlen_attn``
+computes what torch's does from offsets in a tensor, so that no length need be on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from flora_core.training.cuda_graphs import Graphs
 
 
-class Told(Graphs):
+class FakeGraphs(Graphs):
     """Counts as ``Graphs`` does; every call is a plain one."""
 
     def __init__(self):
@@ -63,4 +63,4 @@ def attend_by_offsets(patch: Any) -> None:
     patch.setattr(attention, "choose", lambda *_: attention_kernels.Way("varlen", "a stand-in"))
 
 
-__all__ = ["Told", "attend_by_offsets", "varlen_attn"]
+__all__ = ["FakeGraphs", "attend_by_offsets", "varlen_attn"]

@@ -28,7 +28,7 @@ from flora_core.ops import autotune
 from flora_core.training import cuda_graphs, static_steps, steps
 from flora_core.training.static_steps import Shape, round_up, shape_of
 from tests.support import models
-from tests.support.fake_graphs import Told, attend_by_offsets
+from tests.support.fake_graphs import FakeGraphs, attend_by_offsets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -38,8 +38,8 @@ def static(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Have trainers run steps of static shape; the executors that they made."""
     made: list[Any] = []
 
-    def executor(device: torch.device) -> Told:
-        made.append(Told())
+    def executor(device: torch.device) -> FakeGraphs:
+        made.append(FakeGraphs())
         return made[-1]
 
     monkeypatch.setattr(steps, "why_not", lambda cohort, config: None if config.cuda_graphs else "off")
@@ -115,7 +115,7 @@ def test_shapes_come_from_a_short_list():
 
 def test_a_function_is_called_then_captured_then_replayed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cuda_graphs, "MOST_GRAPHS", 2)
-    executor, ran = Told(), []
+    executor, ran = FakeGraphs(), []
     for _ in range(5):
         for key in ("a", "b", "c", None):
             executor.run(key, lambda key=key: ran.append(key))
@@ -130,14 +130,14 @@ def test_what_cannot_be_captured_goes_on_as_it_is(part: str, static: list[Any], 
     """A step that fails on the way is done again, as a whole; where graphs are a must, the error is the user's."""
     _, expected = train("llama", models.clients(), cuda_graphs=False)
 
-    def failing(self: Told, function: Callable[[], None]) -> Callable[[], None]:
+    def failing(self: FakeGraphs, function: Callable[[], None]) -> Callable[[], None]:
         if function.__name__ != part:
             return function
         if part == "run":
             function()  # the gradients are there already
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(Told, "capture", failing)
+    monkeypatch.setattr(FakeGraphs, "capture", failing)
     trainer, updates = train("llama", models.clients())
     assert trainer.cuda_graphs == "off: operation not permitted when stream is capturing"
     assert max(largest_error(expected[name], updates[name]) for name in updates) <= 1e-9
