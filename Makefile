@@ -26,8 +26,8 @@ PYTHON3 = $(shell for python in python3 python3.13 python3.12 python3.11; do \
 PIP = $(PY) -m pip --disable-pip-version-check
 # What an environment that was handed over must have to count as complete, for the demo and for the rest.
 HAS := import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
-DEMO_MODULES := torch transformers safetensors tokenizers jinja2 gguf accelerate rich yaml matplotlib psutil
-DEV_MODULES := $(DEMO_MODULES) peft pytest pytest_benchmark \
+DEMO_MODULES := torch transformers safetensors tokenizers jinja2 gguf accelerate rich yaml matplotlib
+DEV_MODULES := $(DEMO_MODULES) peft psutil pytest pytest_benchmark \
     pytest_timeout xdist hypothesis ruff pyright
 
 # An environment of somebody else's may not have this checkout installed, or another one: ours comes first.
@@ -113,7 +113,7 @@ environment: $(ENVIRONMENT)
 # The demo's model is made here too, so that nothing needs the network later.
 $(VENV)/.flora-installed: EXTRAS = dev
 $(VENV)/.flora-installed: MODULES = $(DEV_MODULES)
-$(VENV)/.flora-demo: EXTRAS = train,cli
+$(VENV)/.flora-demo: EXTRAS = train,cli,demo
 $(VENV)/.flora-demo: MODULES = $(DEMO_MODULES)
 $(VENV)/.flora-installed $(VENV)/.flora-demo: constraints.txt pyproject.toml setup.py
 	@if [ "$(VENV)" != .venv ] && $(PY) -c '$(HAS)' $(MODULES) 2>/dev/null; then \
@@ -122,7 +122,7 @@ $(VENV)/.flora-installed $(VENV)/.flora-demo: constraints.txt pyproject.toml set
 	    $(MAKE) --no-print-directory install EXTRAS=$(EXTRAS) STAMP=$(@F); \
 	fi
 
-#   EXTRAS=NAMES       the extras of flora-core that are installed (dev unless given; the demo takes train,cli)
+#   EXTRAS=NAMES       the extras of flora-core that are installed (dev unless given; the demo takes train,cli,demo)
 EXTRAS ?= dev
 STAMP ?= .flora-installed
 install:

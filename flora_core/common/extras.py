@@ -17,16 +17,9 @@ from collections.abc import Iterable
 
 # As pyproject.toml has them, without flora-core's own name (tests/project/test_packaging.py compares).
 EXTRAS = {
-    "train": (
-        "transformers>=5.0",
-        "safetensors>=0.5",
-        "tokenizers",
-        "jinja2",
-        "gguf>=0.13",
-        "accelerate>=1.1",
-        "numpy",
-    ),
-    "cli": ("rich>=13", "pyyaml>=6", "matplotlib>=3.8", "psutil>=5.9"),
+    "train": ("transformers>=5.0", "safetensors>=0.5"),
+    "cli": ("rich>=13", "pyyaml>=6", "matplotlib>=3.8"),
+    "demo": ("gguf>=0.13", "accelerate>=1.1"),
     "data": ("datasets>=4", "pyarrow>=17"),
     "privacy": ("dp-accounting>=0.6",),
     "flower": ("flwr>=1.41,<1.42", "cryptography"),

