@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..common import extras, usable_cores
+from ..common import extras, memory_bytes, usable_cores
 from ..version import __version__
 
 # Extras that `flora run` works without, and what needs them.
@@ -41,7 +40,7 @@ def doctor() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
         "cores": usable_cores(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": memory_bytes(),
         "torch": {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda": torch.version.cuda},
         "devices": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "backends": availability(),
@@ -101,13 +100,6 @@ def _package_text(facts: dict[str, Any], extra: str) -> str:
     if lacking and extra in _OPTIONAL:
         return f"not installed; {_OPTIONAL[extra]} needs it: {extras.install_command(lacking)}"
     return ", ".join(f"{name} {version or 'MISSING'}" for name, version in found.items())
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _native_library() -> str | None:

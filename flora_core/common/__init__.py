@@ -9,13 +9,13 @@ from ..lazy import face
 if TYPE_CHECKING:
     from . import extras, package_index, seeds
     from .cache import cache_folder
-    from .changes import _as_json, _dotted, differences
+    from .changes import as_json, differences, dotted
     from .checks import check_choice, check_flag, check_name, check_number, listed, nearest, require
     from .data_paths import KINDS, data_files, is_path, kind_of
-    from .devices import limit_threads, peak_memory_bytes, pick_device, pick_dtype, usable_cores
+    from .devices import limit_threads, memory_bytes, peak_memory_bytes, pick_device, pick_dtype, usable_cores
     from .digests import json_digest, tensor_digest
     from .errors import CrowdedError, Stopped, crowded_text, is_out_of_memory
-    from .extras import has_pip, install_command, missing, remedy, require_extras
+    from .extras import has_pip, install_command, missing, remedy, require_extras, version_of
     from .files import (
         SaveError,
         atomic_dir,

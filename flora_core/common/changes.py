@@ -9,18 +9,20 @@ from typing import Any
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the fields that are not what they were, with both values where they are short."""
-    now = _as_json(now)
+    now = as_json(now)
     changed = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     return [_difference(name, was.get(name), now.get(name)) for name in changed]
 
 
-def _dotted(prefix: str, value: Any) -> dict[str, Any]:
+def dotted(prefix: str, value: Any) -> dict[str, Any]:
+    """Flatten nested mappings: each leaf by its dotted key, below a prefix."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    return {name: leaf for key, part in value.items() for name, leaf in _dotted(f"{prefix}.{key}", part).items()}
+    return {name: leaf for key, part in value.items() for name, leaf in dotted(f"{prefix}.{key}", part).items()}
 
 
-def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts as they read after a trip through JSON; other types become text."""
     return json.loads(json.dumps(facts, default=str))
 
 

@@ -35,7 +35,7 @@ def name_of(requirement: str) -> str:
 
 def versions(extra: str) -> dict[str, str | None]:
     """Return the packages of an extra with their installed versions; None for a missing one."""
-    return {name_of(requirement): _version(name_of(requirement)) for requirement in EXTRAS[extra]}
+    return {name_of(requirement): version_of(name_of(requirement)) for requirement in EXTRAS[extra]}
 
 
 def missing(*extras: str) -> list[str]:
@@ -99,7 +99,8 @@ def _is_importable(requirement: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """Return the installed version of a package; None where it is missing."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..common import require, show_bytes
+from ..common import memory_bytes, require, show_bytes
 from ..config import TrainConfig
 
 if TYPE_CHECKING:
@@ -289,10 +289,10 @@ def shard_if_needed(model: Any, wanted: str, ranks: Ranks, device: torch.device 
 
 
 def _memory_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU, or this process's share of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return (memory_bytes() or 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def check_training(model: Any, config: TrainConfig, client: str) -> None:

@@ -18,10 +18,9 @@ from ..data import EncodeReport, Example, Record, check_ids, check_records, enco
 from .accepted import as_tokenizer, embedding_rows, to_evaluate
 from .batch import labelled_hidden, lay_out
 from .forward import Way, alone, evaluation_mode, find_way
-from .loss import Head
+from .loss import CHUNK_LOGITS, Head
 
 _LETTERS = "ABCDEFGHIJ"
-_CHUNK_LOGITS = 1 << 24
 # Without the head, which holds the model: what is kept here must not keep a model alive.
 _WAYS: weakref.WeakKeyDictionary[Any, tuple[str, bool, str]] = weakref.WeakKeyDictionary()
 
@@ -177,7 +176,7 @@ def _score(model: Any, examples: Sequence[Example], token_budget: int, tokenizer
 
 def _rows(way: Way, hidden_MH: torch.Tensor, target_M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     losses, hits = [], []
-    chunk = max(1, _CHUNK_LOGITS // way.head.output.weight.shape[0])
+    chunk = max(1, CHUNK_LOGITS // way.head.output.weight.shape[0])
     for start in range(0, len(hidden_MH), chunk):
         logits_mV, target = way.head.logits(hidden_MH[start : start + chunk]), target_M[start : start + chunk]
         losses.append(torch.nn.functional.cross_entropy(logits_mV, target, reduction="none").double())

@@ -18,7 +18,7 @@ from ..common import DeviceSegments, Segments
 from .accepted import decoder_of
 
 # Logits held at a time: 2**24 numbers, 64 MiB in float32.
-_CHUNK_LOGITS = 1 << 24
+CHUNK_LOGITS = 1 << 24
 
 
 class Head:
@@ -101,7 +101,7 @@ class _ChunkedLoss(torch.autograd.Function):
         loss_M = torch.empty(len(hidden_MH), dtype=wide, device=hidden_MH.device)
         needs_grad = ctx.needs_input_grad[0]
         grad_MH = torch.empty_like(hidden_MH) if needs_grad else None
-        chunk = max(1, _CHUNK_LOGITS // max(1, head.output.weight.shape[0]))
+        chunk = max(1, CHUNK_LOGITS // max(1, head.output.weight.shape[0]))
         row_loss = _linear_rows if head.kind == "linear" else _model_rows
         for start in range(0, len(hidden_MH), chunk):
             rows = slice(start, start + chunk)

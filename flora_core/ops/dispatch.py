@@ -17,7 +17,7 @@ from .autograd import Plan, without_autocast
 from .backends import resolve, without_checks
 from .dropout import dropout_of
 from .fusion import WAYS, possible
-from .merging import merge_kernels, merge_with
+from .merging import merge_kernels
 from .types import LoraWeights, MergeItem
 from .validation import check_adamw, check_kinds, check_merges, check_rows, check_segments, check_target, is_sound
 
@@ -82,7 +82,7 @@ def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulat
     check_disjoint(*_merged(items))
     options: dict[str, Any] = dict(rounding=rounding, seed=seed or 0, accumulate=getattr(torch, accumulate))
     with torch.no_grad(), without_autocast(items[0].weight):
-        merge_with(merge_kernels(items, backend, **options), items, **options)
+        merge_kernels(items, backend, **options).merge_many_(items, **options)
 
 
 def _merged(items: Sequence[MergeItem]) -> tuple[list[tuple[str, torch.Tensor]], list[tuple[str, torch.Tensor]]]:

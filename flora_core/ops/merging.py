@@ -31,12 +31,6 @@ def merge_kernels(items: Sequence[MergeItem], backend: str, **options: Any) -> M
     return resolve(name, OP, weight)[0]
 
 
-def merge_with(kernels: ModuleType, items: Sequence[MergeItem], **options: Any) -> None:
-    """Merge by these kernels."""
-    stacks = [kernels.MergeItem(item.weight, item.A, item.B, item.coef, item.low_bits) for item in items]
-    kernels.merge_many_(stacks, **options)
-
-
 def contenders(items: Sequence[MergeItem]) -> list[str]:
     """The backends that can do these merges on a GPU; the reference only where there is no other."""
     names = able(OP, items[0].weight)
@@ -61,7 +55,7 @@ def pick(
         def run() -> None:
             if not copies:
                 copies.extend(_copies(items))
-            merge_with(resolve(name, OP, items[0].weight)[0], copies, **options)
+            resolve(name, OP, items[0].weight)[0].merge_many_(copies, **options)
 
         return run
 

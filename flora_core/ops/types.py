@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flora_kernels.types import MergeItem as MergeItem
+
 from ..common import Segments
 
 HYPER_COLUMNS = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_scale")
@@ -33,22 +35,3 @@ class LoraWeights:
     ranks: Segments
     scaling_C: Sequence[float] | torch.Tensor
     dropout_seed_C: Sequence[int] | torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class MergeItem:
-    """One weight of ``stacked_merge_many_`` with its stack, for ``W += B^T diag(coef) A``.
-
-    Args:
-        weight: W (N, K), float32, bfloat16, float16 or float64; updated.
-        A: (P, K); row p belongs to one rank of one client.
-        B: (P, N), stored rank by rank: PEFT's ``lora_B.weight.T``.
-        coef: (P), what each rank is multiplied by: its client's weight times scaling.
-        low_bits: int16 (N, K); makes a bfloat16 W the upper half of an fp32 master, and is updated too.
-    """
-
-    weight: torch.Tensor
-    A: torch.Tensor
-    B: torch.Tensor
-    coef: torch.Tensor
-    low_bits: torch.Tensor | None = None

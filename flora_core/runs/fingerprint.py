@@ -5,12 +5,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from ..common import _as_json, _dotted, json_digest, require
+from ..common import as_json, dotted, json_digest, require, version_of
 from ..config import TrainConfig
 from ..model import ClientSpec
 
@@ -29,12 +28,12 @@ def identity(
         others: Strategy, targets, digests of model and evaluation data, ...
     """
     facts: dict[str, Any] = {"clients": [spec.name for spec in clients], **others}
-    facts |= _dotted("federation", federation) | _dotted("train", asdict(train))
+    facts |= dotted("federation", federation) | dotted("train", asdict(train))
     for spec in clients:
         own = {"adapter": asdict(spec.adapter), "train": asdict(train.overridden(spec.train)) if spec.train else None}
         data = [(example.input_ids, example.labels) for example in spec.data]
-        facts |= _dotted(f"clients.{spec.name}", {**own, "data": json_digest(data)})
-    return _as_json(facts)
+        facts |= dotted(f"clients.{spec.name}", {**own, "data": json_digest(data)})
+    return as_json(facts)
 
 
 def check_rounds(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -73,14 +72,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "flora_core": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": _installed("transformers"),
+        "transformers": version_of("transformers"),
         "device": torch.cuda.get_device_name(device) if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
     }
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
