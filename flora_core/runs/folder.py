@@ -7,7 +7,7 @@
         state.safetensors   target weights with their low bits, strategy and optimizer state; only of the newest rounds
         round.json          where the tensors belong in the state, the round's events, a sha256 of every file
     paused/             where a round stopped that SIGTERM interrupted, as a round's state; gone when it is over
-    quarantine/0001/    updates that were refused in round 1, each with its reason (``flora_core.federation.quarantine``)
+    quarantine/0001/    updates that were refused in round 1, each with its reason
     adapter/            the global adapter in PEFT form, of strategies that have one
     model/              the final model, as transformers saves it
 
