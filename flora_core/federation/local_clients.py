@@ -251,7 +251,7 @@ class TrainingRound:
         # Under privacy nothing of a client's is kept but what went wrong.
         answer = None if self.config.privacy else answer
         # Only a client of the run has a folder of its own name.
-        folder = self.folder.client_folder(name) if name in self.specs else None
+        folder = self.folder.record.client_folder(name) if name in self.specs else None
         try:
             quarantine(self.folder.path, number, name, reason, answer, self.expected.get(name), folder)
         except OSError as error:

@@ -99,7 +99,7 @@ def read_rounds(run_dir: Path) -> list[SavedRound]:
         "adapter of low rank; its global model is in model/",
     )
     home = RunFolder(run_dir)
-    home.facts = facts
+    home.record.facts = facts
     numbers = sorted(int(path.name) for path in (run_dir / ROUNDS).glob("[0-9]*") if path.name.isdigit())
     if not numbers:
         raise FileNotFoundError(f"no round of {run_dir} is over, so that it holds no adapters; let the run go on")
@@ -114,7 +114,7 @@ def _round(home: RunFolder, number: int, identity: Mapping[str, Any]) -> SavedRo
         body = read_body(folder)
         rule = body["state"].get("aggregation") or _of_older(number, body["events"], identity)
         clients = dict(rule["clients"])
-        folders = {client: home.client_folder(client) for client in clients}
+        folders = {client: home.record.client_folder(client) for client in clients}
         return SavedRound(number, folder, rule["strategy"], rule["options"], clients, folders, rule["applied"])
     except DAMAGE as error:
         raise ValueError(f"{folder} cannot be used ({error}); put it back") from None

@@ -43,7 +43,7 @@ class Resuming(TrainingRound):
         """Save what a round that was stopped between two steps has, and stop."""
         number = self.round + 1
         if self.folder is not None:
-            self.folder.keep_choices()
+            self.folder.record.keep_choices()
             self.folder.save_pause(number, {"clients": pause.state, "names": self.names})
         self.ranks.meet()
         self._stop(f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step")
@@ -67,22 +67,24 @@ class Resuming(TrainingRound):
     def _read_folder(
         self, folder: RunFolder, mine: Mapping[str, Any], where: Mapping[str, Any], start: str
     ) -> list[str]:
-        notes = folder.begin(mine, where, start)
+        notes = folder.record.begin(mine, where, start)
         # Whole weights of a sharded base have no room on a device.
         place = self.server.device if self.server.base is None else torch.device("cpu")
         snapshot, damaged = folder.newest(place)
         if snapshot is None:
-            folder.check_start(start)
+            folder.record.check_start(start)
         else:
             self.found = snapshot.state["server"]
             self.round, self.optimizer = snapshot.round, on_device(snapshot.state["optimizer"], self.server.device)
         if self.private is not None:
             self.private.open(self.round)
-        notes += folder.extend(mine)
+        notes += folder.record.extend(mine)
         self.paused, torn = folder.pause(self.round + 1, self.server.device)
         folder.drop_superfluous(self.round, pause=not self.paused)
-        self.finished = folder.finished and not (self.config.save_model and folder.kept not in (None, self._kept))
-        self.events = folder.events() if self._over else folder.restore_metrics(snapshot)
+        self.finished = folder.record.finished and not (
+            self.config.save_model and folder.record.kept not in (None, self._kept)
+        )
+        self.events = folder.metrics.events() if self._over else folder.restore_metrics(snapshot)
         return notes + damaged + torn
 
     def _go_on_alike(self) -> None:

@@ -199,7 +199,7 @@ class Federation(Resuming):
         whole = {"event": event, **fields}
         self.events.append(whole)
         if self.folder is not None:
-            self.folder.append(whole)
+            self.folder.metrics.append(whole)
         self._tell(whole)
 
     def _tell(self, event: Event) -> None:
@@ -294,7 +294,7 @@ class Federation(Resuming):
         end: Event,
         base: Base,
     ) -> None:
-        folder.keep_choices()
+        folder.record.keep_choices()
         # Those before the first round have no snapshot of their own.
         events = [event for event in self.events if event.get("round") == number or number == 1]
         # Under differential privacy, individual updates are never written to disk.
@@ -379,7 +379,7 @@ class Federation(Resuming):
             **self._cost(),
         )
         if self.folder is not None:
-            self.folder.finish(self._kept)
+            self.folder.record.finish(self._kept)
 
     def _converted(self, model: Any, state: Any) -> Any:
         """The tensors to save, in the dtype that they are to have."""

@@ -17,12 +17,10 @@ Nothing but JSON and safetensors is written or read.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shlex
 import shutil
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,28 +33,18 @@ from ..adapters import Base, ClientUpdate, save_peft_adapter
 from ..common import (
     SaveError,
     atomic_dir,
-    atomic_write_bytes,
-    atomic_write_json,
-    differences,
     explained,
-    finite,
-    folder_names,
-    parse_json,
-    require,
     show_bytes,
     system_errors,
     try_lock,
 )
-from ..ops import autotune
 from .events import Event
-from .fingerprint import ROUNDS as NUM_ROUNDS
-from .fingerprint import check_rounds
+from .metrics import MetricsFile
+from .record import RUN, RunRecord
 from .saving import write_dtype
 from .snapshot import DAMAGE, ROUND, STATE, Snapshot, read_events, read_snapshot, taken_apart, write_snapshot
 
-RUN, METRICS, ROUNDS, LOCK, PAUSED = "run.json", "metrics.jsonl", "rounds", ".lock", "paused"
-# Events after which a reader may want metrics.jsonl to be on the disk.
-_MILESTONES = ("evaluated", "round_end", "run_end")
+ROUNDS, LOCK, PAUSED = "rounds", ".lock", "paused"
 _UNKNOWN = Base()
 _ADAPTER_NOTE = """# Adapter of client {client}, round {number}
 
@@ -78,7 +66,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str], keep_snapshots: int = 2):
         self.path, self.keep_snapshots = Path(path), keep_snapshots
-        self.facts: dict[str, Any] = {}
+        self.record, self.metrics = RunRecord(self.path, (STATE, ROUND)), MetricsFile(self.path)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -111,108 +99,6 @@ class RunFolder:
                 f"{self.path} already holds {', '.join(foreign[:5])} and is no run's folder: choose a new or empty out"
             )
 
-    def begin(self, identity: Mapping[str, Any], environment: Mapping[str, Any], start: str = "") -> list[str]:
-        """Write run.json for a new run, or make sure that the run in the folder is this one.
-
-        Args:
-            identity: What makes the run what it is, by dotted name (``flora_core.runs.fingerprint``).
-            environment: What else its last bits depend on.
-            start: Digest of the weights that a new run begins with.
-        Returns:
-            One warning for each part of the environment that is not as it was.
-        Raises:
-            ValueError: If the folder holds another run; the fields that differ are named. More rounds are no other run
-                where those already done would be the same (``extend``).
-        """
-        if not (self.path / RUN).exists():
-            folders = folder_names(identity.get("clients", []), taken=(STATE, ROUND))
-            self._write_facts(
-                identity=identity, environments=[environment], start=start, folders=folders, finished=False
-            )
-            return []
-        self.facts = self._read_facts()
-        autotune.use(self.facts["fuse"])
-        both = [{name: one[name] for name in one if name != NUM_ROUNDS} for one in (self.facts["identity"], identity)]
-        fields = differences(*both)
-        some = "; ".join(fields[:8]) + (f"; and {len(fields) - 8} more" if len(fields) > 8 else "")
-        require(
-            not fields,
-            f"{self.path} holds a run with another configuration: {some}. Choose another out, or set these back to go "
-            "on with that run",
-        )
-        more = check_rounds(self.facts["identity"], identity)
-        changes = differences(self.facts["environments"][-1], environment)
-        if (self.finished and not more) or not changes:
-            return []
-        self._write_facts(environments=[*self.facts["environments"], environment])
-        return [f"{text} since the run stopped: it may not repeat an unstopped run bit for bit" for text in changes]
-
-    def extend(self, identity: Mapping[str, Any]) -> list[str]:
-        """Write down that the run goes on to more rounds than it had; a note of it, if it does."""
-        was, now = self.facts["identity"].get(NUM_ROUNDS), identity.get(NUM_ROUNDS)
-        if was == now:
-            return []
-        self._write_facts(identity=identity, finished=False)
-        return [f"federation.rounds was {was}, is {now}: the run goes on, and its results are replaced at its end"]
-
-    def check_start(self, start: str) -> None:
-        """Make sure that a run without a whole round begins again with the weights that it began with."""
-        require(
-            self.facts["start"] == start,
-            f"{self.path} has no whole round to go on from, and the model's weights are not those that its run began "
-            "with: load the model anew",
-        )
-
-    @property
-    def finished(self) -> bool:
-        """Return whether the run in the folder is over."""
-        return bool(self.facts.get("finished"))
-
-    @property
-    def kept(self) -> dict[str, Any] | None:
-        """The settings of what the finished run left; None if it does not say."""
-        return self.facts.get("kept") or None
-
-    def _write_facts(self, **facts: Any) -> None:
-        self.facts = {**self.facts, **facts}
-        atomic_write_json(self.path / RUN, self.facts)
-
-    def _read_facts(self) -> dict[str, Any]:
-        try:
-            facts = parse_json(self.path / RUN, (self.path / RUN).read_bytes())
-            kept = {name: facts[name] for name in ("identity", "environments", "start", "finished")}
-            lists = [kept["identity"], *kept["environments"]]
-            require(len(lists) > 1 and all(isinstance(one, dict) for one in lists), "these are mappings")
-            folders = facts.get("folders") or {name: name for name in kept["identity"].get("clients", [])}
-            what = dict(facts.get("kept") or {})
-            return {**kept, "folders": dict(folders), "fuse": dict(facts.get("fuse", {})), "kept": what}
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{self.path / RUN} is damaged, or of another program: choose another out, or put it back"
-            ) from None
-
-    def keep_choices(self) -> None:
-        """Write down which ways to fuse were measured to be fastest; a resumed run goes on with them."""
-        used = autotune.used()
-        if used != self.facts.get("fuse", {}):
-            self._write_facts(fuse=used)
-
-    def append(self, event: Event) -> None:
-        """Add an event to metrics.jsonl.
-
-        Raises:
-            SaveError: If writing fails.
-        """
-        try:
-            with open(self.path / METRICS, "ab") as file:
-                file.write(_line(event))
-                if event["event"] in _MILESTONES:
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
-            text = f"could not write {self.path / METRICS}: {error.strerror}; make room, then start the same run again"
-            raise SaveError(error.errno, text) from error
-
     def save_round(
         self,
         number: int,
@@ -241,7 +127,7 @@ class RunFolder:
         # A round is redone only after its folder was found damaged, so whatever is in it may go.
         with atomic_dir(folder, replaceable=_names(folder)) as new:
             for update in updates:
-                place, mine = new / self.client_folder(update.client), replace(update, trained_on=base)
+                place, mine = new / self.record.client_folder(update.client), replace(update, trained_on=base)
                 save_peft_adapter(mine, place, base_model=base.label, fan_in_fan_out=fan_in_fan_out)
                 if base.round:
                     words = shlex.quote(update.client)
@@ -292,10 +178,6 @@ class RunFolder:
         """Where a round lies."""
         return self.path / ROUNDS / f"{number:04d}"
 
-    def client_folder(self, client: str) -> str:
-        """Name of a client's folder within a round's: its own name, or a safe form of it."""
-        return self.facts.get("folders", {}).get(client) or folder_names([client], taken=(STATE, ROUND))[client]
-
     def _rounds(self) -> list[int]:
         """Numbers of the rounds that are there, newest first."""
         names = _names(self.path / ROUNDS)
@@ -320,41 +202,17 @@ class RunFolder:
         return None, [f"{text}; starting from the beginning" for text in damaged]
 
     def restore_metrics(self, snapshot: Snapshot | None) -> list[Event]:
-        """Cut metrics.jsonl back to the end of a round, so that nothing stands in it twice; a torn line is dropped.
-
-        Of a round that is not whole there any more, what its snapshot kept is put back.
-
-        Returns:
-            The events that are in it now.
-        """
+        """Cut the events back to the end of a round, None for the beginning; returns those that are left."""
         if snapshot is None:
-            (self.path / METRICS).unlink(missing_ok=True)
-            return []
-        told = _by_round(self.events())
-        kept = _by_round([event for number in range(1, snapshot.round) for event in self._kept(number)])
-        for number, event in ((_round_of(event), event) for event in snapshot.events):
-            kept[number].append(event)
-        events = [event for number in range(snapshot.round) for event in _whole(told[number], kept[number])]
-        events += kept[snapshot.round]
-        atomic_write_bytes(self.path / METRICS, b"".join(map(_line, events)))
-        return events
+            return self.metrics.cut_back(0, [])
+        kept = [event for number in range(1, snapshot.round) for event in self._kept(number)]
+        return self.metrics.cut_back(snapshot.round, [*kept, *snapshot.events])
 
     def _kept(self, number: int) -> list[Event]:
         try:
             return read_events(self.folder(number))
         except DAMAGE:
             return []
-
-    def events(self) -> list[Event]:
-        """The events in metrics.jsonl, but for lines that are not whole."""
-        path, events = self.path / METRICS, []
-        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            events += [event] if _is_event(event) else []
-        return events
 
     def save_adapter(self, adapter: ClientUpdate, fan_in_fan_out: bool = False) -> None:
         """Save the global adapter in PEFT form."""
@@ -386,10 +244,6 @@ class RunFolder:
                 tokenizer.save_pretrained(new)
             (new / "README.md").write_text(card, encoding="utf-8")
 
-    def finish(self, kept: Mapping[str, Any] | None = None) -> None:
-        """Mark the run as over; ``kept`` are the settings of what it left."""
-        self._write_facts(finished=True, kept=dict(kept or {}))
-
     def check_room(self, needed_bytes: int) -> None:
         """Refuse to start where the disk has too little room.
 
@@ -403,34 +257,6 @@ class RunFolder:
                 f"{self.path} has {show_bytes(free)} free, and a checkpoint and the final model need "
                 f"{show_bytes(needed_bytes)}: free some space, or choose another out",
             )
-
-
-def _is_event(event: Any) -> bool:
-    return isinstance(event, dict) and isinstance(event.get("event"), str) and isinstance(_round_of(event), int)
-
-
-def _round_of(event: Event) -> int:
-    """The round that an event belongs to; a resumed run's start belongs to what comes after the round it found."""
-    if event["event"] == "run_end":
-        return 1 << 62
-    return event.get("round", event.get("resumed_from") or 0)
-
-
-def _by_round(events: Sequence[Event]) -> defaultdict[int, list[Event]]:
-    found = defaultdict(list)
-    for event in events:
-        found[_round_of(event)].append(event)
-    return found
-
-
-def _whole(told: list[Event], kept: list[Event]) -> list[Event]:
-    """A round's events as they were reported, starts of resumed runs among them; what was kept, if one of those is
-    lost."""
-    return told if {_line(event) for event in kept} <= {_line(event) for event in told} else kept
-
-
-def _line(event: Event) -> bytes:
-    return (json.dumps(finite(event), allow_nan=False) + "\n").encode()
 
 
 def _names(folder: Path) -> list[str]:

@@ -271,7 +271,7 @@ def test_mutated_checkpoints_are_found_out_and_the_round_before_is_used(tmp_path
         event = {"event": "round_end", "round": number}
         update = ClientUpdate("a", {"m": (torch.ones(2, 4), torch.ones(2, 3))}, {"m": 2.0})
         folder.save_round(number, [update], state, [event])
-        folder.append(event)
+        folder.metrics.append(event)
     found = sorted(path.relative_to(tmp_path) for path in (tmp_path / "run").rglob("*") if path.is_file())
     files = [tmp_path / path for path in found if "0001" not in path.parts]
     contents = {path: path.read_bytes() for path in files}

@@ -37,19 +37,21 @@ from tests.support.federations import (
 def test_another_configuration_is_named_field_by_field(tmp_path):
     folder = new_folder(tmp_path)
     with pytest.raises(ValueError, match=r"another configuration: rounds was 3, is 4; seed was null, is 1\. Choose"):
-        folder.begin({"rounds": 4, "seed": 1}, {"torch": "1"})
+        folder.record.begin({"rounds": 4, "seed": 1}, {"torch": "1"})
 
 
 def test_another_environment_is_a_warning_and_remembered(tmp_path):
     new_folder(tmp_path)
     folder = RunFolder(tmp_path)
-    (warning,) = folder.begin({"rounds": 3}, {"torch": "2"})
+    (warning,) = folder.record.begin({"rounds": 3}, {"torch": "2"})
     assert warning.startswith('torch was "1", is "2" since the run stopped')
-    assert RunFolder(tmp_path).begin({"rounds": 3}, {"torch": "2"}) == []
+    assert RunFolder(tmp_path).record.begin({"rounds": 3}, {"torch": "2"}) == []
     facts = json.loads((tmp_path / "run.json").read_text())
     assert facts["environments"] == [{"torch": "1"}, {"torch": "2"}]
-    folder.finish()
-    assert RunFolder(tmp_path).begin({"rounds": 3}, {"torch": "3"}) == [], "it is over: nothing of it is run any more"
+    folder.record.finish()
+    assert RunFolder(tmp_path).record.begin({"rounds": 3}, {"torch": "3"}) == [], (
+        "it is over: nothing of it is run any more"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "another program"}'])
@@ -142,7 +144,7 @@ def test_metrics_that_cannot_be_written_say_what_to_do(tmp_path):
         largest_file(30),
         pytest.raises(SaveError, match=r"could not write .*metrics\.jsonl: .*start the same run again"),
     ):
-        folder.append({"event": "round_end", "text": "x" * 100})
+        folder.metrics.append({"event": "round_end", "text": "x" * 100})
 
 
 def test_too_little_room_is_told_before_training(tmp_path, monkeypatch):

@@ -175,7 +175,7 @@ def test_a_resumed_run_keeps_its_choices(tmp_path: Path, new_process: Callable[[
     cache.unlink()
     assert autotune.choices_for(cpu).pick(SHAPE, TWO, timer(1.0, 2.0)) == "separate"
     new_process()
-    RunFolder(tmp_path / "run").begin({"a": 1}, {})
+    RunFolder(tmp_path / "run").record.begin({"a": 1}, {})
     assert autotune.choices_for(cpu).pick(SHAPE, TWO, timer()) == "prewrite"
     assert autotune.used() == recorded
 

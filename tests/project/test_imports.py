@@ -74,7 +74,7 @@ FLOORS = {
     ],
     "runs": [
         "events fingerprint recipe saving",
-        "snapshot summary",
+        "metrics record snapshot summary",
         "folder plots progress",
         "demo_model report",
         "loading",

@@ -242,7 +242,7 @@ def test_events_of_earlier_rounds_are_put_back(good, lines, tmp_path):
 
 def test_metrics_are_json_that_every_reader_takes(tmp_path):
     folder = new_folder(tmp_path)
-    folder.append({"event": "train", "round": 1, "loss": math.nan, "groups": [{"x": math.inf}], "name": "ä"})
+    folder.metrics.append({"event": "train", "round": 1, "loss": math.nan, "groups": [{"x": math.inf}], "name": "ä"})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     read = json.loads(line, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
     assert read == {"event": "train", "round": 1, "loss": None, "groups": [{"x": None}], "name": "ä"}

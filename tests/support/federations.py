@@ -133,7 +133,7 @@ def new_folder(path: Path, **options) -> RunFolder:
     """A folder in which a run has begun."""
     folder = RunFolder(path, **options)
     path.mkdir(exist_ok=True)
-    folder.begin({"rounds": 3}, {"torch": "1"}, "start")
+    folder.record.begin({"rounds": 3}, {"torch": "1"}, "start")
     return folder
 
 
