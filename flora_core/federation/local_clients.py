@@ -19,7 +19,7 @@ from ..config import FederationConfig, TrainConfig
 from ..distributed import Ranks
 from ..model import ClientSpec, Cohort, attach, detach
 from ..ops import autotune
-from ..runs import Event, RunFolder
+from ..runs import Event, EventLog, RunFolder
 from ..training import CohortTrainer, LocalClient, Paused, spread
 from .callable_clients import PendingClients, Remote, Task, receive, remote_done
 from .exchange import choose, partial_sum, whole, without_factors
@@ -51,13 +51,8 @@ class TrainingRound:
     heard: list[Event]
     sums: dict[str, torch.Tensor]
     ranks: Ranks
+    log: EventLog
     stop: Callable[[], bool]
-
-    def _emit(self, event: str, **fields: Any) -> None:
-        raise NotImplementedError
-
-    def _tell(self, event: Event) -> None:
-        raise NotImplementedError
 
     @contextmanager
     def _attached(self, specs: Sequence[ClientSpec], seed: int = 0) -> Iterator[Cohort]:
@@ -99,7 +94,7 @@ class TrainingRound:
         self.optimizer = {name: self.optimizer[name] for name in kept}
         for name in names:
             event = done.get(name) or remote_done(number, self.specs[name], asked.seconds.get(name))
-            self._emit(**event | ({"refused": refused[name]} if name in refused else {}))
+            self.log.emit(**event | ({"refused": refused[name]} if name in refused else {}))
         return good
 
     def _train_here(
@@ -108,7 +103,7 @@ class TrainingRound:
         start: Event = {"round": number, "rounds": self.config.rounds, "clients": list(names)}
         self.heard, self.sums = [], {}
         if not here:
-            self._emit("round_start", **start, cohorts=0)
+            self.log.emit("round_start", **start, cohorts=0)
             return [], {}
         several = self.ranks.size > 1
         shares = spread({name: self._work(name) for name in here}, self.ranks.size) if several else [list(here)]
@@ -117,7 +112,7 @@ class TrainingRound:
             self._run_along()
             cohorts = sum(self.ranks.meet(planned))
             dealt = {"shares": shares} if several else {}
-            self._emit("round_start", **start, cohorts=cohorts, **dealt)
+            self.log.emit("round_start", **start, cohorts=cohorts, **dealt)
             updates = self._train_share(trainer)
         mine = {} if trainer is None else {name: trainer.optimizer_state.get(name) for name in trainer.clients}
         self.optimizer |= {name: state for name, state in mine.items() if state is not None}
@@ -207,7 +202,7 @@ class TrainingRound:
             if rank == self.ranks.rank:
                 continue
             for warning in first["warnings"]:
-                self._emit(**warning)
+                self.log.emit(**warning)
             for part in others:
                 name = part["client"]
                 done[name] = part["done"]
@@ -220,7 +215,7 @@ class TrainingRound:
             for module in way.reduced:
                 self.sums[module] = partial_sum(module, updates, mine, self.server.weights[module])
                 self.ranks.add_(self.sums[module])
-        self._emit("exchanged", round=self.round + 1, **way.to_json(), bytes=self.ranks.moved_bytes - before)
+        self.log.emit("exchanged", round=self.round + 1, **way.to_json(), bytes=self.ranks.moved_bytes - before)
         return updates, failures
 
     def _use_choices(self, used: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
@@ -255,7 +250,7 @@ class TrainingRound:
         try:
             quarantine(self.folder.path, number, name, reason, answer, self.expected.get(name), folder)
         except OSError as error:
-            self._emit("warning", round=number, client=name, message=f"{name}'s update is not kept apart: {error}")
+            self.log.emit("warning", round=number, client=name, message=f"{name}'s update is not kept apart: {error}")
 
     def _hear(self, event: Event, done: dict[str, Event]) -> None:
         """Pass progress on at once; a client's result is reported when its update has been judged."""
@@ -263,9 +258,9 @@ class TrainingRound:
             done[event["client"]] = event
         elif event["event"] == "warning":
             self.heard.append(event)
-            self._emit(**event)
+            self.log.emit(**event)
         else:
-            self._tell(event)
+            self.log.report(event)
 
     def _judge(
         self, updates: Sequence[ClientUpdate], names: Sequence[str]
@@ -283,7 +278,7 @@ class TrainingRound:
             good, before = clipped(good, config.clip_update)
             for name, norm in before.items():
                 text = f"client {name!r} was clipped from a norm of {norm:.3g} to {config.clip_update:g} (clip_update)"
-                self._emit("warning", round=self.round + 1, client=name, message=text)
+                self.log.emit("warning", round=self.round + 1, client=name, message=text)
         for update in good:
             update.weight = config.share(update)
         return good, refused

@@ -207,7 +207,8 @@ class RemoteFederation(Federation):
         settings = (self.strategy.name, config.strategy_options, config.rounding, config.seed, config.check_rows)
         self.server = RemoteServer(self.model, self.expected, *settings)
         self.server.refuse_penalties(list(self.expected))
-        self.round, self.optimizer, self.events, self.paused = 0, {}, [], {}
+        self.round, self.optimizer, self.paused = 0, {}, {}
+        self.log.events = []
         return [{"event": "warning", "message": text} for text in other_versions(self.model, self.hellos)]
 
     def _expect(self, specs: Sequence[ClientSpec]) -> None:
@@ -253,12 +254,12 @@ class RemoteFederation(Federation):
             require(not strange, f"it adapts {', '.join(strange[:3])}, which nobody did at the start")
         except ValueError as error:
             self.expected.pop(name, None)
-            self._emit("warning", round=self.round + 1, message=f"client {name!r} cannot join: {error}", client=name)
+            self.log.emit("warning", round=self.round + 1, message=f"client {name!r} cannot join: {error}", client=name)
             return
         specs = {**self.specs, name: spec}
         self.specs = {known: specs[known] for known in ordered(specs)}
         for text in other_versions(self.model, {name: hello}):
-            self._emit("warning", round=self.round + 1, message=text, client=name)
+            self.log.emit("warning", round=self.round + 1, message=text, client=name)
 
     def _place(self, name: str) -> None:
         """Believe a party about the round that it holds only if its weights are those of that round."""
@@ -279,7 +280,7 @@ class RemoteFederation(Federation):
         return found == weights_digest(self.server.weights, modules)
 
     def _train(self, number: int, names: Sequence[str]) -> list[ClientUpdate]:
-        self._emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=len(names))
+        self.log.emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=len(names))
         self.answers = self.link.train(self, number, names)
         good, refused = self._judge(self.answers.updates, names)
         refused |= self.answers.lost
@@ -291,7 +292,7 @@ class RemoteFederation(Federation):
         for name in names:
             spec, reason = self.specs[name], {"refused": refused[name]} if name in refused else {}
             metrics = {**_nothing(len(spec.data)), **(sent[name].metrics if name in sent else {})}
-            self._emit("client_done", round=number, client=name, rank=spec.adapter.rank, **{**metrics, **reason})
+            self.log.emit("client_done", round=number, client=name, rank=spec.adapter.rank, **{**metrics, **reason})
         return good
 
     def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
@@ -303,8 +304,8 @@ class RemoteFederation(Federation):
             if not same:
                 why = "its copy of the global model differs" if isinstance(found, dict) else found
                 text = f"client {name!r} did not follow: {why}; it is sent a snapshot when it takes part again"
-                self._emit("warning", round=number, message=text, client=name)
-        self._emit("wire", round=number, up=self.answers.up, down=self.answers.down)
+                self.log.emit("warning", round=number, message=text, client=name)
+        self.log.emit("wire", round=number, up=self.answers.up, down=self.answers.down)
 
 
 def make_terms(model: Any, config: FederationConfig, train: TrainConfig | None = None, **settings: Any) -> Terms:

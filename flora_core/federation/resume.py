@@ -19,7 +19,6 @@ class Resuming(TrainingRound):
     """The part of a ``Federation`` that stops, goes on, and keeps the ranks' copies alike."""
 
     names: list[str]
-    events: list[Event]
     eval_data: Any
     own_data: Any
     strategy: Any
@@ -49,7 +48,7 @@ class Resuming(TrainingRound):
         self._stop(f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step")
 
     def _stop(self, text: str) -> NoReturn:
-        self._tell({"event": "warning", "message": text})
+        self.log.report({"event": "warning", "message": text})
         raise Stopped(text)
 
     def _resume(self) -> list[Event]:
@@ -84,7 +83,7 @@ class Resuming(TrainingRound):
         self.finished = folder.record.finished and not (
             self.config.save_model and folder.record.kept not in (None, self._kept)
         )
-        self.events = folder.metrics.events() if self._over else folder.restore_metrics(snapshot)
+        self.log.events = folder.metrics.events() if self._over else folder.restore_metrics(snapshot)
         return notes + damaged + torn
 
     def _go_on_alike(self) -> None:
@@ -122,7 +121,7 @@ class Resuming(TrainingRound):
             text = (
                 f"ranks {', '.join(others)} came to other weights than rank 0, whose they take: their machines differ"
             )
-            self._emit("warning", round=number, message=text)
+            self.log.emit("warning", round=number, message=text)
 
     def _own_eval_data(self) -> dict[str, str]:
         """A digest of the clients' own held-out records that are not among ``eval_data``."""

@@ -7,7 +7,6 @@ run that is killed at any instant and started again ends as one that was not.
 from __future__ import annotations
 
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from ..config import FederationConfig, TrainConfig
 from ..data import Record, check_records
 from ..distributed import ranks, shard_if_needed
 from ..model import ClientSpec, as_tokenizer, check_model, evaluate
-from ..runs import Event, RunFolder, converted, dtype_to_save
+from ..runs import Event, EventLog, RunFolder, converted, dtype_to_save
 from ..training import CohortTrainer, Paused, stopping
 from .callable_clients import Remote
 from .judge import promised
@@ -94,13 +93,14 @@ class Federation(Resuming):
         )
         clients = list(clients)
         self.own_data, self.eval_data = held_out(clients, eval_data, config.eval_label)
-        self.callbacks, self.remote = tuple(callbacks), dict(remote or {})
+        self.remote = dict(remote or {})
         self.paused, self.found, self.heard, self.sums, self.stop = {}, {}, [], {}, lambda: False
         self.ranks = ranks()
         self._check_settings([spec.name for spec in clients])
         self.specs = {spec.name: spec for spec in clients}
         out = config.out if self.ranks.first else None
         self.folder = None if out is None else RunFolder(out, config.keep_snapshots)
+        self.log = EventLog(callbacks, None if self.folder is None else self.folder.metrics, self.ranks.first)
         self.private = None if config.privacy is None else self._private_sum(config.privacy)
 
     def _private_sum(self, privacy: Privacy) -> PrivateSum:
@@ -150,7 +150,7 @@ class Federation(Resuming):
             notes += self._resume()
             if self._over:
                 text = f"{self.config.out} holds this run, finished: nothing is trained; raise rounds to go on"
-                self._tell({"event": "warning", "message": text})
+                self.log.report({"event": "warning", "message": text})
                 return self._result()
             self._start(notes)
             while self.round < self.config.rounds:
@@ -180,7 +180,8 @@ class Federation(Resuming):
         config = self.config
         settings = (self.strategy.name, config.strategy_options, config.rounding, config.seed, config.check_rows)
         self.server = Server(self.model, self.expected, *settings)
-        self.round, self.optimizer, self.events, self.paused = 0, {}, [], {}
+        self.round, self.optimizer, self.paused = 0, {}, {}
+        self.log.events = []
         return notes
 
     def _check_some(self, specs: Sequence[ClientSpec], trains: bool) -> list[Event]:
@@ -193,22 +194,6 @@ class Federation(Resuming):
                 self.expected[spec.name] = mine = promised(cohort, spec.name)
                 require(bool(mine.adapters), f"client {spec.name!r} has rank 0 everywhere; leave it out")
         return notes
-
-    def _emit(self, event: str, **fields: Any) -> None:
-        """Write an event down and tell it."""
-        whole = {"event": event, **fields}
-        self.events.append(whole)
-        if self.folder is not None:
-            self.folder.metrics.append(whole)
-        self._tell(whole)
-
-    def _tell(self, event: Event) -> None:
-        if not self.ranks.first:
-            return
-        for callback in self.callbacks:
-            callback(event)
-        if event["event"] == "warning" and not self.callbacks:
-            warnings.warn(event["message"], RuntimeWarning, stacklevel=2)
 
     def _start(self, notes: Sequence[Event]) -> None:
         """Tell what begins, and evaluate the model before training."""
@@ -223,7 +208,7 @@ class Federation(Resuming):
             parameters = sum(factor.numel() for pair in self.expected[name].adapters.values() for factor in pair)
             one = {"name": name, "rank": spec.adapter.rank, "examples": len(spec.data), "parameters": parameters}
             clients.append(one)
-        self._emit(
+        self.log.emit(
             "run_start",
             rounds=self.config.rounds,
             strategy=self.strategy.name,
@@ -235,7 +220,7 @@ class Federation(Resuming):
             **({} if self.server.base is None else {"base": self.server.base.to_json()}),
         )
         for note in [*notes, *self._idle_ranks()]:
-            self._emit("warning", round=self.round, message=note["message"], client=note.get("client"))
+            self.log.emit("warning", round=self.round, message=note["message"], client=note.get("client"))
         if self.round == 0:
             self._evaluate(0)
 
@@ -271,7 +256,7 @@ class Federation(Resuming):
             why = f"{len(updates)} good updates, min_clients={self.config.min_clients}"
             why = why if self.private is None else "one more release would cost more than privacy.epsilon"
             text = f"round {number} changes nothing: {why}"
-            self._emit("warning", round=number, message=text)
+            self.log.emit("warning", round=number, message=text)
         self._keep_alike(number)
         if number % self.config.eval_every == 0 or number == self.config.rounds:
             self._evaluate(number)
@@ -283,7 +268,7 @@ class Federation(Resuming):
             state |= {} if self.private else {"aggregation": self._aggregation(updates, applied)}
             self._save_round(self.folder, number, updates, state, {"event": "round_end", **end}, base)
         self.round = number
-        self._emit("round_end", **end)
+        self.log.emit("round_end", **end)
 
     def _save_round(
         self,
@@ -296,7 +281,7 @@ class Federation(Resuming):
     ) -> None:
         folder.record.keep_choices()
         # Those before the first round have no snapshot of their own.
-        events = [event for event in self.events if event.get("round") == number or number == 1]
+        events = [event for event in self.log.events if event.get("round") == number or number == 1]
         # Under differential privacy, individual updates are never written to disk.
         updates = updates if self.private is None and self.config.save_adapters else []
         folder.save_round(number, updates, state, [*events, end], base, self.server.fan_in_fan_out)
@@ -315,7 +300,7 @@ class Federation(Resuming):
         else:
             result = self.private.apply(self.server, updates, number)
         errors = result.certificate
-        self._emit(
+        self.log.emit(
             "aggregated",
             round=number,
             strategy=self.strategy.name,
@@ -334,7 +319,7 @@ class Federation(Resuming):
         )
         if errors and self.server.has_lossy_rounding and errors.application_error is not None:
             text = f"rounding='nearest' lost {errors.application_error:.1%} of round {number}; 'low_bits' loses nothing"
-            self._emit("warning", round=number, message=text)
+            self.log.emit("warning", round=number, message=text)
 
     def _cost(self) -> dict[str, Any]:
         return {} if self.private is None else {"privacy": self.private.report()}
@@ -357,7 +342,7 @@ class Federation(Resuming):
         self._run_along()
         self.ranks.meet()
         found = self.ranks.send(found)
-        self._emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
+        self.log.emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
 
     def _finish(self, began: float) -> None:
         adapter = self.server.adapter()
@@ -368,9 +353,11 @@ class Federation(Resuming):
                 state = None if self.server.base is None else self.server.base.state_dict()
                 if self.folder is not None:
                     state = self._converted(model, state)
-                    card = model_card(model, self.tokenizer, self.strategy.name, self.config, self.train, self.events)
+                    card = model_card(
+                        model, self.tokenizer, self.strategy.name, self.config, self.train, self.log.events
+                    )
                     self.folder.save_model(model, self.tokenizer, card, state, self.save_dtype)
-        self._emit(
+        self.log.emit(
             "run_end",
             rounds=self.config.rounds,
             seconds=time.perf_counter() - began,
@@ -387,7 +374,7 @@ class Federation(Resuming):
             return state
         state, error = converted(model.state_dict() if state is None else state, model, self.save_dtype)
         dtype = str(self.save_dtype).removeprefix("torch.")
-        self._emit("converted", round=self.round, dtype=dtype, rounding_error=error)
+        self.log.emit("converted", round=self.round, dtype=dtype, rounding_error=error)
         return state
 
     def _save_adapter(self, folder: RunFolder, adapter: ClientUpdate) -> None:
@@ -400,18 +387,18 @@ class Federation(Resuming):
             rebase_adapter(folder.path, folder.adapter)
         except ValueError as error:
             text = f"adapter/ is not written, the result is in model/: {error}"
-            self._emit("warning", round=self.round, message=text)
+            self.log.emit("warning", round=self.round, message=text)
 
     def _result(self) -> FederationResult:
-        evaluations = {event["round"]: event for event in self.events if event["event"] == "evaluated"}
+        evaluations = {event["round"]: event for event in self.log.events if event["event"] == "evaluated"}
         return FederationResult(
-            history=history(self.events),
+            history=history(self.log.events),
             before=evaluations.get(0),
             after=evaluations.get(self.config.rounds),
             adapter=self.server.adapter(),
             state=self.server.state,
             out=None if self.config.out is None else Path(self.config.out),
-            events=self.events,
+            events=self.log.events,
         )
 
 

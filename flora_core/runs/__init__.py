@@ -9,6 +9,7 @@ from ..lazy import face
 if TYPE_CHECKING:
     from .build import build_client, build_held_out, build_model, build_run, client_names, save_inputs, specs_of
     from .demo_model import is_ready
+    from .event_log import EventLog
     from .events import Event
     from .fingerprint import environment, identity
     from .folder import ROUNDS, RUN, RunFolder

@@ -152,7 +152,7 @@ def test_a_dropped_round_changes_nothing(tmp_path):
 def test_rounding_to_nearest_is_reported_as_the_difference(tmp_path):
     make_model(torch.bfloat16).save_pretrained(tmp_path / "base")
     federation = make_federation(tmp_path / "out", model=load(tmp_path / "base"), rounding="nearest", lr=1e-3)
-    federation.callbacks = ()
+    federation.log.callbacks = ()
     with pytest.warns(RuntimeWarning, match="rounding='nearest' lost"):
         federation.run()
     report = flora.rebase_adapter(tmp_path / "out", tmp_path / "whole")

@@ -75,7 +75,7 @@ FLOORS = {
     "runs": [
         "events fingerprint recipe saving",
         "metrics record snapshot summary",
-        "folder plots progress",
+        "event_log folder plots progress",
         "demo_model report",
         "loading",
         "build",
