@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from ..common import Stopped, json_digest, on_device, tensor_digest
+from ..common import Stopped, on_device, tensor_digest
 from ..ops import autotune
 from ..runs import Event, RunFolder, environment, identity
 from ..training import Paused
+from .evaluation import HeldOut
 from .local_clients import TrainingRound
 
 
@@ -19,8 +20,7 @@ class Resuming(TrainingRound):
     """The part of a ``Federation`` that stops, goes on, and keeps the ranks' copies alike."""
 
     names: list[str]
-    eval_data: Any
-    own_data: Any
+    held_out: HeldOut
     strategy: Any
     found: dict[str, Any]
     finished = False
@@ -123,12 +123,6 @@ class Resuming(TrainingRound):
             )
             self.log.emit("warning", round=number, message=text)
 
-    def _own_eval_data(self) -> dict[str, str]:
-        """A digest of the clients' own held-out records that are not among ``eval_data``."""
-        known = set(map(id, self.eval_data or ()))
-        more = {name: [dict(r) for r in part if id(r) not in known] for name, part in self.own_data.items()}
-        return {"eval_data.clients": json_digest(more)} if any(more.values()) else {}
-
     def _identity(self) -> dict[str, Any]:
         ours = asdict(replace(self.config, out=None))
         # These change what is kept, and nothing that is computed.
@@ -142,8 +136,7 @@ class Resuming(TrainingRound):
             "target_modules": self.target_modules,
             "backend": self.backend,
             "fuse": self.fuse,
-            "eval_data": None if self.eval_data is None else json_digest([dict(record) for record in self.eval_data]),
-            **self._own_eval_data(),
+            **self.held_out.digests(),
             "model.class": type(self.model).__name__,
             "model.dtype": str(self.model.dtype),
             "model.weights": tensor_digest(rest),

@@ -18,12 +18,12 @@ from ..adapters import Base, ClientUpdate
 from ..aggregation import get_strategy
 from ..common import Stopped, peak_memory_bytes, require
 from ..config import FederationConfig, TrainConfig
-from ..data import Record, check_records
 from ..distributed import ranks, shard_if_needed
-from ..model import ClientSpec, as_tokenizer, check_model, evaluate
+from ..model import ClientSpec, as_tokenizer, check_model
 from ..runs import Event, EventLog, RunFolder, converted, dtype_to_save
 from ..training import CohortTrainer, Paused, stopping
 from .callable_clients import Remote
+from .evaluation import HeldOut
 from .judge import promised
 from .model_card import model_card
 from .privacy import Privacy, PrivateSum
@@ -92,7 +92,7 @@ class Federation(Resuming):
             fuse,
         )
         clients = list(clients)
-        self.own_data, self.eval_data = held_out(clients, eval_data, config.eval_label)
+        self.held_out = HeldOut(clients, eval_data, config)
         self.remote = dict(remote or {})
         self.paused, self.found, self.heard, self.sums, self.stop = {}, {}, [], {}, lambda: False
         self.ranks = ranks()
@@ -325,20 +325,12 @@ class Federation(Resuming):
         return {} if self.private is None else {"privacy": self.private.report()}
 
     def _evaluate(self, number: int) -> None:
-        if self.eval_data is None:
+        if self.held_out.records is None:
             return
-        config, began, found = self.config, time.perf_counter(), {}
+        began, found = time.perf_counter(), {}
         if self.ranks.first:
             with self.server.in_use() as model:
-                found = evaluate(
-                    model,
-                    self.tokenizer,
-                    self.eval_data,
-                    max_length=config.eval_max_length or self.train.max_length,
-                    template=config.eval_template,
-                    label=config.eval_label,
-                    clients=self.own_data,
-                )
+                found = self.held_out.evaluate(model, self.tokenizer, self.train.max_length)
         self._run_along()
         self.ranks.meet()
         found = self.ranks.send(found)
@@ -400,17 +392,3 @@ class Federation(Resuming):
             out=None if self.config.out is None else Path(self.config.out),
             events=self.log.events,
         )
-
-
-def held_out(
-    clients: Sequence[ClientSpec], eval_data: Any, label: str
-) -> tuple[dict[str, list[Record]], list[Record] | None]:
-    """Read the clients' own held-out records, and what is evaluated together: ``eval_data``, or all clients' own."""
-    own = {
-        spec.name: check_records(spec.eval_data, f"eval_data of client {spec.name!r}", known=(label,))
-        for spec in clients
-        if spec.eval_data is not None
-    }
-    if eval_data is not None:
-        return own, check_records(eval_data, "eval_data", known=(label,))
-    return own, [record for part in own.values() for record in part] or None

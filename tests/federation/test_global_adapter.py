@@ -57,9 +57,9 @@ def test_what_is_evaluated_is_the_base_with_the_global_adapter():
         assert result.adapter is not None
         assert result.after is not None
         assert result.before is not None
-        plain = flora.evaluate(model, tokenizer, fed.eval_data, max_length=32)
+        plain = flora.evaluate(model, tokenizer, fed.held_out.records, max_length=32)
         flora.merge_adapter_(model, result.adapter)
-        merged = flora.evaluate(model, tokenizer, fed.eval_data, max_length=32)
+        merged = flora.evaluate(model, tokenizer, fed.held_out.records, max_length=32)
     assert result.before["loss"] == plain["loss"]
     assert result.after["loss"] == pytest.approx(merged["loss"], rel=1e-9)
     assert result.after["loss"] != plain["loss"]
@@ -83,7 +83,7 @@ def test_the_result_is_applied_to_the_model_whatever_the_strategy(strategy):
     assert result.after is not None
     before = target_weights(model)
     with result.apply_to(model) as whole:
-        own = flora.evaluate(whole, tokenizer, fed.eval_data, max_length=32)
+        own = flora.evaluate(whole, tokenizer, fed.held_out.records, max_length=32)
     assert own["loss"] == result.after["loss"]
     assert all(torch.equal(weight, before[name]) for name, weight in target_weights(model).items())
     if strategy in ("fedex", "flora_warm"):
@@ -91,7 +91,7 @@ def test_the_result_is_applied_to_the_model_whatever_the_strategy(strategy):
             pass
     if strategy == "flexlora":
         with result.apply_to(make_model()) as whole:
-            assert flora.evaluate(whole, tokenizer, fed.eval_data, max_length=32) == own
+            assert flora.evaluate(whole, tokenizer, fed.held_out.records, max_length=32) == own
 
 
 def test_clients_go_on_from_the_global_adapter(tmp_path):

@@ -39,7 +39,7 @@ def test_the_card_lies_beside_the_model_and_tells_the_run(tmp_path):
 
 def test_a_run_without_held_out_data_says_so(tmp_path):
     federation = make_federation(tmp_path / "run", rounds=1)
-    federation.eval_data = None
+    federation.held_out.records = None
     federation.run()
     assert "None: the run had no held-out data." in (tmp_path / "run" / "model" / "README.md").read_text()
 

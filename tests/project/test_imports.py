@@ -81,7 +81,7 @@ FLOORS = {
         "build",
     ],
     "federation": [
-        "callable_clients exchange judge model_card privacy protocol replay result",
+        "callable_clients evaluation exchange judge model_card privacy protocol replay result",
         "party quarantine rebase server",
         "local_clients",
         "resume",
