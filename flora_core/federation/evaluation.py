@@ -12,7 +12,7 @@ from ..model import ClientSpec, evaluate
 
 
 class HeldOut:
-    """What a run evaluates.
+    """The records that a run evaluates.
 
     Args:
         clients: Their ``eval_data`` are evaluated as groups.

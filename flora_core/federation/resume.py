@@ -94,14 +94,15 @@ class Resuming(TrainingRound):
                 self.server.restore(mine)
             return
         self.ranks.meet()
-        names = ("round", "optimizer", "paused", "finished", "events")
-        state = {name: getattr(self, name) for name in names}
+        names = ("round", "optimizer", "paused", "finished")
+        state = {name: getattr(self, name) for name in names} | {"events": self.log.events}
         # What is sharded goes to each rank in parts, by itself.
-        apart = {} if self.server.base is None else {"weights": {}, "low_bits": {}}
-        found = self.ranks.send({**state, "server": {**mine, **apart} if mine else {}, "fuse": autotune.used()})
+        sharded = {} if self.server.base is None else {"weights": {}, "low_bits": {}}
+        found = self.ranks.send({**state, "server": {**mine, **sharded} if mine else {}, "fuse": autotune.used()})
         if not self.ranks.first:
             for name in names:
                 setattr(self, name, found[name])
+            self.log.events = found["events"]
             mine = found["server"]
         if mine:
             self.server.restore(mine)

@@ -219,7 +219,7 @@ def test_doctor_says_how_to_get_what_is_missing(flora, monkeypatch):
     from flora_core.cli import doctor
     from flora_core.common import extras
 
-    monkeypatch.setattr(extras, "_version", lambda name: None if name in ("gguf", "flwr") else "1")
+    monkeypatch.setattr(extras, "version_of", lambda name: None if name in ("gguf", "flwr") else "1")
     monkeypatch.setattr(doctor, "_product_gflops", lambda dtype: {"torch.float32": 60.0}.get(str(dtype), 0.5))
     out = flora("doctor")[1]
     assert "gguf MISSING" in out

@@ -96,5 +96,5 @@ def test_held_out_records_are_normalised_once_and_their_digest_is_that_of_the_ro
         make_federation(tmp_path / name, eval_data=data)
         for name, data in (("a", rows), ("b", write(tmp_path / "e.jsonl", *rows)))
     ]
-    assert [dict(record) for record in given[0].eval_data] == rows
-    assert given[0].eval_data == given[1].eval_data
+    assert [dict(record) for record in given[0].held_out.records or []] == rows
+    assert given[0].held_out.records == given[1].held_out.records

@@ -284,7 +284,7 @@ def test_mutated_checkpoints_are_found_out_and_the_round_before_is_used(tmp_path
             changed = mutate_safetensors(data, random) if path.suffix == ".safetensors" else mutate(data, random)
         overwrite(path, changed)
         again = RunFolder(tmp_path / "run")
-        notes, refusal = attempt(partial(again.begin, {"rounds": 3}, {"torch": "1"}, "start"), (ValueError,))
+        notes, refusal = attempt(partial(again.record.begin, {"rounds": 3}, {"torch": "1"}, "start"), (ValueError,))
         if notes is None:
             assert path.name == "run.json", f"{number}: {refusal}"
             assert "run.json is damaged" in refusal or "another configuration" in refusal

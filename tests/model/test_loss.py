@@ -61,7 +61,7 @@ def oracle(
 @pytest.mark.parametrize("chunk", [1 << 24, 5 * models.VOCAB, 1], ids=["whole", "chunks of 5", "one by one"])
 def test_client_losses(family: str, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch):
     """Losses and gradients of every client, for a random gradient from above."""
-    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", chunk)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", chunk)
     _, head = build(family, dtype)
     hidden_MH, target_M = inputs(dtype)
     up_C = torch.tensor([0.7, 1.3, -2.0, 0.4])
@@ -134,7 +134,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_never_holds_all_logits(family: str, monkeypatch: pytest.MonkeyPatch):
     """With 300 labelled tokens and chunks of 90, no operation gives more than a chunk's logits."""
-    monkeypatch.setattr(loss_module, "_CHUNK_LOGITS", 90 * models.VOCAB)
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 90 * models.VOCAB)
     tokens = Segments.from_lengths([100, 200])
     _, head = build(family)
     hidden_MH, target_M = inputs(tokens=tokens)

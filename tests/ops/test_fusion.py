@@ -163,11 +163,11 @@ def new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[],
 def test_a_resumed_run_keeps_its_choices(tmp_path: Path, new_process: Callable[[], None]):
     cpu = torch.device("cpu")
     run = RunFolder(tmp_path / "run")
-    run.begin({"a": 1}, {})
-    run.keep_choices()
+    run.record.begin({"a": 1}, {})
+    run.record.keep_choices()
     assert "fuse" not in json.loads((tmp_path / "run" / "run.json").read_text())
     assert autotune.choices_for(cpu).pick(SHAPE, TWO, timer(5.0, 4.0)) == "prewrite"
-    run.keep_choices()
+    run.record.keep_choices()
     recorded = autotune.used()
     new_process()
     # In the meantime another run has measured the other way to be faster.
