@@ -1,23 +1,18 @@
-"""Settings of a federated run, and what it leaves."""
+"""Settings of a federated run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ..common import check_choice, check_flag, check_number, require
 from .other_names import RECIPE_KEYS, refuses_other_names
 from .privacy import Privacy
 
-if TYPE_CHECKING:
-    from ..adapters import ClientUpdate
-
 ROUNDINGS = ("low_bits", "nearest", "stochastic")
-
-
-# What a model can be saved in: as it is held, as its checkpoint has it, or in a dtype by name (``saving``).
+# Dtypes of a saved model: as it is held, as its checkpoint has it, or by name (``flora_core.runs.saving``).
 SAVE_DTYPES = ("auto", "base", "float32", "bfloat16", "float16", "float64")
 
 
@@ -145,22 +140,3 @@ class FederationConfig:
         if isinstance(self.weights, Mapping):
             wrong = sorted(set(self.weights) ^ set(names))
             require(not wrong, f"weights must have one entry for each client; missing or unknown: {', '.join(wrong)}")
-
-    def why_gather(self, strategy: str, sharded: bool) -> str | None:
-        """Say what needs every client's factors on every rank; None if their sum is enough (``exchange``)."""
-        if sharded:
-            return "each rank writes its own rows of a sharded base"
-        if strategy != "flora":
-            return f"strategy {strategy!r} looks at single clients' factors"
-        for name in ("clip_update", "outlier_factor"):
-            if getattr(self, name) is not None:
-                return f"{name} compares the clients' updates"
-        if self.out is not None and self.save_adapters:
-            return "save_adapters keeps every client's adapter"
-        return None
-
-    def share(self, update: ClientUpdate) -> float:
-        """A client's weight in its round, before normalising."""
-        if isinstance(self.weights, Mapping):
-            return float(self.weights[update.client])
-        return 1.0 if self.weights == "uniform" else float(update.metrics[self.weights])

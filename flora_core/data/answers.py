@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .layout import Answer, Note
 from .messages import THOUGHTS, strings
 from .records import Record
-
-if TYPE_CHECKING:
-    from .chat import Chat
 
 STAND_IN, NEXT = "\u241eanswer\u241e", "\u241enext\u241e"
 _THOUGHT = re.compile(r"</?think(?:ing)?>")
@@ -27,10 +24,28 @@ DIFFERS = "what stands before an answer is not what generation starts from (the 
 SPEAKS_FIRST = "the assistant speaks first; that turn has no loss, for nothing stands before it"
 
 
+class Template(Protocol):
+    """A chat template, and what it writes around answers."""
+
+    tokenizer: Any
+    special: re.Pattern[str]
+    leads: list[str]
+    ends: list[str]
+    role_ends: bool
+
+    def render(self, messages: Sequence[dict[str, Any]], record: Record | None, **options: Any) -> str:
+        """Render messages with a record's tools, documents and template arguments."""
+        ...
+
+    def end_after(self, text: str, at: int) -> int | None:
+        """Find where the end mark stops that follows an answer's content; None if there is none."""
+        ...
+
+
 class Rendered:
     """One conversation as a chat template renders it, in which answers are found."""
 
-    def __init__(self, chat: Chat, record: Record, messages: list[dict[str, Any]]):
+    def __init__(self, chat: Template, record: Record, messages: list[dict[str, Any]]):
         self.chat, self.record, self.messages = chat, record, messages
         self.turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
         self.text = chat.render(messages, record)

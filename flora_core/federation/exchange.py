@@ -18,6 +18,7 @@ import torch
 
 from ..adapters import ClientUpdate
 from ..aggregation import Stack, round_terms, stack_of
+from ..config import FederationConfig
 
 _SUM_BYTES = torch.float64.itemsize
 
@@ -43,13 +44,27 @@ class Way:
         return {"reduced": len(self.reduced), "reason": self.reason, "gather_bytes": self.gather_bytes}
 
 
-def choose(expected: Sequence[ClientUpdate], ranks: int, why_gather: str | None) -> Way:
+def why_gather(config: FederationConfig, strategy: str, sharded: bool) -> str | None:
+    """Say what needs every client's factors in every process; None if their sum is enough."""
+    if sharded:
+        return "each rank writes its own rows of a sharded base"
+    if strategy != "flora":
+        return f"strategy {strategy!r} looks at single clients' factors"
+    for name in ("clip_update", "outlier_factor"):
+        if getattr(config, name) is not None:
+            return f"{name} compares the clients' updates"
+    if config.out is not None and config.save_adapters:
+        return "save_adapters keeps every client's adapter"
+    return None
+
+
+def choose(expected: Sequence[ClientUpdate], ranks: int, why: str | None) -> Way:
     """Choose for each module what moves fewer bytes.
 
     Args:
         expected: What the round's clients will send; only shapes are looked at.
         ranks: How many there are.
-        why_gather: Why sums are not enough; None if they are.
+        why: Why sums are not enough; None if they are.
     """
     gathered: dict[str, int] = {}
     summed: dict[str, int] = {}
@@ -59,8 +74,8 @@ def choose(expected: Sequence[ClientUpdate], ranks: int, why_gather: str | None)
             gathered[module] = gathered.get(module, 0) + (ranks - 1) * size
             summed[module] = 2 * (ranks - 1) * A_RK.shape[1] * B_RN.shape[1] * _SUM_BYTES
     smaller = tuple(module for module in gathered if summed[module] < gathered[module])
-    reduced = smaller if why_gather is None else ()
-    reason = why_gather or f"sums are smaller than adapters in {len(smaller)} of {len(gathered)} modules"
+    reduced = smaller if why is None else ()
+    reason = why or f"sums are smaller than adapters in {len(smaller)} of {len(gathered)} modules"
     moved = sum(summed[module] if module in reduced else size for module, size in gathered.items())
     return Way(reduced, reason, sum(gathered.values()), moved)
 

@@ -123,3 +123,10 @@ def _wrong_factors(update: ClientUpdate, expected: ClientUpdate, module: str) ->
 
 def _is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def weight_of(update: ClientUpdate, weights: str | Mapping[str, float]) -> float:
+    """A client's weight in its round, before normalising."""
+    if isinstance(weights, Mapping):
+        return float(weights[update.client])
+    return 1.0 if weights == "uniform" else float(update.metrics[weights])

@@ -22,8 +22,8 @@ from ..ops import autotune
 from ..runs import Event, EventLog, RunFolder
 from ..training import CohortTrainer, LocalClient, Paused, spread
 from .callable_clients import PendingClients, Remote, Task, receive, remote_done
-from .exchange import choose, partial_sum, whole, without_factors
-from .judge import judge_updates
+from .exchange import choose, partial_sum, whole, why_gather, without_factors
+from .judge import judge_updates, weight_of
 from .privacy import PrivateSum
 from .quarantine import quarantine
 from .server import Server
@@ -184,7 +184,7 @@ class TrainingRound:
             return updates, failures
         before, mine = self.ranks.moved_bytes, shares[self.ranks.rank]
         everybody = [self.expected[name] for share in shares for name in share]
-        why = self.config.why_gather(self.server.strategy.name, self.server.base is not None)
+        why = why_gather(self.config, self.server.strategy.name, self.server.base is not None)
         way = choose(everybody, self.ranks.size, why)
         if way.reduced:
             # The others will not see these factors.
@@ -280,7 +280,7 @@ class TrainingRound:
                 text = f"client {name!r} was clipped from a norm of {norm:.3g} to {config.clip_update:g} (clip_update)"
                 self.log.emit("warning", round=self.round + 1, client=name, message=text)
         for update in good:
-            update.weight = config.share(update)
+            update.weight = weight_of(update, config.weights)
         return good, refused
 
     def _warn_of(self, refused: Mapping[str, str]) -> None:
