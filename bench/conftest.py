@@ -87,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A case that fails before it is timed is told as it is.
+    # A case that fails before it is timed is reported as it is.
     config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     config.stash[_STARTED] = time.monotonic()
     scale = _scale(config)

@@ -239,7 +239,7 @@ class Targets:
 
 
 def ready(made: Targets) -> tuple[dict[str, Contender], dict[str, float], dict[str, str]]:
-    """Who takes part, warmed up; how much of the error budget ours use; and who does not take part, with the reason."""
+    """The contenders, warmed up; the share of the error budget that ours use; those left out, with the reason."""
     (exact, low), found, checks, missing = made.oracle(), {}, {}, {}
     for name, make in made.contenders():
         try:
@@ -306,7 +306,7 @@ def cases(models: Sequence[str], tokens: Sequence[int]) -> Iterator[tuple[str, G
 
 
 def layer(results: Mapping[str, Any], model: str, M: int, dropout: float) -> dict[str, float] | None:
-    """Microseconds of a layer's linears, forward and backward, of whoever was timed in all of them."""
+    """Microseconds of a layer's linears, forward and backward, of each contender timed in all of them."""
     rows = [results.get(name_of(model, group, M, dropout), {}).get("total us") for group in LAYERS[model]]
     if not all(rows):
         return None

@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "pytest-benchmark", "trito
 
 
 class Load:
-    """Who else used the processors: load averages, and busy time of the machine that was not this process's."""
+    """Other use of the processors: load averages, and busy time of the machine that was not this process's."""
 
     def __init__(self) -> None:
         self.average, self.wall, self.own, self.busy = _average(), time.perf_counter(), _own_s(), _busy_s()

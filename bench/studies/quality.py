@@ -1,4 +1,4 @@
-"""Held-out loss of the strategies side by side on Dolly, over rounds and seeds; stops and goes on as it is told.
+"""Held-out loss of the strategies side by side on Dolly, over rounds and seeds; stops and resumes on request.
 
     python -m bench.studies.quality run --data ../shared/data/dolly --label short --rounds 8 --seeds 0,1,2 --minutes 60
     python -m bench.studies.quality publish --label short          # tables into docs/quality.md, plots into docs/img
@@ -152,7 +152,7 @@ def do(args: argparse.Namespace, one: Run, deadline: float) -> list[dict[str, An
         [watch],
     )
     events = federation.run().events
-    # Adapters of all rounds, a good 30 MB each: nobody needs them once the numbers are written.
+    # Adapters of all rounds, a good 30 MB each: not needed once the numbers are written.
     shutil.rmtree(out)
     return events
 
@@ -205,7 +205,7 @@ def run_all(args: argparse.Namespace) -> None:
 def table(data: dict[str, Any], split: str, ranks: str) -> list[str]:
     """One comparison: the loss before, at its best and at the end, over seeds, and what it cost.
 
-    Seeds differ by more than strategies do, so how far one is behind the first is told seed by seed.
+    Seeds differ by more than strategies do, so the distance to the first is reported seed by seed.
     """
     names = (
         "strategy",

@@ -61,7 +61,7 @@ def typical(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def contenders(case: Case, layers: int) -> dict[str, dict[str, Any]]:
-    """Name -> what ``memory_case`` is told."""
+    """Name -> arguments of ``bench.cases.memory``."""
     where, clients = device(), len(case.ranks)
     common: dict[str, Any] = {
         **{key: getattr(case, key) for key in ("model", "mix", "tokens", "dropout", "targets")},

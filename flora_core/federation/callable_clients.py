@@ -111,7 +111,7 @@ def receive(answer: Any, expected: ClientUpdate, device: torch.device | str = "c
 
     Args:
         answer: A ``ClientUpdate``, or the folder of a PEFT adapter, which somebody else may have filled.
-        expected: What ``validate.promised`` gives for the client.
+        expected: What ``judge.promised`` gives for the client.
         device: Where its tensors go.
     Returns:
         The update, in copies that no other code can change; ``judge_updates`` judges what is in it.

@@ -28,7 +28,7 @@ class Server:
 
     Args:
         model: Its target weights are changed in place.
-        expected: Client -> what ``validate.promised`` gives: modules, ranks and scalings of everybody.
+        expected: Client -> what ``judge.promised`` gives: modules, ranks and scalings of everybody.
         strategy, options: How updates are aggregated.
         rounding: How rounds are written into 16-bit weights.
         seed: Of initial adapters and stochastic rounding.

@@ -46,7 +46,7 @@ class MergeReport:
         resumed_bytes: Bytes that earlier attempts had done; all of them where the result was there already.
         seconds: Time of this attempt, without the verification.
         aggregation_error: Relative distance of what the strategy made from the exact sum, 0 for flora.
-        certificate: The result of the verification, see ``streaming.verify``; None if it was not asked for.
+        certificate: The result of the verification, see ``merge.verify``; None if it was not asked for.
         left_out: Files of the base that were not copied, for they hold weights or describe the base, its training or
             an adapter.
         adapters: Each adapter's name, share, ranks, scalings, the base that its config names, and missing modules.
