@@ -6,10 +6,10 @@ from . import average, flora, flora_warm, frozen, redistribute
 from .certificate import Certificate, Deviation, certify, norm, sample_rows, total, write_deviation
 from .downlink import DeltaLog, wire_dtype
 from .global_adapter import as_stack
-from .norms import clip_factor, clipped, outliers, product_norm
-from .strategy import BOTH, STRATEGIES, Strategy, aggregate, get_strategy, load_strategy, register, table
+from .norms import Norm, clip, clip_factor, norm_of, outliers, product_norm
+from .strategy import BOTH, STRATEGIES, Strategy, aggregate, combine, get_strategy, load_strategy, register, table
 from .svd import balanced, full_rank, stack_svd
-from .terms import Stack, Term, check_adapters, check_updates, join_stacks, round_terms, stack_of
+from .terms import Stack, Term, check_adapters, check_updates, check_weights, join_stacks, round_terms, stack_of
 
 __all__ = [
     "BOTH",
@@ -17,6 +17,7 @@ __all__ = [
     "Certificate",
     "DeltaLog",
     "Deviation",
+    "Norm",
     "Stack",
     "Strategy",
     "Term",
@@ -26,13 +27,16 @@ __all__ = [
     "certify",
     "check_adapters",
     "check_updates",
+    "check_weights",
+    "clip",
     "clip_factor",
-    "clipped",
+    "combine",
     "full_rank",
     "get_strategy",
     "join_stacks",
     "load_strategy",
     "norm",
+    "norm_of",
     "outliers",
     "product_norm",
     "register",

@@ -102,17 +102,17 @@ class DeltaLog:
         sizes: Round -> bytes of its change.
         have: Client -> the newest round whose change it has; 0 is the base that everybody starts with.
         forgotten: The newest round that is not kept any more.
-        deltas: Round -> what to apply, of rounds that were recorded with it.
+        deltas: Round -> module or tensor name -> what to apply, of rounds that were recorded with it.
     """
 
     snapshot_bytes: int
     sizes: dict[int, int] = field(default_factory=dict)
     have: dict[str, int] = field(default_factory=dict)
     forgotten: int = 0
-    deltas: dict[int, Mapping[str, Stack]] = field(default_factory=dict)
+    deltas: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def record(
-        self, number: int, size_bytes: int, clients: Iterable[str], delta: Mapping[str, Stack] | None = None
+        self, number: int, size_bytes: int, clients: Iterable[str], delta: Mapping[str, Any] | None = None
     ) -> None:
         """Note a round that was applied, its bytes, and who has its change already."""
         self.sizes[number] = size_bytes

@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -25,54 +26,67 @@ from ..common import check_number, require
 _EPS = torch.finfo(torch.float64).eps
 
 
-def product_norm(update: ClientUpdate) -> float:
-    """The Frobenius norm of all products ``s B_RN.T A_RK`` together, in float64; infinite where float64 overflows."""
-    squares = []
-    for module, (A_RK, B_RN) in update.adapters.items():
-        A, B = A_RK.double(), B_RN.double()
-        square = float(((A @ A.T) * (B @ B.T)).sum())
-        # What cancels may leave a rounding error below zero.
-        squares.append(update.scaling[module] ** 2 * (0.0 if square < 0 else square))
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+class Norm(NamedTuple):
+    """An update's size: the Frobenius norm of all its products, and a number that it surely does not exceed."""
+
+    value: float
+    bound: float
 
 
-def norm_bound(update: ClientUpdate) -> float:
-    """A number that the norm of all products surely does not exceed, whoever made the factors.
+def norm_of(update: ClientUpdate) -> Norm:
+    """Measure the products ``s B_RN.T A_RK`` of all modules together, in float64; infinite where float64 overflows.
 
-    ``product_norm`` plus its rounding error at most: above the norm by about 1e-11 of it, and by more only where the
-    products nearly cancel.
+    The bound is the norm plus its rounding error at most, whoever made the factors: above the norm by about 1e-11 of
+    it, and by more only where the products nearly cancel.
     """
-    squares = []
+    squares, bounds = [], []
     for module, (A_RK, B_RN) in update.adapters.items():
         A, B = A_RK.double(), B_RN.double()
         (R, K), N = A.shape, B.shape[1]
+        # What cancels may leave a rounding error below zero.
         square = float(((A @ A.T) * (B @ B.T)).sum())
+        square = 0.0 if square < 0 else square
         size = float(((A.abs() @ A.abs().T) * (B.abs() @ B.abs().T)).sum())
         # Each entry of a Gram matrix is off by at most K or N roundings, their product by one, the sum by R^2.
         error = 1.01 * (K + N + R * R + 4) * _EPS * size
-        squares.append(update.scaling[module] ** 2 * (max(square, 0.0) + error))
-    return math.sqrt(math.fsum(squares)) * (1 + 8 * _EPS) if all(map(math.isfinite, squares)) else math.inf
+        factor = update.scaling[module] ** 2
+        squares.append(factor * square)
+        bounds.append(factor * (square + error))
+    return Norm(_root(squares), _root(bounds) * (1 + 8 * _EPS))
 
 
-def clip_factor(update: ClientUpdate, bound: float) -> float:
-    """The largest factor of at most 1 with which the update's norm surely is within the bound; 0 for an infinite one.
+def _root(squares: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
+
+
+def product_norm(update: ClientUpdate) -> float:
+    """The Frobenius norm of all products ``s B_RN.T A_RK`` together; see ``norm_of``."""
+    return norm_of(update).value
+
+
+def norm_bound(update: ClientUpdate) -> float:
+    """A number that the norm of all products surely does not exceed; see ``norm_of``."""
+    return norm_of(update).bound
+
+
+def clip_factor(norm: Norm, bound: float) -> float:
+    """The largest factor of at most 1 with which a norm surely is within the bound; 0 for an infinite one.
 
     Raises:
         ValueError: If the bound is not above 0.
     """
     check_number("bound", bound, 0)
     require(bound > 0, "bound must be above 0, got 0")
-    norm = norm_bound(update)
-    return 1.0 if norm <= bound else bound / norm * (1 - 8 * _EPS)
+    return 1.0 if norm.bound <= bound else bound / norm.bound * (1 - 8 * _EPS)
 
 
-def clip(update: ClientUpdate, bound: float) -> ClientUpdate:
+def clip(update: ClientUpdate, bound: float, norm: Norm | None = None) -> ClientUpdate:
     """Scale an update down, if it is too large, so that the norm of its products is at most ``bound``.
 
     B is scaled, in float32 at least, so that all modules keep their directions and their scalings; an update within
-    the bound is given back as it is.
+    the bound is given back as it is. ``norm`` is what ``norm_of`` gives, where it is known.
     """
-    factor = clip_factor(update, bound)
+    factor = clip_factor(norm or norm_of(update), bound)
     if factor == 1.0:
         return update
     adapters = {}
@@ -103,9 +117,3 @@ def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
         return {}
     text = "the norm of its product is {:.3g}, more than {:g} times the round's median of {:.3g} (outlier_factor)"
     return {name: text.format(norm, factor, middle) for name, norm in norms.items() if norm > factor * middle}
-
-
-def clipped(updates: Sequence[ClientUpdate], bound: float) -> tuple[list[ClientUpdate], dict[str, float]]:
-    """Clip every update; also client -> norm before, of those that were too large."""
-    done = [(update, clip(update, bound)) for update in updates]
-    return [new for _, new in done], {old.client: product_norm(old) for old, new in done if new is not old}

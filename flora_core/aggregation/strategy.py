@@ -245,9 +245,16 @@ def aggregate(
     updates = list(updates)
     check_updates(updates)
     chosen.check_fits(updates)
-    trained, began = chosen.trainable(state or {}), time.perf_counter()
-    result = chosen.aggregate(updates, state or {}, **options)
-    result.state = {**result.state, "strategy": strategy}
+    return combine(updates, chosen, state or {}, options)
+
+
+def combine(
+    updates: Sequence[ClientUpdate], strategy: Strategy, state: Mapping[str, Any], options: Mapping[str, Any]
+) -> RoundResult:
+    """``aggregate`` for updates, state and options that were checked where they came in."""
+    trained, began = strategy.trainable(state), time.perf_counter()
+    result = strategy.aggregate(updates, state, **options)
+    result.state = {**result.state, "strategy": strategy.name}
     chosen_forms = {module: smallest_form(stack) for module, stack in result.base_delta.items()}
     result.base_delta = {module: stack for module, (stack, _) in chosen_forms.items()}
     result.forms = {module: form for module, (_, form) in chosen_forms.items()}
@@ -256,7 +263,7 @@ def aggregate(
     result.seconds |= {"aggregate": done - began, "certify": time.perf_counter() - done}
     base = sum(form.size_bytes for form in result.forms.values())
     result.up = {one.client: _sent_bytes(one, trained) for one in updates}
-    result.down = {one.client: base + chosen.adapter_bytes(result.state, one, trained) for one in updates}
+    result.down = {one.client: base + strategy.adapter_bytes(result.state, one, trained) for one in updates}
     return result
 
 

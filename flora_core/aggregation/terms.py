@@ -44,7 +44,7 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
     twice = [name for name, count in Counter(update.client for update in updates).items() if count > 1]
     require(not twice, f"client names must differ, got more than one update of {', '.join(map(repr, twice))}")
     _check_bases(updates)
-    _check_weights(updates)
+    check_weights(updates)
     for update in updates:
         check_adapters(update)
     _check_shapes(updates)
@@ -67,7 +67,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _check_weights(updates: Sequence[ClientUpdate]) -> None:
+def check_weights(updates: Sequence[ClientUpdate]) -> None:
+    """Check that each weight of a round is a number of at least 0, and that they have a sum to be divided by."""
     for update in updates:
         require(
             _is_number(update.weight) and math.isfinite(update.weight) and update.weight >= 0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .parties import Answers, RemoteFederation, metrics_of, spec_of
+from .clients import Clients, Round, RunSetup, Trained
+from .parties import Answers, Order, Parties, metrics_of, spec_of
 from .party import Site
 from .protocol import Tensors, Terms
 from .rebase import RebaseReport, rebase_adapter
@@ -11,14 +12,19 @@ from .rounds import Federation, FederationConfig
 
 __all__ = [
     "Answers",
+    "Clients",
     "Federation",
     "FederationConfig",
     "FederationResult",
+    "Order",
+    "Parties",
     "RebaseReport",
-    "RemoteFederation",
+    "Round",
+    "RunSetup",
     "Site",
     "Tensors",
     "Terms",
+    "Trained",
     "metrics_of",
     "rebase_adapter",
     "spec_of",

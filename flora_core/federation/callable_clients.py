@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,14 @@ import torch
 from ..adapters import Adapters, ClientUpdate, load_peft_adapter
 from ..common import require
 from ..model import ClientSpec
+from ..runs import Event, EventLog
 from ..training import Paused
+from .clients import Round, Trained, client_done
+from .local_clients import LocalClients
+from .server import Server
 
 # Besides eight bytes a number: a header has about 120 bytes a tensor, a config is a few thousand.
-_ROOM_BYTES = 1 << 20
+ROOM_BYTES = 1 << 20
 # How often a waiting server looks whether it is to stop.
 _LOOK_S = 0.2
 
@@ -106,6 +110,80 @@ class PendingClients:
         return answers, failed | dict.fromkeys(self.missing, late)
 
 
+class CallableClients:
+    """Clients of which some are callables, asked while the others train here; see ``Clients``.
+
+    Args:
+        local: Those that train here.
+        specs: All of them, in their order; a callable's spec needs no data.
+        remotes: Client -> the function that trains it.
+    Raises:
+        ValueError: If a callable has no spec, or the clients' own words would decide how much they count.
+    """
+
+    on_own_machines = False
+
+    def __init__(self, local: LocalClients, specs: Sequence[ClientSpec], remotes: Mapping[str, Remote]):
+        unknown = sorted(set(remotes) - {spec.name for spec in specs})
+        require(not unknown, f"remote names clients that are not there: {', '.join(unknown)}; give each a ClientSpec")
+        weights = local.setup.config.weights
+        require(
+            weights not in ("examples", "tokens"),
+            f"weights={weights!r} would take the word of clients elsewhere for how much they count; with "
+            "remote= use weights='uniform' or a mapping",
+        )
+        self.local, self.remotes = local, dict(remotes)
+        self.specs = {spec.name: replace(spec, data=[]) if spec.name in remotes else spec for spec in specs}
+        self.expected: dict[str, ClientUpdate] = {}
+        self.optimizer = local.optimizer
+
+    def prepare(self) -> list[Event]:
+        """Check model and data with the clients here, and the model with the others."""
+        notes = self.local.prepare()
+        remote = [self.specs[name] for name in self.remotes]
+        expected = self.local.expected | self.local.setup.expect(remote)
+        self.specs |= self.local.specs
+        self.expected = {name: expected[name] for name in self.specs}
+        return notes
+
+    def gather(self, server: Server, number: int, log: EventLog) -> list[str]:
+        """All of them can be asked."""
+        return list(self.specs)
+
+    def train(self, round: Round) -> Trained:
+        """Ask the callables, train the others meanwhile, then wait until the deadline."""
+        asked = self._ask(round)
+        done = self.local.train(round)
+        done.answers, silent = asked.wait(round.stop)
+        for name, answer in done.answers.items():
+            try:
+                done.updates.append(receive(answer, self.expected[name], round.server.model.device))
+            except (ValueError, OSError) as error:
+                silent[name] = str(error)
+        round.log.warn_refused(silent)
+        done.failures |= silent
+        for name in [name for name in round.names if name in self.remotes]:
+            # Its own metrics are not taken for facts.
+            done.metrics[name] = client_done(round.number, self.specs[name], seconds=asked.seconds.get(name) or 0.0)
+        return done
+
+    def _ask(self, round: Round) -> PendingClients:
+        names = [name for name in round.names if name in self.remotes]
+        if not names:
+            return PendingClients({}, {}, None)
+        server = round.server
+        server.refuse_penalties(names)
+        with self.local.setup.attached([self.specs[name] for name in names], round.number) as cohort:
+            server.load_starts(cohort, round.number)
+            starts = {name: cohort.update(name) for name in names}
+        tasks = {n: Task(round.number, n, one.adapters, one.scaling, server.trainable) for n, one in starts.items()}
+        return PendingClients(self.remotes, tasks, self.local.setup.config.deadline_s)
+
+    def conclude(self, round: Round, good: Sequence[str], refused: Mapping[str, str], applied: bool) -> None:
+        """As ``LocalClients.conclude``: a callable keeps what it keeps."""
+        self.local.conclude(round, good, refused, applied)
+
+
 def receive(answer: Any, expected: ClientUpdate, device: torch.device | str = "cpu") -> ClientUpdate:
     """Make an update of a client's answer; a folder is read within the limits of what the client promised.
 
@@ -124,11 +202,13 @@ def receive(answer: Any, expected: ClientUpdate, device: torch.device | str = "c
         # Else a client could have another one refused, for two updates of one name.
         require(answer.client == name, f"it sent an update in the name of {str(answer.client)[:80]!r}")
         return _copy(answer, device)
-    fine = isinstance(answer, (str, os.PathLike))
-    require(fine, f"it sent a {type(answer).__name__}, and not an update or the folder of one")
+    require(
+        isinstance(answer, (str, os.PathLike)),
+        f"it sent a {type(answer).__name__}, and not an update or the folder of one",
+    )
     folder = Path(answer)
     require(not folder.is_symlink(), f"{folder} must be a folder, not a link")
-    limit = 8 * _numbers(expected) + _ROOM_BYTES
+    limit = 8 * numbers_of(expected) + ROOM_BYTES
     return _copy(load_peft_adapter(folder, client=name, trusted=False, max_bytes=limit), device)
 
 
@@ -147,15 +227,8 @@ def _copy(update: ClientUpdate, device: torch.device | str) -> ClientUpdate:
     return replace(update, adapters=adapters, scaling=dict(update.scaling), metrics={}, base=None, trained_on=None)
 
 
-def _numbers(expected: ClientUpdate) -> int:
+def numbers_of(expected: ClientUpdate) -> int:
     return sum(factor.numel() for pair in expected.adapters.values() for factor in pair)
-
-
-def remote_done(round: int, spec: ClientSpec, seconds: float | None) -> dict[str, Any]:
-    """The event of a client that trained remotely: its own metrics are not taken for facts."""
-    known = {"examples": 0, "tokens": 0, "steps": 0, "seconds": seconds or 0.0, "tokens_per_s": 0.0}
-    event = {"event": "client_done", "round": round, "client": spec.name, "rank": spec.adapter.rank}
-    return {**event, "loss_first": None, "loss_last": None, **known}
 
 
 def _one_line(error: BaseException) -> str:

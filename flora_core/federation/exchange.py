@@ -19,6 +19,8 @@ import torch
 from ..adapters import ClientUpdate
 from ..aggregation import Stack, round_terms, stack_of
 from ..config import FederationConfig
+from ..distributed import Ranks
+from ..ops import autotune
 
 _SUM_BYTES = torch.float64.itemsize
 
@@ -91,6 +93,19 @@ def whole(update: ClientUpdate, expected: ClientUpdate) -> ClientUpdate:
     """An update with shapes alone in the place of factors that did not move."""
     adapters = {module: update.adapters.get(module, shapes) for module, shapes in expected.adapters.items()}
     return replace(update, adapters=adapters, scaling=expected.scaling)
+
+
+def share_choices(ranks: Ranks, device: torch.device) -> None:
+    """Let all processes fuse as was measured in any of them: the first process's choice counts before the others'.
+
+    A client's last bits must not depend on the process that trains it.
+    """
+    merged: dict[str, Any] = {}
+    for used in ranks.exchange([autotune.used()]):
+        for choices in used[0].values():
+            merged = {**choices, **merged}
+    if merged:
+        autotune.use({str(device): merged})
 
 
 def partial_sum(module: str, updates: Sequence[ClientUpdate], mine: Iterable[str], like: torch.Tensor) -> torch.Tensor:

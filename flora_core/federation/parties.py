@@ -1,4 +1,4 @@
-"""A federation whose clients train on their own machines: the rounds of ``Federation``, with messages for training.
+"""Parties: clients that train on machines of their own, and hold copies of the global model there.
 
 What a party lacks of the global model is sent with its orders; those who took part in a round are sent its change at
 once, so that they end with the global model. How messages travel is the link's business (``flora_core.flower``).
@@ -16,17 +16,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from ..adapters import Adapters, ClientUpdate, RoundResult
+from ..adapters import Adapters, ClientUpdate
 from ..common import json_digest, listed, require
-from ..config import AdapterConfig, FederationConfig, TrainConfig
+from ..config import AdapterConfig
 from ..distributed import ranks
 from ..model import ClientSpec
-from ..runs import Event, environment
-from .judge import promised
-from .protocol import Tensors, Terms, base_digest, dense_tensors, round_tensors, weights_digest
-from .rounds import Federation
+from ..runs import Event, EventLog, environment
+from .clients import Round, RunSetup, Trained, client_done
+from .protocol import Tensors, Terms, base_digest, weights_digest
 from .server import Server
 
 _ASK_AGAIN_SECONDS = 0.5
@@ -34,20 +31,53 @@ _ASK_AGAIN_SECONDS = 0.5
 _LIBRARIES = ("flora_core", "torch", "transformers")
 # Below every round that a log can hold: a client at it needs a snapshot.
 _NOWHERE = -1
+# What a safetensors header takes for one tensor, at most, beside the name.
+_HEADER_BYTES = 256
+_METRICS = ("loss_first", "loss_last", "tokens", "steps", "seconds", "tokens_per_s")
+# What nonsense in a party's answer may raise.
+_NONSENSE = (ValueError, KeyError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True)
+class Order:
+    """An order to one party, with what it lacks of the global model.
+
+    Args:
+        client: Its name.
+        round: The round that is trained, or whose change is brought.
+        since: The round that the changes start from, None for a snapshot.
+        changes: (round, tensors) in order.
+        values: JSON values for this party alone.
+        start: Module -> the factors that it starts from; the others start fresh.
+        limit_bytes: No answer may have more bytes of tensors.
+    """
+
+    client: str
+    round: int
+    since: int | None
+    changes: Sequence[tuple[int, Tensors]]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    start: Adapters = field(default_factory=dict)
+    limit_bytes: int = 0
+
+    @property
+    def newest(self) -> int:
+        """The round that the party holds once it has the changes."""
+        return self.changes[-1][0] if self.changes else self.since or 0
 
 
 @dataclass
 class Answers:
-    """Answers of a round's clients.
+    """Answers to orders.
 
     Args:
-        updates: Those that could be read, in the order of the round's clients.
+        read: Client -> the JSON values and tensors of its answer.
         lost: Client -> why there is none.
         unsure: Those that could not do what they were asked for: their copy may be another than the server thinks.
-        up, down: Client -> bytes of its message and of those to it.
+        up, down: Client -> bytes of its message and of that to it.
     """
 
-    updates: list[ClientUpdate] = field(default_factory=list)
+    read: dict[str, tuple[dict[str, Any], Tensors]] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     unsure: set[str] = field(default_factory=set)
     up: dict[str, int] = field(default_factory=dict)
@@ -65,12 +95,12 @@ class Link(Protocol):
         """Names of the clients that can be reached."""
         ...
 
-    def train(self, run: RemoteFederation, number: int, names: Sequence[str]) -> Answers:
-        """Have clients train a round."""
+    def train(self, terms: Terms, orders: Sequence[Order]) -> Answers:
+        """Have parties train."""
         ...
 
-    def follow(self, run: RemoteFederation, number: int, names: Sequence[str], answers: Answers) -> dict[str, Any]:
-        """Send clients the round's change; client -> digest of its weights, or the text of an error."""
+    def follow(self, terms: Terms, orders: Sequence[Order]) -> Answers:
+        """Bring parties a round's change; each answers with ``weights``, the digest of its copy."""
         ...
 
 
@@ -105,93 +135,50 @@ def metrics_of(told: Any, examples: int) -> dict[str, Any]:
     Raises:
         ValueError: If a number is missing, negative or not finite.
     """
-    known: dict[str, Any] = {}
-    for name in _nothing(0):
+    known: dict[str, Any] = {"examples": examples}
+    for name in _METRICS:
         value: Any = told.get(name) if isinstance(told, dict) else None
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         least = -math.inf if name.startswith("loss") else 0
         require(number and value >= least, f"its {name} must be a finite number, at least {least:g}, got {value!r:.40}")
         known[name] = value
-    return {**known, "examples": examples}
+    return known
 
 
-class RemoteServer(Server):
-    """A server that keeps what each round changed, to send it."""
+class Parties:
+    """Clients on machines of their own; see ``Clients``. ``Federation`` takes it in the place of its clients::
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.changes: dict[int, Tensors] = {}
-
-    def apply(self, updates: Sequence[ClientUpdate], number: int) -> RoundResult:
-        """As ``Server.apply``; no party has the change yet."""
-        had = {update.client: self.log.have.get(update.client, 0) for update in updates}
-        result = super().apply(updates, number)
-        self.log.have.update(had)
-        self.changes[number] = round_tensors(result, self.weights, self.low_bits)
-        self.changes = {known: change for known, change in self.changes.items() if known in self.log.sizes}
-        return result
-
-    def lacking(self, client: str, newest: int) -> tuple[int | None, list[tuple[int, Tensors]]]:
-        """Compute what a client needs to hold the newest round.
-
-        Returns:
-            The round that the changes start from, None for a snapshot; and (round, tensors) in order.
-        """
-        since, (kind, _, rounds) = self.log.have.get(client, 0), self.log.missed(client)
-        if kind == "none":
-            return since, []
-        if kind == "log" and all(number in self.changes for number in rounds):
-            return since, [(number, self.changes[number]) for number in rounds]
-        whole: Tensors = {}
-        for module in self.weights:
-            whole |= dense_tensors(module, self.weights, self.low_bits)
-        return None, [(newest, whole)]
-
-    def start(self, client: str, number: int) -> Adapters:
-        """Module -> factors that a client is to start a round from; the others start fresh."""
-        own, start = self.expected[client], {}
-        if self.strategy.shared_start:
-            for module, A_PK in self._common_start(number).items():
-                if module in own.adapters:
-                    R, N = own.adapters[module][1].shape
-                    start[module] = (A_PK[:R], torch.zeros(R, N))
-        return start | (self.strategy.next_adapter(self.state, client, own.ranks, own.scaling) or {})
-
-
-class RemoteFederation(Federation):
-    """Fine-tune one model with parties that keep their data.
+        Federation(model, tokenizer, partial(Parties, link=link), config=FederationConfig(rounds=3))
 
     Args:
+        setup: The run's model and settings.
         link: Carries the messages.
-        model, tokenizer: The server's copy of the base; the weights are changed in place.
         min_clients_at_start: The run begins as soon as so many have answered.
         join_seconds: How long to wait for them.
-        settings: The other arguments of ``Federation``: strategy, config, train, target_modules, eval_data, ...
     Raises:
         TimeoutError: If too few clients answer in time.
-        ValueError, TypeError: If the settings do not fit the clients or the strategy.
+        ValueError, TypeError: If they do not fit the settings.
     """
 
-    server: RemoteServer
+    on_own_machines = True
 
-    def __init__(
-        self,
-        link: Link,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        min_clients_at_start: int = 1,
-        join_seconds: float = 600.0,
-        **settings: Any,
-    ):
+    def __init__(self, setup: RunSetup, link: Link, min_clients_at_start: int = 1, join_seconds: float = 600.0):
         count = ranks().size
         require(count == 1, f"a server of parties elsewhere is one process, got {count} ranks; do without torchrun")
-        self.link, self.terms = link, make_terms(model, **settings)
-        self.hellos = self._gather(min_clients_at_start, join_seconds)
-        self.present, self.unkept = ordered(self.hellos), set[str]()
-        super().__init__(model, tokenizer, [spec_of(self.hellos[name]) for name in self.present], **settings)
+        require(
+            setup.config.privacy is None,
+            "privacy is for clients that this process asks itself; parties elsewhere would not be sent the noise",
+        )
+        self.setup, self.link, self.terms = setup, link, make_terms(setup)
+        self.hellos = self._meet(min_clients_at_start, join_seconds)
+        self.specs = {name: spec_of(self.hellos[name]) for name in ordered(self.hellos)}
+        self.expected: dict[str, ClientUpdate] = {}
+        # Each party keeps its own.
+        self.optimizer: dict[str, Any] = {}
+        self.unkept: set[str] = set()
+        self.answers = Answers()
 
-    def _gather(self, wanted: int, seconds: float) -> dict[str, dict[str, Any]]:
+    def _meet(self, wanted: int, seconds: float) -> dict[str, dict[str, Any]]:
         hellos, deadline = self.link.meet(self.terms), time.monotonic() + seconds
         while len(hellos) < wanted:
             if time.monotonic() > deadline:
@@ -200,49 +187,28 @@ class RemoteFederation(Federation):
             hellos |= self.link.meet(self.terms)
         return hellos
 
-    def _check_clients(self) -> list[Event]:
-        self.expected = {}
+    def prepare(self) -> list[Event]:
+        """Check the model with what each party says of itself; warnings."""
         self._expect(list(self.specs.values()))
-        config = self.config
-        settings = (self.strategy.name, config.strategy_options, config.rounding, config.seed, config.check_rows)
-        self.server = RemoteServer(self.model, self.expected, *settings)
-        self.server.refuse_penalties(list(self.expected))
-        self.round, self.optimizer, self.paused = 0, {}, {}
-        self.log.events = []
-        return [{"event": "warning", "message": text} for text in other_versions(self.model, self.hellos)]
+        return [{"event": "warning", "message": text} for text in other_versions(self.setup.model, self.hellos)]
 
     def _expect(self, specs: Sequence[ClientSpec]) -> None:
-        with self._attached(specs) as cohort:
-            found = {name: promised(cohort, name) for name in cohort.names}
-        for name, update in found.items():
-            require(bool(update.adapters), f"client {name!r} has rank 0 everywhere; leave it out")
-        self.strategy.check_fits([*self.expected.values(), *found.values()])
+        found = self.setup.expect(specs)
+        self.setup.strategy.check_fits([*self.expected.values(), *found.values()])
         self.expected |= found
 
-    def _identity(self) -> dict[str, Any]:
-        # Parties come and go within one run.
-        return {name: value for name, value in super()._identity().items() if not name.startswith("clients")}
-
-    def sampled(self, number: int) -> list[str]:
-        """The clients of a round among those who are there, in their order."""
-        everybody, self.specs = self.specs, {name: self.specs[name] for name in self.present}
-        try:
-            return super().sampled(number)
-        finally:
-            self.specs = everybody
-
-    def _run_round(self) -> None:
+    def gather(self, server: Server, number: int, log: EventLog) -> list[str]:
+        """Admit those who came, and name those who can be reached."""
         for name, hello in self.link.meet(self.terms).items():
-            self._admit(name, hello)
-        reached = self.link.connected()
-        self.present = [name for name in self.specs if name in reached]
-        wanted = self.config.min_clients
-        require(len(self.present) >= wanted, _too_few(self.present, wanted))
-        for name in self.present:
-            self._place(name)
-        super()._run_round()
+            self._admit(name, hello, server, number, log)
+        reached, wanted = self.link.connected(), self.setup.config.min_clients
+        present = [name for name in self.specs if name in reached]
+        require(len(present) >= wanted, _too_few(present, wanted))
+        for name in present:
+            self._place(name, server, number)
+        return present
 
-    def _admit(self, name: str, hello: dict[str, Any]) -> None:
+    def _admit(self, name: str, hello: dict[str, Any], server: Server, number: int, log: EventLog) -> None:
         """Take in a party that came after the start, or came back."""
         self.hellos[name] = hello
         if name in self.specs:
@@ -250,71 +216,106 @@ class RemoteFederation(Federation):
         try:
             spec = spec_of(hello)
             self._expect([spec])
-            strange = sorted(set(self.expected[name].adapters) - set(self.server.weights))
+            strange = sorted(set(self.expected[name].adapters) - set(server.model.weights))
             require(not strange, f"it adapts {', '.join(strange[:3])}, which nobody did at the start")
         except ValueError as error:
             self.expected.pop(name, None)
-            self.log.emit("warning", round=self.round + 1, message=f"client {name!r} cannot join: {error}", client=name)
+            log.emit("warning", round=number, message=f"client {name!r} cannot join: {error}", client=name)
             return
         specs = {**self.specs, name: spec}
         self.specs = {known: specs[known] for known in ordered(specs)}
-        for text in other_versions(self.model, {name: hello}):
-            self.log.emit("warning", round=self.round + 1, message=text, client=name)
+        for text in other_versions(self.setup.model, {name: hello}):
+            log.emit("warning", round=number, message=text, client=name)
 
-    def _place(self, name: str) -> None:
+    def _place(self, name: str, server: Server, number: int) -> None:
         """Believe a party about the round that it holds only if its weights are those of that round."""
         hello = self.hellos.pop(name, None)
         if hello is None:
             return
-        newest = max([number for number in self.server.log.sizes if number <= self.round], default=0)
+        newest = max([known for known in server.log.sizes if known < number], default=0)
         known = hello["round"] <= newest
         if hello["round"] == newest:
-            known = self._is_same(hello["weights"])
-        self.server.log.have[name] = hello["round"] if known else _NOWHERE
+            known = _is_same(hello["weights"], server)
+        server.log.have[name] = hello["round"] if known else _NOWHERE
 
-    def _is_same(self, found: Any) -> bool:
-        """Return whether a party's digest is that of the server's weights; it may send anything."""
-        modules = found.get("modules") if isinstance(found, dict) else None
-        if not isinstance(modules, list) or not all(isinstance(m, str) and m in self.server.weights for m in modules):
-            return False
-        return found == weights_digest(self.server.weights, modules)
+    def train(self, round: Round) -> Trained:
+        """Have parties train a round, and read what they answer."""
+        round.start(self.setup.config.rounds, len(round.names))
+        self.answers = self.link.train(self.terms, [self._order(name, round) for name in round.names])
+        round.server.log.have |= dict.fromkeys(self.answers.unsure, _NOWHERE)
+        done = Trained(failures=self.answers.lost)
+        for name in round.names:
+            if name not in self.answers.read:
+                continue
+            try:
+                done.updates.append(self._update(name, round, *self.answers.read[name]))
+            except _NONSENSE as error:
+                done.failures[name] = str(error)
+        sent = {update.client: update.metrics for update in done.updates}
+        done.metrics = {name: client_done(round.number, self.specs[name], **sent.get(name, {})) for name in round.names}
+        return done
 
-    def _train(self, number: int, names: Sequence[str]) -> list[ClientUpdate]:
-        self.log.emit("round_start", round=number, rounds=self.config.rounds, clients=list(names), cohorts=len(names))
-        self.answers = self.link.train(self, number, names)
-        good, refused = self._judge(self.answers.updates, names)
-        refused |= self.answers.lost
-        self.server.log.have |= dict.fromkeys(self.answers.unsure, _NOWHERE)
-        self.unkept = (self.unkept | set(refused)) - {update.client for update in good}
-        sent = {update.client: update for update in self.answers.updates}
-        for name, reason in refused.items():
-            self._set_aside(number, name, reason, sent.get(name))
-        for name in names:
-            spec, reason = self.specs[name], {"refused": refused[name]} if name in refused else {}
-            metrics = {**_nothing(len(spec.data)), **(sent[name].metrics if name in sent else {})}
-            self.log.emit("client_done", round=number, client=name, rank=spec.adapter.rank, **{**metrics, **reason})
-        return good
+    def _order(self, name: str, round: Round) -> Order:
+        server, expected = round.server, self.expected[name]
+        factors = [(f"{module}/A", factor) for module, pair in expected.adapters.items() for factor in pair]
+        return Order(
+            name,
+            round.number,
+            *server.lacking(name, round.number - 1),
+            values={"trainable": list(server.trainable), "keep": name not in self.unkept},
+            start=server.start(name, round.number),
+            limit_bytes=sum(f.numel() * f.element_size() + len(path) + _HEADER_BYTES for path, f in factors),
+        )
 
-    def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
-        super()._apply(number, updates, late)
-        names = [update.client for update in updates]
-        for name, found in self.link.follow(self, number, names, self.answers).items():
-            same = self._is_same(found)
-            self.server.log.have[name] = number if same else _NOWHERE
+    def _update(self, name: str, round: Round, values: Mapping[str, Any], tensors: Tensors) -> ClientUpdate:
+        """Make an update of what a party sent; a frozen factor did not travel."""
+        require(values.get("client") == name, f"its node answers as client {values.get('client')!r}")
+        require(values.get("round") == round.number, f"it answers for round {values.get('round')!r}")
+        start, adapters = round.server.start(name, round.number), {}
+        modules = (path.rpartition("/")[0] for path in tensors)
+        for module in dict.fromkeys([*self.expected[name].adapters, *modules]):
+            own = start.get(module, (None, None))
+            pair = [tensors.get(f"{module}/{part}", kept) for part, kept in zip("AB", own, strict=True)]
+            adapters[module] = tuple(factor.to(round.server.model.device) for factor in pair if factor is not None)
+        metrics = metrics_of(values["metrics"], len(self.specs[name].data))
+        return ClientUpdate(name, adapters, dict(values["scaling"]), float(metrics["examples"]), metrics)
+
+    def conclude(self, round: Round, good: Sequence[str], refused: Mapping[str, str], applied: bool) -> None:
+        """Bring those who took part the round's change, if there is one."""
+        self.unkept = (self.unkept | set(refused)) - set(good)
+        if not applied:
+            return
+        orders = [Order(name, round.number, *round.server.lacking(name, round.number)) for name in good]
+        answers = self.link.follow(self.terms, orders)
+        for name in good:
+            found = answers.read[name][0].get("weights") if name in answers.read else None
+            same = _is_same(found, round.server)
+            round.server.log.have[name] = round.number if same else _NOWHERE
             if not same:
-                why = "its copy of the global model differs" if isinstance(found, dict) else found
+                why = answers.lost.get(name, "its copy of the global model differs")
                 text = f"client {name!r} did not follow: {why}; it is sent a snapshot when it takes part again"
-                self.log.emit("warning", round=number, message=text, client=name)
-        self.log.emit("wire", round=number, up=self.answers.up, down=self.answers.down)
+                round.log.emit("warning", round=round.number, message=text, client=name)
+        down = {name: self.answers.down.get(name, 0) + answers.down.get(name, 0) for name in self.answers.down}
+        round.log.emit("wire", round=round.number, up=self.answers.up, down=down)
 
 
-def make_terms(model: Any, config: FederationConfig, train: TrainConfig | None = None, **settings: Any) -> Terms:
+def _is_same(found: Any, server: Server) -> bool:
+    """Return whether a party's digest is that of the server's weights; it may send anything."""
+    weights = server.model.weights
+    modules = found.get("modules") if isinstance(found, dict) else None
+    if not isinstance(modules, list) or not all(isinstance(m, str) and m in weights for m in modules):
+        return False
+    return found == weights_digest(weights, modules)
+
+
+def make_terms(setup: RunSetup) -> Terms:
     """Make a run's terms for every party, with an identifier made of the settings, the base and the folder."""
-    shared = {name: settings[name] for name in ("target_modules", "backend", "fuse") if name in settings}
-    terms = Terms("", config.rounds, config.seed, base_digest(model), **shared, rounding=config.rounding)
-    terms = replace(terms, train=asdict(train or TrainConfig()))
+    config = setup.config
+    shared = {"target_modules": setup.target_modules, "backend": setup.backend, "fuse": setup.fuse}
+    terms = Terms("", config.rounds, config.seed, base_digest(setup.model), **shared, rounding=config.rounding)
+    terms = replace(terms, train=asdict(setup.train))
     out = None if config.out is None else str(Path(config.out).resolve())
-    return replace(terms, run=json_digest([asdict(terms), settings.get("strategy"), out])[:16])
+    return replace(terms, run=json_digest([asdict(terms), setup.strategy.name, out])[:16])
 
 
 def other_versions(model: Any, hellos: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -353,9 +354,3 @@ def _too_few(names: Iterable[str], wanted: int) -> str:
         f"{len(known)} clients are connected ({', '.join(known) or 'none'}), and {wanted} are needed: start more "
         "nodes, or lower min-nodes and federation.min_clients."
     )
-
-
-def _nothing(examples: int) -> dict[str, Any]:
-    """The metrics of a client that sent nothing usable."""
-    zero = {"loss_first": None, "loss_last": None, "tokens": 0, "steps": 0, "seconds": 0.0, "tokens_per_s": 0.0}
-    return {"examples": examples, **zero}

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..adapters import ClientUpdate, RoundResult
-from ..aggregation import Stack, Term, clip_factor, stack_of
+from ..aggregation import Norm, Stack, Term, clip_factor, stack_of
 from ..common import atomic_write_json, extras, parse_json, require
 from ..config import Privacy
 
@@ -162,8 +162,12 @@ class PrivateSum:
         """A round's clients, perhaps none."""
         return list(names) if self.fraction == 1 else secret_draw(names, self.fraction)
 
-    def apply(self, server: Server, updates: Sequence[ClientUpdate], number: int) -> RoundResult:
+    def apply(
+        self, server: Server, updates: Sequence[ClientUpdate], number: int, norms: Mapping[str, Norm]
+    ) -> RoundResult:
         """Write a round's noisy sum into every target weight, one rounding, noise and all.
+
+        ``norms`` are the sizes of the updates, from which each is clipped.
 
         The release is in the book, and on the disk, before any noise exists: a round that is redone after a crash is
         paid for again, with noise of its own.
@@ -172,10 +176,10 @@ class PrivateSum:
         self.releases.append(number)
         if self.home is not None:
             atomic_write_json(self.home / LEDGER, {**self.report(), "releases": self.releases})
-        stacks, std = self.stacks(updates), self.sigma * self.privacy.clip / self.denominator
-        for module, weight in server.weights.items():
-            _write(weight, server.low_bits.get(module), stacks.get(module), std)
-        forms = {m: ("dense", w.numel() * w.element_size()) for m, w in server.weights.items()}
+        stacks, std = self.stacks(updates, norms), self.sigma * self.privacy.clip / self.denominator
+        for module, weight in server.model.weights.items():
+            _write(weight, server.model.low_bits.get(module), stacks.get(module), std)
+        forms = {m: ("dense", w.numel() * w.element_size()) for m, w in server.model.weights.items()}
         size = sum(each for _, each in forms.values())
         clients = [update.client for update in updates]
         server.log.record(number, size, clients)
@@ -183,11 +187,13 @@ class PrivateSum:
         down, seconds = dict.fromkeys(clients, size), {"write": time.perf_counter() - began}
         return RoundResult({}, forms=forms, up=up, down=down, seconds=seconds)
 
-    def stacks(self, updates: Sequence[ClientUpdate]) -> dict[str, Stack]:
+    def stacks(self, updates: Sequence[ClientUpdate], norms: Mapping[str, Norm]) -> dict[str, Stack]:
         """The clipped and weighted sum without noise, over the fixed denominator, as one stack a module."""
         terms: dict[str, list[Term]] = {}
         for update in updates:
-            share = self.weights[update.client] * clip_factor(update, self.privacy.clip) / self.denominator
+            share = (
+                self.weights[update.client] * clip_factor(norms[update.client], self.privacy.clip) / self.denominator
+            )
             for module, (A_RK, B_RN) in update.adapters.items():
                 terms.setdefault(module, []).append(Term(update.client, share, update.scaling[module], A_RK, B_RN))
         return {module: stack_of(parts) for module, parts in terms.items()}

@@ -13,7 +13,7 @@ import torch
 
 from ..adapters import CONFIG, WEIGHTS, ClientUpdate
 from ..common import atomic_dir, atomic_write_json, open_plain, write_safetensors
-from .callable_clients import _ROOM_BYTES, _numbers
+from .callable_clients import ROOM_BYTES, numbers_of
 
 QUARANTINE, REASON = "quarantine", "reason.json"
 
@@ -42,7 +42,7 @@ def quarantine(
         SaveError: If writing fails.
     """
     place = home / QUARANTINE / f"{round:04d}" / (folder or _folder_name(client))
-    limit = 4 * (8 * _numbers(expected) + _ROOM_BYTES) if expected else _ROOM_BYTES
+    limit = 4 * (8 * numbers_of(expected) + ROOM_BYTES) if expected else ROOM_BYTES
     present = os.listdir(place) if place.is_dir() else []
     with atomic_dir(place, replaceable=present) as new:
         kept = _keep(answer, new, limit)

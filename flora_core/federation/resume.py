@@ -1,145 +1,135 @@
-"""Where a run stops and how it goes on there: as the same run, on all of its ranks."""
+"""Where a run stops and how it goes on there: as the same run, in all of its processes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import Any, NoReturn
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 
-from ..common import Stopped, on_device, tensor_digest
-from ..ops import autotune
-from ..runs import Event, RunFolder, environment, identity
-from ..training import Paused
+from ..common import on_device, tensor_digest
+from ..distributed import Ranks
+from ..runs import Event, EventLog, RunFolder, identity
+from .clients import Clients, RunSetup
 from .evaluation import HeldOut
-from .local_clients import TrainingRound
+from .exchange import share_choices
+from .privacy import PrivateSum
+from .server import Server
 
 
-class Resuming(TrainingRound):
-    """The part of a ``Federation`` that stops, goes on, and keeps the ranks' copies alike."""
+@dataclass
+class Progress:
+    """How far a run has come.
 
-    names: list[str]
-    held_out: HeldOut
-    strategy: Any
-    found: dict[str, Any]
-    finished = False
+    Args:
+        round: The newest whole round.
+        server: What ``Server.saved`` gave after it; empty before the first.
+        optimizer: Client -> its optimizer's state.
+        paused: Of a round that was stopped between two steps: ``names`` and ``clients`` {name: state}.
+        finished: Whether the run was over and left what it is to leave.
+        events: All so far.
+    """
 
-    @property
-    def _out(self) -> str | None:
-        raise NotImplementedError
+    round: int = 0
+    server: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    paused: dict[str, Any] = field(default_factory=dict)
+    finished: bool = False
+    events: list[Event] = field(default_factory=list)
 
-    @property
-    def _kept(self) -> dict[str, Any]:
-        """List the settings of the saved model; a finished run that saved it otherwise saves it anew."""
-        return {"save_model": self.config.save_model, "save_dtype": self.config.save_dtype}
 
-    @property
-    def _over(self) -> bool:
-        return self.finished and self.round == self.config.rounds
+def kept_settings(setup: RunSetup) -> dict[str, Any]:
+    """List the settings of the saved model; a finished run that saved it otherwise saves it again."""
+    return {"save_model": setup.config.save_model, "save_dtype": setup.config.save_dtype}
 
-    def _pause(self, pause: Paused) -> NoReturn:
-        """Save what a round that was stopped between two steps has, and stop."""
-        number = self.round + 1
-        if self.folder is not None:
-            self.folder.record.keep_choices()
-            self.folder.save_pause(number, {"clients": pause.state, "names": self.names})
-        self.ranks.meet()
-        self._stop(f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step")
 
-    def _stop(self, text: str) -> NoReturn:
-        self.log.report({"event": "warning", "message": text})
-        raise Stopped(text)
+def find_progress(
+    folder: RunFolder,
+    setup: RunSetup,
+    server: Server,
+    facts: tuple[Mapping[str, Any], Mapping[str, Any], str],
+    private: PrivateSum | None,
+) -> tuple[Progress, list[str]]:
+    """Find the newest whole round in a run's folder, if the folder holds this run.
 
-    def _resume(self) -> list[Event]:
-        """Go on after the newest whole round in the folder, if it holds this run; warnings."""
-        if self.folder is None and self.ranks.size == 1:
-            return []
-        start = self.server.digest()
-        mine, where = self._identity(), environment(self.server.device)
-        notes = self.ranks.agree({**mine, "start": start}, where)
-        if self.folder is not None:
-            notes += self._read_folder(self.folder, mine, where, start)
-        self._go_on_alike()
-        return [{"message": text} for text in notes]
+    Args:
+        folder: Of the run.
+        setup, server: Of the run.
+        facts: Its fingerprint, its environment and the digest of the weights that it begins with.
+        private: Opens its ledger of releases.
+    Returns:
+        The progress, and warnings.
+    """
+    mine, where, start = facts
+    notes, device = folder.record.begin(mine, where, start), server.model.device
+    # Whole weights of a sharded base have no room on a device.
+    snapshot, damaged = folder.newest(device if server.model.base is None else torch.device("cpu"))
+    found = Progress()
+    if snapshot is None:
+        folder.record.check_start(start)
+    else:
+        found.round, found.server = snapshot.round, snapshot.state["server"]
+        found.optimizer = on_device(snapshot.state["optimizer"], device)
+    if private is not None:
+        private.open(found.round)
+    notes += folder.record.extend(mine)
+    found.paused, torn = folder.pause(found.round + 1, device)
+    folder.drop_superfluous(found.round, pause=not found.paused)
+    saved_otherwise = setup.config.save_model and folder.record.kept not in (None, kept_settings(setup))
+    found.finished = folder.record.finished and not saved_otherwise
+    over = found.finished and found.round == setup.config.rounds
+    found.events = folder.metrics.events() if over else folder.restore_metrics(snapshot)
+    return found, notes + damaged + torn
 
-    def _read_folder(
-        self, folder: RunFolder, mine: Mapping[str, Any], where: Mapping[str, Any], start: str
-    ) -> list[str]:
-        notes = folder.record.begin(mine, where, start)
-        # Whole weights of a sharded base have no room on a device.
-        place = self.server.device if self.server.base is None else torch.device("cpu")
-        snapshot, damaged = folder.newest(place)
-        if snapshot is None:
-            folder.record.check_start(start)
-        else:
-            self.found = snapshot.state["server"]
-            self.round, self.optimizer = snapshot.round, on_device(snapshot.state["optimizer"], self.server.device)
-        if self.private is not None:
-            self.private.open(self.round)
-        notes += folder.record.extend(mine)
-        self.paused, torn = folder.pause(self.round + 1, self.server.device)
-        folder.drop_superfluous(self.round, pause=not self.paused)
-        self.finished = folder.record.finished and not (
-            self.config.save_model and folder.record.kept not in (None, self._kept)
-        )
-        self.log.events = folder.metrics.events() if self._over else folder.restore_metrics(snapshot)
-        return notes + damaged + torn
 
-    def _go_on_alike(self) -> None:
-        """Give every rank what rank 0 found in the folder: the others may not even see its disk."""
-        mine, self.found = self.found, {}
-        if self.ranks.size == 1:
-            if mine:
-                self.server.restore(mine)
-            return
-        self.ranks.meet()
-        names = ("round", "optimizer", "paused", "finished")
-        state = {name: getattr(self, name) for name in names} | {"events": self.log.events}
-        # What is sharded goes to each rank in parts, by itself.
-        sharded = {} if self.server.base is None else {"weights": {}, "low_bits": {}}
-        found = self.ranks.send({**state, "server": {**mine, **sharded} if mine else {}, "fuse": autotune.used()})
-        if not self.ranks.first:
-            for name in names:
-                setattr(self, name, found[name])
-            self.log.events = found["events"]
-            mine = found["server"]
-        if mine:
-            self.server.restore(mine)
-        self._use_choices([found["fuse"]])
+def share_progress(ranks: Ranks, found: Progress, server: Server) -> Progress:
+    """Give every process what the first one found in the folder: the others may not even see its disk."""
+    if ranks.size == 1:
+        return found
+    ranks.meet()
+    # What is sharded goes to each process in parts, by itself.
+    sharded = {} if server.model.base is None else {"weights": {}, "low_bits": {}}
+    parts = {f: getattr(found, f) for f in Progress.__dataclass_fields__}
+    sent = ranks.send({**parts, "server": {**found.server, **sharded} if found.server else {}})
+    share_choices(ranks, server.model.device)
+    return found if ranks.first else Progress(**sent)
 
-    def _keep_alike(self, number: int) -> None:
-        """See that the round left all ranks the same weights; where a machine rounds otherwise, rank 0's count."""
-        if self.ranks.size == 1 or self.server.base is not None:
-            return  # no other process has a copy
-        saved = {**self.server.weights, **{f"{m} low bits": low for m, low in self.server.low_bits.items()}}
-        digests = self.ranks.exchange([tensor_digest(saved.items())])
-        others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
-        if others:
-            found = self.ranks.send(self.server.saved())
-            if not self.ranks.first:
-                self.server.restore(found)
-            text = (
-                f"ranks {', '.join(others)} came to other weights than rank 0, whose they take: their machines differ"
-            )
-            self.log.emit("warning", round=number, message=text)
 
-    def _identity(self) -> dict[str, Any]:
-        ours = asdict(replace(self.config, out=None))
-        # These change what is kept, and nothing that is computed.
-        for name in ("base", "out", "keep_snapshots", "save_model", "save_dtype", "save_adapters"):
-            ours.pop(name)
-        base, targets = self.server.base, {f"{module}.weight" for module in self.server.weights}
-        parameters = self.model.named_parameters() if base is None else base.parameters()
-        rest = ((name, parameter) for name, parameter in parameters if name not in targets)
-        others = {
-            "strategy": self.strategy.name,
-            "target_modules": self.target_modules,
-            "backend": self.backend,
-            "fuse": self.fuse,
-            **self.held_out.digests(),
-            "model.class": type(self.model).__name__,
-            "model.dtype": str(self.model.dtype),
-            "model.weights": tensor_digest(rest),
-        }
-        return identity(list(self.specs.values()), self.train, ours, others)
+def keep_alike(ranks: Ranks, server: Server, log: EventLog, number: int) -> None:
+    """See that a round left all processes the same weights; where a machine rounds otherwise, the first's count."""
+    if ranks.size == 1 or server.model.base is not None:
+        return  # no other process has a copy
+    low_bits = {f"{module} low bits": low for module, low in server.model.low_bits.items()}
+    digests = ranks.exchange([tensor_digest({**server.model.weights, **low_bits}.items())])
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        found = ranks.send(server.saved())
+        if not ranks.first:
+            server.restore(found)
+        text = f"ranks {', '.join(others)} came to other weights than rank 0, whose they take: their machines differ"
+        log.emit("warning", round=number, message=text)
+
+
+def fingerprint(setup: RunSetup, server: Server, clients: Clients, held_out: HeldOut) -> dict[str, Any]:
+    """Everything that a run's result depends on, by dotted name; a resumed run must match it."""
+    config = asdict(replace(setup.config, out=None))
+    # These change what is kept, and nothing that is computed.
+    for name in ("base", "out", "keep_snapshots", "save_model", "save_dtype", "save_adapters"):
+        config.pop(name)
+    model, base = setup.model, server.model.base
+    targets = {f"{module}.weight" for module in server.model.weights}
+    parameters = model.named_parameters() if base is None else base.parameters()
+    others = {
+        "strategy": setup.strategy.name,
+        "target_modules": setup.target_modules,
+        "backend": setup.backend,
+        "fuse": setup.fuse,
+        **held_out.digests(),
+        "model.class": type(model).__name__,
+        "model.dtype": str(model.dtype),
+        "model.weights": tensor_digest((name, part) for name, part in parameters if name not in targets),
+    }
+    facts = identity(list(clients.specs.values()), setup.train, config, others)
+    # Parties come and go within one run.
+    return {name: fact for name, fact in facts.items() if not (clients.on_own_machines and name.startswith("clients"))}

@@ -10,40 +10,42 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ..adapters import Base, ClientUpdate
+import torch
+
+from ..adapters import ClientUpdate
 from ..aggregation import get_strategy
-from ..common import Stopped, peak_memory_bytes, require
-from ..config import FederationConfig, TrainConfig
+from ..common import Stopped, generator, peak_memory_bytes, require
+from ..config import FederationConfig, Privacy, TrainConfig
 from ..distributed import ranks, shard_if_needed
 from ..model import ClientSpec, as_tokenizer, check_model
-from ..runs import Event, EventLog, RunFolder, converted, dtype_to_save
-from ..training import CohortTrainer, Paused, stopping
-from .callable_clients import Remote
+from ..runs import Event, EventLog, RunFolder, environment
+from ..training import Paused, stopping
+from .callable_clients import CallableClients, Remote
+from .clients import Clients, Round, RunSetup, Trained
 from .evaluation import HeldOut
-from .judge import promised
-from .model_card import model_card
-from .privacy import Privacy, PrivateSum
-from .rebase import rebase_adapter
+from .global_model import GlobalModel
+from .judge import Judge, Verdict
+from .local_clients import LocalClients
+from .output import RunOutput
+from .privacy import PrivateSum
+from .rank_clients import RankClients
 from .result import FederationResult, history
-from .resume import Resuming
+from .resume import Progress, find_progress, fingerprint, keep_alike, share_progress
 from .server import Server
 
-# Clients that are checked together before training: their adapters are in memory at one time.
-_CHECKED_TOGETHER = 64
 
-
-class Federation(Resuming):
+class Federation:
     """Fine-tune one model on many clients' data.
 
     Args:
         model: Any transformers causal LM, not wrapped. `flora` and `flora_svd` write the result into its weights; other
             strategies keep an adapter beside it: ``FederationResult.apply_to`` gives the result of either.
         tokenizer: Its tokenizer, or the folder or hub name of it; None if all data are encoded.
-        clients: One ``ClientSpec`` each.
+        clients: One ``ClientSpec`` each; or what makes the ``Clients`` of a ``RunSetup``, such as ``Parties`` with its
+            link bound.
         strategy: A name from the table of ``flora_core.aggregation``.
         config: Rounds, sampling, weights, folder, ...
         train: Settings of local training.
@@ -68,7 +70,7 @@ class Federation(Resuming):
         self,
         model: Any,
         tokenizer: Any,
-        clients: Sequence[ClientSpec],
+        clients: Sequence[ClientSpec] | Callable[[RunSetup], Clients],
         strategy: str = "flora",
         config: FederationConfig | None = None,
         train: TrainConfig | None = None,
@@ -82,51 +84,44 @@ class Federation(Resuming):
         if not isinstance(config, FederationConfig):
             raise TypeError(f"config must be a FederationConfig, such as FederationConfig(rounds=3), got {config!r}")
         check_model(model)
-        self.model, self.tokenizer = model, as_tokenizer(tokenizer)
-        self.save_dtype = dtype_to_save(config.save_dtype, model) if config.save_model and config.out else None
-        self.config, self.train = config, train or TrainConfig()
-        self.strategy, self.target_modules, self.backend, self.fuse = (
-            get_strategy(strategy),
-            target_modules,
-            backend,
-            fuse,
+        config.check_strategy(strategy)
+        chosen, train = get_strategy(strategy), train or TrainConfig()
+        chosen.check(config.strategy_options)
+        self.model, self.config, self.ranks = model, config, ranks()
+        self.setup = RunSetup(
+            model, as_tokenizer(tokenizer), chosen, config, train, target_modules, backend=backend, fuse=fuse
         )
-        clients = list(clients)
-        self.held_out = HeldOut(clients, eval_data, config)
-        self.remote = dict(remote or {})
-        self.paused, self.found, self.heard, self.sums, self.stop = {}, {}, [], {}, lambda: False
-        self.ranks = ranks()
-        self._check_settings([spec.name for spec in clients])
-        self.specs = {spec.name: spec for spec in clients}
+        self.clients = clients(self.setup) if callable(clients) else self._clients(list(clients), dict(remote or {}))
+        names = list(self.clients.specs)
+        config.check_names(names)
+        self._check_alone("privacy", config.privacy is not None)
+        self.held_out = HeldOut(list(self.clients.specs.values()), eval_data, config)
         out = config.out if self.ranks.first else None
         self.folder = None if out is None else RunFolder(out, config.keep_snapshots)
         self.log = EventLog(callbacks, None if self.folder is None else self.folder.metrics, self.ranks.first)
-        self.private = None if config.privacy is None else self._private_sum(config.privacy)
+        self.output = RunOutput(self.setup, self.folder, self.log)
+        self.private = None if config.privacy is None else self._private_sum(config.privacy, names)
+        self.round, self.paused, self.present, self.stop = 0, {}, names, lambda: False
 
-    def _private_sum(self, privacy: Privacy) -> PrivateSum:
-        config = self.config
-        weights = config.weights if isinstance(config.weights, Mapping) else dict.fromkeys(self.specs, 1.0)
-        return PrivateSum(privacy, config.fraction, config.rounds, weights, self.folder and self.folder.path)
-
-    def _check_settings(self, names: Sequence[str]) -> None:
+    def _clients(self, specs: Sequence[ClientSpec], remote: Mapping[str, Remote]) -> Clients:
+        names = [spec.name for spec in specs]
         require(len(names) > 0, "clients must hold at least one ClientSpec, got none")
         twice = sorted({name for name in names if names.count(name) > 1})
         require(not twice, f"client names must be unique, got twice: {', '.join(twice)}")
-        self.config.check_names(names)
-        self.config.check_strategy(self.strategy.name)
-        self.strategy.check(self.config.strategy_options)
-        for name, wanted in (("privacy", self.config.privacy is not None), ("remote", bool(self.remote))):
-            text = (
-                f"{name} is for a run in one process, got {self.ranks.size} ranks; leave it out, or do without torchrun"
-            )
-            require(self.ranks.size == 1 or not wanted, text)
-        unknown = sorted(set(self.remote) - set(names))
-        require(not unknown, f"remote names clients that are not there: {', '.join(unknown)}; give each a ClientSpec")
-        require(
-            not self.remote or self.config.weights not in ("examples", "tokens"),
-            f"weights={self.config.weights!r} would take the word of clients elsewhere for how much they count; with "
-            "remote= use weights='uniform' or a mapping",
-        )
+        self._check_alone("remote", bool(remote))
+        local = LocalClients(self.setup, [spec for spec in specs if spec.name not in remote])
+        if self.ranks.size > 1:
+            return RankClients(local, self.ranks)
+        return CallableClients(local, specs, remote) if remote else local
+
+    def _check_alone(self, name: str, wanted: bool) -> None:
+        text = f"{name} is for a run in one process, got {self.ranks.size} ranks; leave it out, or do without torchrun"
+        require(self.ranks.size == 1 or not wanted, text)
+
+    def _private_sum(self, privacy: Privacy, names: Sequence[str]) -> PrivateSum:
+        config = self.config
+        weights = config.weights if isinstance(config.weights, Mapping) else dict.fromkeys(names, 1.0)
+        return PrivateSum(privacy, config.fraction, config.rounds, weights, self.folder and self.folder.path)
 
     def run(self) -> FederationResult:
         """Run all rounds that are still to be done, and save the result.
@@ -145,14 +140,14 @@ class Federation(Resuming):
             stopping(self.config.out is not None) as self.stop,
         ):
             began = time.perf_counter()
-            shard_if_needed(self.model, self.config.base, self.ranks)
-            notes = self._check_clients()
-            notes += self._resume()
-            if self._over:
+            shard_if_needed(self.setup.model, self.config.base, self.ranks)
+            notes = self._prepare()
+            found, more = self._resume()
+            if found.finished and self.round == self.config.rounds:
                 text = f"{self.config.out} holds this run, finished: nothing is trained; raise rounds to go on"
                 self.log.report({"event": "warning", "message": text})
                 return self._result()
-            self._start(notes)
+            self._start([*notes, *({"message": text} for text in more)])
             while self.round < self.config.rounds:
                 try:
                     self._run_round()
@@ -166,58 +161,67 @@ class Federation(Resuming):
             self.ranks.meet()
         return self._result()
 
-    def _check_clients(self) -> list[Event]:
-        """Check model, data and strategy with every client before training, and encode the data once; warnings."""
-        notes: list[Event] = []
-        self.expected: dict[str, ClientUpdate] = {}
-        here = [spec for name, spec in self.specs.items() if name not in self.remote]
-        elsewhere = [replace(self.specs[name], data=[]) for name in self.specs if name in self.remote]
-        for specs, trains in ((here, True), (elsewhere, False)):
-            for first in range(0, len(specs), _CHECKED_TOGETHER):
-                notes += self._check_some(specs[first : first + _CHECKED_TOGETHER], trains)
-        self.expected = {name: self.expected[name] for name in self.specs}
-        self.strategy.check_fits(list(self.expected.values()))
-        config = self.config
-        settings = (self.strategy.name, config.strategy_options, config.rounding, config.seed, config.check_rows)
-        self.server = Server(self.model, self.expected, *settings)
-        self.round, self.optimizer, self.paused = 0, {}, {}
-        self.log.events = []
+    def _prepare(self) -> list[Event]:
+        """Check model, data and strategy with every client before training, and make the server; warnings."""
+        clients, setup, config = self.clients, self.setup, self.config
+        notes = clients.prepare()
+        setup.strategy.check_fits(list(clients.expected.values()))
+        targets = dict.fromkeys(module for update in clients.expected.values() for module in update.adapters)
+        model = GlobalModel(setup.model, targets, config.rounding, config.check_rows)
+        options = (setup.strategy.name, config.strategy_options, config.seed)
+        self.server = Server(model, clients.expected, *options, sends=clients.on_own_machines)
+        self.judge = Judge(config, model.largest)
+        self.round, self.paused, self.log.events = 0, {}, []
         return notes
 
-    def _check_some(self, specs: Sequence[ClientSpec], trains: bool) -> list[Event]:
-        notes: list[Event] = []
-        with self._attached(specs) as cohort:
-            trainer = CohortTrainer(cohort, self.train, self.tokenizer, callbacks=[notes.append]) if trains else None
-            for spec in specs:
-                data = spec.data if trainer is None else trainer.clients[spec.name].examples
-                self.specs[spec.name] = replace(spec, data=data)
-                self.expected[spec.name] = mine = promised(cohort, spec.name)
-                require(bool(mine.adapters), f"client {spec.name!r} has rank 0 everywhere; leave it out")
-        return notes
+    def _resume(self) -> tuple[Progress, list[str]]:
+        """Go on after the newest whole round in the folder, if it holds this run; warnings."""
+        if self.folder is None and self.ranks.size == 1:
+            return Progress(), []
+        server = self.server
+        start, where = server.digest(), environment(server.model.device)
+        mine = fingerprint(self.setup, server, self.clients, self.held_out)
+        notes, found = self.ranks.agree({**mine, "start": start}, where), Progress()
+        if self.folder is not None:
+            found, more = find_progress(self.folder, self.setup, server, (mine, where, start), self.private)
+            notes += more
+        found = share_progress(self.ranks, found, server)
+        if found.server:
+            server.restore(found.server)
+        self.round, self.paused, self.log.events = found.round, found.paused, found.events
+        self.clients.optimizer.clear()
+        self.clients.optimizer.update(found.optimizer)
+        return found, notes
+
+    def _pause(self, pause: Paused) -> NoReturn:
+        """Save what a round that was stopped between two steps has, and stop."""
+        number = self.round + 1
+        self.output.save_pause(number, self.names, pause.state)
+        self.ranks.meet()
+        text = f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step"
+        self.log.report({"event": "warning", "message": text})
+        raise Stopped(text)
 
     def _start(self, notes: Sequence[Event]) -> None:
         """Tell what begins, and evaluate the model before training."""
-        require(
-            self.private is None or type(self.server) is Server,
-            "privacy is for clients that this process asks itself; a server of another kind would not send the noise",
-        )
-        if self.folder is not None:
-            self.folder.check_room(self._bytes_to_save())
+        self.output.check_room(self.server, self.round < self.config.rounds)
         clients = []
-        for name, spec in self.specs.items():
-            parameters = sum(factor.numel() for pair in self.expected[name].adapters.values() for factor in pair)
+        for name, spec in self.clients.specs.items():
+            pairs = self.clients.expected[name].adapters.values()
+            parameters = sum(factor.numel() for pair in pairs for factor in pair)
             one = {"name": name, "rank": spec.adapter.rank, "examples": len(spec.data), "parameters": parameters}
             clients.append(one)
+        base = self.server.model.base
         self.log.emit(
             "run_start",
             rounds=self.config.rounds,
-            strategy=self.strategy.name,
+            strategy=self.setup.strategy.name,
             clients=clients,
-            device=str(self.server.device),
+            device=str(self.server.model.device),
             out=self._out,
             seed=self.config.seed,
             resumed_from=self.round or None,
-            **({} if self.server.base is None else {"base": self.server.base.to_json()}),
+            **({} if base is None else {"base": base.to_json()}),
         )
         for note in [*notes, *self._idle_ranks()]:
             self.log.emit("warning", round=self.round, message=note["message"], client=note.get("client"))
@@ -235,75 +239,87 @@ class Federation(Resuming):
         )
         return [{"message": text}] if drawn < self.ranks.size and self.ranks.size > 1 else []
 
-    def _bytes_to_save(self) -> int:
-        model = self.model.parameters() if self.config.save_model else []
-        width = 0 if self.save_dtype is None else self.save_dtype.itemsize
-        whole = sum(parameter.numel() * max(width, parameter.element_size()) for parameter in model)
-        return whole + (self.server.size_bytes if self.round < self.config.rounds else 0)
+    def sampled(self, number: int) -> list[str]:
+        """The clients of a round, in their order: drawn by seed and round alone, under privacy in secret."""
+        names, config = list(self.present), self.config
+        if self.private is not None:
+            return self.private.sample(names) if self.private.affordable else []
+        count = max(1, config.min_clients, round(config.fraction * len(names)))
+        drawn = torch.randperm(len(names), generator=generator(config.seed, "sample", number))
+        return [names[i] for i in sorted(drawn[:count].tolist())]
 
     def _run_round(self) -> None:
-        number, began = self.round + 1, time.perf_counter()
-        base = self.server.trained_on()
+        number, began, server = self.round + 1, time.perf_counter(), self.server
+        self.present = self.clients.gather(server, number, self.log)
+        base = server.trained_on()
         self.names = self.paused["names"] if self.paused else self.sampled(number)
-        late = {name: self.server.catch_up(name) for name in self.names}
-        updates = self._train(number, self.names)
+        late = {name: server.catch_up(name) for name in self.names}
+        begun = self.paused.get("clients", {})
+        task = Round(number, self.names, server, self.judge, self.log, self.stop, begun)
+        trained = self.clients.train(task)
         self.paused = {}
-        # A private round is released even if no client took part: an omission would reveal who did not.
-        applied = len(updates) >= self.config.min_clients if self.private is None else self.private.affordable
-        if applied:
-            self._apply(number, updates, {name: how for name, how in late.items() if how[1]})
-        else:
-            why = f"{len(updates)} good updates, min_clients={self.config.min_clients}"
-            why = why if self.private is None else "one more release would cost more than privacy.epsilon"
-            text = f"round {number} changes nothing: {why}"
-            self.log.emit("warning", round=number, message=text)
-        self._keep_alike(number)
+        verdict = self._judged(task, trained)
+        applied = self._apply(number, verdict, trained, {name: how for name, how in late.items() if how[1]})
+        good = [update.client for update in verdict.good]
+        self.clients.conclude(task, good, verdict.refused, applied)
+        keep_alike(self.ranks, server, self.log, number)
         if number % self.config.eval_every == 0 or number == self.config.rounds:
             self._evaluate(number)
         end: Event = {"round": number, "rounds": self.config.rounds, "applied": applied}
-        end |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes(self.server.device)}
-        state = {} if self.config.out is None else {"server": self.server.saved(), "optimizer": self.optimizer}
+        end |= {"seconds": time.perf_counter() - began, "peak_memory_bytes": peak_memory_bytes(server.model.device)}
+        state = {} if self.config.out is None else {"server": server.saved(), "optimizer": self.clients.optimizer}
         if self.folder is not None:
             end["checkpoint"] = str(self.folder.folder(number))
-            state |= {} if self.private else {"aggregation": self._aggregation(updates, applied)}
-            self._save_round(self.folder, number, updates, state, {"event": "round_end", **end}, base)
+            state |= {} if self.private else {"aggregation": self._aggregation(verdict.good, applied)}
+            fan_in_fan_out = server.model.fan_in_fan_out
+            self.output.save_round(number, verdict.good, state, {"event": "round_end", **end}, base, fan_in_fan_out)
         self.round = number
         self.log.emit("round_end", **end)
 
-    def _save_round(
-        self,
-        folder: RunFolder,
-        number: int,
-        updates: Sequence[ClientUpdate],
-        state: dict[str, Any],
-        end: Event,
-        base: Base,
-    ) -> None:
-        folder.record.keep_choices()
-        # Those before the first round have no snapshot of their own.
-        events = [event for event in self.log.events if event.get("round") == number or number == 1]
-        # Under differential privacy, individual updates are never written to disk.
-        updates = updates if self.private is None and self.config.save_adapters else []
-        folder.save_round(number, updates, state, [*events, end], base, self.server.fan_in_fan_out)
+    def _judged(self, task: Round, trained: Trained) -> Verdict:
+        """Judge what was trained; refused updates are kept apart, and each client's result is recorded."""
+        names, expected = list(task.names), self.clients.expected
+        trained.updates.sort(key=lambda update: names.index(update.client))
+        verdict = self.judge.round(trained.updates, {name: expected[name] for name in names}, trained.norms)
+        self.log.warn_refused(verdict.refused)
+        for name, norm in verdict.clipped.items():
+            bound = self.config.clip_update
+            text = f"client {name!r} was clipped from a norm of {norm:.3g} to {bound:g} (clip_update)"
+            self.log.emit("warning", round=task.number, client=name, message=text)
+        verdict.refused |= trained.failures
+        sent = {**{update.client: update for update in trained.updates}, **trained.answers}
+        for name, reason in verdict.refused.items():
+            self.output.set_aside(task.number, name, reason, sent.get(name), expected)
+        for name in names:
+            refused = {"refused": verdict.refused[name]} if name in verdict.refused else {}
+            self.log.emit(**(trained.metrics[name] | refused))
+        return verdict
 
     def _aggregation(self, updates: Sequence[ClientUpdate], applied: bool) -> dict[str, Any]:
         """Record what the round's aggregation depends on besides the clients' adapters
         (``flora_core.federation.replay``)."""
         weights = {update.client: update.weight for update in updates}
-        rule = {"strategy": self.strategy.name, "options": self.server.options}
+        rule = {"strategy": self.setup.strategy.name, "options": self.server.options}
         return {**rule, "clients": weights, "applied": applied}
 
-    def _apply(self, number: int, updates: Sequence[ClientUpdate], late: Mapping[str, tuple[str, int]]) -> None:
-        began = time.perf_counter()
+    def _apply(self, number: int, verdict: Verdict, trained: Trained, late: Mapping[str, tuple[str, int]]) -> bool:
+        """Aggregate a round's good updates and write the sum; False if there are too few."""
+        updates, began = verdict.good, time.perf_counter()
+        # A private round is released even if no client took part: an omission would reveal who did not.
+        if not (len(updates) >= self.config.min_clients if self.private is None else self.private.affordable):
+            why = f"{len(updates)} good updates, min_clients={self.config.min_clients}"
+            why = why if self.private is None else "one more release would cost more than privacy.epsilon"
+            self.log.emit("warning", round=number, message=f"round {number} changes nothing: {why}")
+            return False
         if self.private is None:
-            result = self.server.apply(updates, number, **({"sums": self.sums} if self.sums else {}))
+            result = self.server.apply(updates, number, trained.sums)
         else:
-            result = self.private.apply(self.server, updates, number)
+            result = self.private.apply(self.server, updates, number, verdict.norms)
         errors = result.certificate
         self.log.emit(
             "aggregated",
             round=number,
-            strategy=self.strategy.name,
+            strategy=self.setup.strategy.name,
             clients=len(updates),
             **(errors.to_json() if errors else {}),
             **self._cost(),
@@ -315,11 +331,12 @@ class Federation(Resuming):
             catch_up={name: {"kind": kind, "bytes": size} for name, (kind, size) in late.items()},
             seconds=time.perf_counter() - began,
             seconds_of=result.seconds,
-            peak_memory_bytes=peak_memory_bytes(self.server.device),
+            peak_memory_bytes=peak_memory_bytes(self.server.model.device),
         )
-        if errors and self.server.has_lossy_rounding and errors.application_error is not None:
+        if errors and self.server.model.has_lossy_rounding and errors.application_error is not None:
             text = f"rounding='nearest' lost {errors.application_error:.1%} of round {number}; 'low_bits' loses nothing"
             self.log.emit("warning", round=number, message=text)
+        return True
 
     def _cost(self) -> dict[str, Any]:
         return {} if self.private is None else {"privacy": self.private.report()}
@@ -327,59 +344,26 @@ class Federation(Resuming):
     def _evaluate(self, number: int) -> None:
         if self.held_out.records is None:
             return
-        began, found = time.perf_counter(), {}
+        began, found, model = time.perf_counter(), {}, self.server.model
         if self.ranks.first:
-            with self.server.in_use() as model:
-                found = self.held_out.evaluate(model, self.tokenizer, self.train.max_length)
-        self._run_along()
+            with model.beside(self.server.adapter()) as whole:
+                found = self.held_out.evaluate(whole, self.setup.tokenizer, self.setup.train.max_length)
+        model.run_empty_passes()
         self.ranks.meet()
         found = self.ranks.send(found)
         self.log.emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
 
     def _finish(self, began: float) -> None:
-        adapter = self.server.adapter()
-        if self.folder is not None and adapter is not None:
-            self._save_adapter(self.folder, adapter)
-        if self.config.out is not None and self.config.save_model:
-            with self.server.merged() as model:
-                state = None if self.server.base is None else self.server.base.state_dict()
-                if self.folder is not None:
-                    state = self._converted(model, state)
-                    card = model_card(
-                        model, self.tokenizer, self.strategy.name, self.config, self.train, self.log.events
-                    )
-                    self.folder.save_model(model, self.tokenizer, card, state, self.save_dtype)
+        self.output.save_result(self.server, self.round)
         self.log.emit(
             "run_end",
             rounds=self.config.rounds,
             seconds=time.perf_counter() - began,
-            peak_memory_bytes=peak_memory_bytes(self.server.device),
+            peak_memory_bytes=peak_memory_bytes(self.server.model.device),
             out=self._out,
             **self._cost(),
         )
-        if self.folder is not None:
-            self.folder.record.finish(self._kept)
-
-    def _converted(self, model: Any, state: Any) -> Any:
-        """The tensors to save, in the dtype that they are to have."""
-        if self.save_dtype is None:
-            return state
-        state, error = converted(model.state_dict() if state is None else state, model, self.save_dtype)
-        dtype = str(self.save_dtype).removeprefix("torch.")
-        self.log.emit("converted", round=self.round, dtype=dtype, rounding_error=error)
-        return state
-
-    def _save_adapter(self, folder: RunFolder, adapter: ClientUpdate) -> None:
-        """Save the global adapter as one that fits the original base."""
-        if not self.server.log.changed:
-            folder.save_adapter(adapter, self.server.fan_in_fan_out)
-            return
-        # The strategy changed the base too, which no adapter beside the original one would have.
-        try:
-            rebase_adapter(folder.path, folder.adapter)
-        except ValueError as error:
-            text = f"adapter/ is not written, the result is in model/: {error}"
-            self.log.emit("warning", round=self.round, message=text)
+        self.output.finish()
 
     def _result(self) -> FederationResult:
         evaluations = {event["round"]: event for event in self.log.events if event["event"] == "evaluated"}

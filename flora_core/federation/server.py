@@ -1,143 +1,73 @@
-"""The server's side of a round: the global model, what clients start from, and how updates are written into it.
+"""The server's side of a round: starts for the clients, aggregation into the global model, and what each client lacks.
 
 Letters: K in_features, N out_features, R one client's rank.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..adapters import Base, ClientUpdate, RoundResult, TailPenalty, values, values_of
-from ..aggregation import BOTH, Certificate, DeltaLog, Deviation, Stack, aggregate, get_strategy
-from ..common import derive, generator, on_device, require, tensor_digest
-from ..distributed import sharded
-from ..merge import adapter_stack, apply_base_delta_, apply_to_parts_, new_low_bits
-from ..model import Cohort, adapter_beside, is_conv1d, target_weights
+from ..adapters import Adapters, Base, ClientUpdate, RoundResult, TailPenalty
+from ..aggregation import BOTH, Certificate, DeltaLog, Deviation, check_weights, combine, get_strategy
+from ..common import derive, generator, on_device, require
+from ..model import Cohort
 from .exchange import dense_stack, without_factors
+from .global_model import GlobalModel
+from .protocol import Tensors, dense_tensors, round_tensors
 
 
 class Server:
-    """The global model of a run: base weights with their low bits, and what the strategy carries.
+    """A run's strategy with its state, the global model, and the log of what each round sent down.
 
     Args:
-        model: Its target weights are changed in place.
+        model: The global model.
         expected: Client -> what ``judge.promised`` gives: modules, ranks and scalings of everybody.
         strategy, options: How updates are aggregated.
-        rounding: How rounds are written into 16-bit weights.
         seed: Of initial adapters and stochastic rounding.
-        check_rows: Rows of each weight whose change is compared with what was to be written; None for all.
-    Raises:
-        ValueError: If the rounding does not suit the weights' dtype, or a target cannot be written.
+        sends: Whether each round's change is kept, to be sent to copies of the global model.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: GlobalModel,
         expected: Mapping[str, ClientUpdate],
         strategy: str,
         options: Mapping[str, Any] | None = None,
-        rounding: str = "low_bits",
         seed: int = 0,
-        check_rows: int | None = 64,
+        sends: bool = False,
     ):
         self.model, self.expected, self.strategy = model, expected, get_strategy(strategy)
-        self.rounding, self.seed, self.check_rows = rounding, seed, check_rows
+        self.seed, self.sends = seed, sends
         everybody = {name: update.ranks for name, update in expected.items()}
         self.options = {**self.strategy.population_options(everybody), **(options or {})}
-        targets = dict.fromkeys(module for update in expected.values() for module in update.adapters)
-        self.base = sharded(model)
-        # Of a sharded base these are this rank's rows.
-        self.weights = target_weights(model, targets) if self.base is None else self.base.weights(targets)
-        self._check_rounding()
-        self.low_bits = new_low_bits(self.weights) if rounding == "low_bits" else {}
         self.state: dict[str, Any] = {}
-        self.log = DeltaLog(self.size_bytes)
-        # Of the base after a round that changed it: the round, and values of its weights.
-        self._known: tuple[int, dict[str, torch.Tensor]] = (-1, {})
-
-    def _check_rounding(self) -> None:
-        dtypes = {weight.dtype for weight in self.weights.values()}
-        require(
-            self.rounding != "low_bits" or torch.float16 not in dtypes,
-            "rounding='low_bits' needs bfloat16 or float32 targets, got float16; load the model in one of these, or "
-            "choose rounding='nearest'",
-        )
-        require(
-            self.rounding != "stochastic" or dtypes == {torch.bfloat16},
-            f"rounding='stochastic' is for bfloat16 targets, got {', '.join(map(str, dtypes))}; use 'low_bits'",
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the targets lie."""
-        return next(iter(self.weights.values())).device
-
-    @property
-    def largest(self) -> float:
-        """The largest number that every target weight can hold."""
-        return min(torch.finfo(weight.dtype).max for weight in self.weights.values())
-
-    @property
-    def has_lossy_rounding(self) -> bool:
-        """Return whether a round's small changes are lost in 16 bits."""
-        return self.rounding == "nearest" and any(weight.element_size() == 2 for weight in self.weights.values())
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all targets' weights with their low bits, whole."""
-        widths = {m: weight.element_size() + 2 * (m in self.low_bits) for m, weight in self.weights.items()}
-        shapes = {m: weight.shape if self.base is None else self.base.shape(m) for m, weight in self.weights.items()}
-        return sum(width * shapes[m][0] * shapes[m][1] for m, width in widths.items())
+        self.log = DeltaLog(model.size_bytes)
+        if sends:
+            self.refuse_penalties(expected)
+        self._common: tuple[int, dict[str, torch.Tensor]] = (0, {})
 
     def digest(self) -> str:
-        """A digest of the whole targets' weights; of a sharded base all ranks ask for it."""
-        if self.base is None:
-            return tensor_digest(self.weights.items())
-        self._known = (self.log.changed, {})
-        return tensor_digest(self._noted(self.base.wholes(self.weights)))
-
-    def _noted(self, wholes: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Keep values of weights that pass by: of a sharded base, whole ones are seldom at hand."""
-        for module, weight in wholes:
-            self._known[1][module] = values(weight)
-            yield module, weight
+        """A digest of the whole targets' weights; of a sharded base all processes ask for it."""
+        return self.model.digest(self.log.changed)
 
     def trained_on(self) -> Base:
         """The base as it is now, which the next round's clients train on."""
-        if self._known[0] != self.log.changed and self.base is None:
-            self._known = (self.log.changed, values_of(self.weights.items()))
-        return Base(base_path(self.model), self.log.changed, self._known[1])
+        return self.model.as_base(self.log.changed)
 
     def saved(self) -> dict[str, Any]:
-        """All that the next round needs; tensors are not copied.
-
-        Of a sharded base all ranks ask for it, and rank 0 alone has the whole weights, in its host's memory.
-        """
-        parts = {"weights": self.weights, "low_bits": self.low_bits}
-        if self.base is not None:
-            parts = {name: self.base.gathered(held) for name, held in parts.items()}
-            self._known = (self.log.changed, values_of(parts["weights"].items()))
-        return {**parts, "strategy": self.state, "log": self.log.saved()}
+        """All that the next round needs; see ``GlobalModel.saved``."""
+        return {**self.model.saved(self.log.changed), "strategy": self.state, "log": self.log.saved()}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go back to what ``saved`` gave; of a sharded base all ranks do, and rank 0 has the whole weights."""
-        if self.base is None:
-            for module, weight in saved["weights"].items():
-                self.weights[module].copy_(weight)
-            self.low_bits = saved["low_bits"]
-        else:
-            self.base.scatter_(self.weights, saved["weights"])
-            self.base.scatter_(self.low_bits, saved["low_bits"])
-        self.state = on_device(saved["strategy"], self.device)
+        """Go back to what ``saved`` gave."""
         self.log.restore(saved["log"])
-        self._known = (self.log.changed, values_of(saved["weights"].items()))
+        self.model.restore(saved, self.log.changed)
+        self.state = on_device(saved["strategy"], self.model.device)
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -172,18 +102,41 @@ class Server:
             size += self.strategy.adapter_bytes(self.state, self.expected[client], BOTH)
         return kind, size
 
+    def lacking(self, client: str, newest: int) -> tuple[int | None, list[tuple[int, Tensors]]]:
+        """Compute what a client needs to hold the newest round.
+
+        Returns:
+            The round that the changes start from, None for a snapshot; and (round, tensors) in order.
+        """
+        since, (kind, _, rounds) = self.log.have.get(client, 0), self.log.missed(client)
+        if kind == "none":
+            return since, []
+        if kind == "log" and all(number in self.log.deltas for number in rounds):
+            return since, [(number, dict(self.log.deltas[number])) for number in rounds]
+        whole: Tensors = {}
+        for module in self.model.weights:
+            whole |= dense_tensors(module, self.model.weights, self.model.low_bits)
+        return None, [(newest, whole)]
+
+    def start(self, client: str, number: int) -> Adapters:
+        """Module -> factors that a client starts a round from: the strategy's, else the common A; others are fresh."""
+        own, start = self.expected[client], {}
+        if self.strategy.shared_start:
+            for module, A_PK in self._common_start(number).items():
+                if module in own.adapters:
+                    R, N = own.adapters[module][1].shape
+                    start[module] = (A_PK[:R], torch.zeros(R, N))
+        return start | (self.strategy.next_adapter(self.state, client, own.ranks, own.scaling) or {})
+
     def load_starts(self, cohort: Cohort, number: int) -> None:
-        """Start every client from what the strategy gives it, else from the common A, else from its fresh adapter."""
-        common = self._common_start(number) if self.strategy.shared_start else {}
+        """Start every client of a cohort of fresh adapters from what it is to start from."""
         for client in cohort.names:
-            own = self.expected[client]
-            start = dict(cohort.bank.adapters(client))
-            start |= {m: (common[m][: len(A_RK)], B_RN) for m, (A_RK, B_RN) in start.items() if m in common}
-            start |= self.strategy.next_adapter(self.state, client, own.ranks, own.scaling) or {}
-            cohort.load(client, start)
+            cohort.load(client, {**cohort.bank.adapters(client), **self.start(client, number)})
 
     def _common_start(self, number: int) -> dict[str, torch.Tensor]:
         """One A per module, of the largest rank: factors that are averaged separately must start alike."""
+        if self._common[0] == number:
+            return self._common[1]
         shapes: dict[str, torch.Size] = {}
         for update in self.expected.values():
             for module, (A_RK, _) in update.adapters.items():
@@ -192,6 +145,7 @@ class Server:
         for module, (rank, K) in shapes.items():
             random = generator(self.seed, "common start", number, module)
             starts[module] = torch.empty(rank, K).uniform_(-(K**-0.5), K**-0.5, generator=random)
+        self._common = (number, starts)
         return starts
 
     def apply(
@@ -207,36 +161,26 @@ class Server:
         Returns:
             The round's result, whose certificate has the error of the write too.
         """
+        check_weights(updates)
         sent = [without_factors(update, sums) for update in updates] if sums else updates
-        result = aggregate(sent, self.strategy.name, self.state, **self.options)
+        result = combine(sent, self.strategy, self.state, self.options)
         if sums:
-            self._add_sums(result, updates, sums)
+            _add_sums(result, updates, sums)
         began = time.perf_counter()
-        written = self._write(result.base_delta, self.rounding, derive(self.seed, "rounding", number))
+        written = self.model.write(result.base_delta, derive(self.seed, "rounding", number))
         result.seconds["write"] = time.perf_counter() - began
         self.state = result.state
-        self.log.record(number, sum(size for _, size in result.forms.values()), [one.client for one in updates])
-        result.certificate = replace(result.certificate, application=written, rows=self.check_rows)
+        self._record(result, number, [one.client for one in updates])
+        result.certificate = replace(result.certificate, application=written, rows=self.model.check_rows)
         return result
 
-    def _write(self, delta: Mapping[str, Stack], rounding: str, seed: int | None) -> dict[str, Deviation]:
-        options: dict[str, Any] = dict(rounding=rounding, seed=seed, check_rows=self.check_rows)
-        if rounding == "low_bits":
-            options["low_bits"] = self.low_bits
-        if self.base is None:
-            return apply_base_delta_(self.weights, delta, accumulate="float64", **options)
-        return apply_to_parts_(self.base, self.weights, delta, **options)
-
-    def _add_sums(self, result: RoundResult, updates: Sequence[ClientUpdate], sums: Mapping[str, torch.Tensor]) -> None:
-        """Put modules into a result whose sums are known: they travel dense, which many clients' factors exceed."""
-        items = {m: A.element_size() for update in updates for m, (A, _) in update.adapters.items()}
-        forms = {module: ("dense", total.numel() * items[module]) for module, total in sums.items()}
-        result.forms = {**result.forms, **forms}
-        result.base_delta |= {module: dense_stack(total) for module, total in sums.items()}
-        exact = {module: Deviation(0.0, None) for module in sums}
-        result.certificate = Certificate({**result.certificate.aggregation, **exact})
-        result.up = {update.client: update.size_bytes for update in updates}
-        result.down = dict.fromkeys(result.up, sum(size for _, size in result.forms.values()))
+    def _record(self, result: RoundResult, number: int, clients: Sequence[str]) -> None:
+        """Note the round's change; copies of the model elsewhere have it once they say so."""
+        size = sum(size for _, size in result.forms.values())
+        if self.sends:
+            self.log.record(number, size, [], round_tensors(result, self.model.weights, self.model.low_bits))
+        else:
+            self.log.record(number, size, clients)
 
     def adapter(self) -> ClientUpdate | None:
         """The global adapter, scalings 1, of a strategy that keeps one in ``state["adapter"]``."""
@@ -244,45 +188,20 @@ class Server:
         # A module of which nothing is carried beside the base has rank 0 here.
         held = {m: pair for m, pair in self.state.get("adapter", {}).items() if pair["A"].shape[0]}
         for module, pair in held.items():
-            dtype = torch.promote_types(self.weights[module].dtype, torch.float32)
+            dtype = torch.promote_types(self.model.weights[module].dtype, torch.float32)
             pairs[module] = (pair["A"].to(dtype), pair["B"].to(dtype))
         base = self.trained_on().of(pairs)
         scaling = dict.fromkeys(pairs, 1.0)
         return ClientUpdate("global", pairs, scaling, base=base.label, trained_on=base) if pairs else None
 
-    @property
-    def fan_in_fan_out(self) -> bool:
-        """Return whether the targets are Conv1D, as PEFT must know."""
-        return any(is_conv1d(self.model.get_submodule(module)) for module in self.weights)
 
-    @contextmanager
-    def in_use(self) -> Iterator[Any]:
-        """The global model to run: the base, with the global adapter beside it if there is one."""
-        adapter = self.adapter()
-        if adapter is None:
-            yield self.model
-            return
-        # The base is its own: nothing is to be compared.
-        with adapter_beside(self.model, replace(adapter, trained_on=None)) as model:
-            yield model
-
-    @contextmanager
-    def merged(self) -> Iterator[Any]:
-        """The global model as plain weights, or its parts; the base is put back as it was."""
-        adapter = self.adapter()
-        before = {} if adapter is None else {module: self.weights[module].clone() for module in adapter.adapters}
-        try:
-            if adapter is not None:
-                stacks = {module: adapter_stack(adapter, module, self.device) for module in before}
-                self._write(stacks, "nearest", None)
-            yield self.model
-        finally:
-            for module, weight in before.items():
-                self.weights[module].copy_(weight)
-
-
-def base_path(model: Any) -> str | None:
-    """Name the place that transformers loads the model from: a hub name, or the whole path of a folder; None for a
-    model made here."""
-    name = getattr(model.config, "_name_or_path", None) or None
-    return os.path.abspath(name) if name and os.path.isdir(name) else name
+def _add_sums(result: RoundResult, updates: Sequence[ClientUpdate], sums: Mapping[str, torch.Tensor]) -> None:
+    """Put modules into a result whose sums are known: they travel dense, which many clients' factors exceed."""
+    items = {m: A.element_size() for update in updates for m, (A, _) in update.adapters.items()}
+    forms = {module: ("dense", total.numel() * items[module]) for module, total in sums.items()}
+    result.forms = {**result.forms, **forms}
+    result.base_delta |= {module: dense_stack(total) for module, total in sums.items()}
+    exact = {module: Deviation(0.0, None) for module in sums}
+    result.certificate = Certificate({**result.certificate.aggregation, **exact})
+    result.up = {update.client: update.size_bytes for update in updates}
+    result.down = dict.fromkeys(result.up, sum(size for _, size in result.forms.values()))

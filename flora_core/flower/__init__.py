@@ -9,7 +9,7 @@ from ..lazy import face
 if TYPE_CHECKING:
     from .certificate_checks import check_files, check_folder, check_port, check_server
     from .certificates import key_names, make_keys
-    from .link import FloraStrategy, run_server, server_app
+    from .link import FloraStrategy, FlowerLink, run_server, serve, server_app
     from .messages import pack, unpack
     from .node import client_app
 

@@ -78,7 +78,7 @@ def unpack(content: RecordDict, limit_bytes: int | None = None) -> tuple[dict[st
 
 
 def _check_version(other: Any, protocol: Any) -> None:
-    """Refuse another protocol, major or minor version; what else may differ is warned of (``RemoteFederation``)."""
+    """Refuse another protocol, major or minor version; what else may differ is warned of (``Parties``)."""
     series = __version__.split(".")[:2]
     require(
         protocol == PROTOCOL and str(other).split(".")[:2] == series,

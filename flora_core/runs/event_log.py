@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .events import Event
@@ -43,3 +43,8 @@ class EventLog:
             callback(event)
         if event["event"] == "warning" and not self.callbacks:
             warnings.warn(event["message"], RuntimeWarning, stacklevel=3)
+
+    def warn_refused(self, refused: Mapping[str, str]) -> None:
+        """Warn of refused clients as Python does, beside the events that say so."""
+        for name, reason in refused.items() if self.reports else ():
+            warnings.warn(f"client {name!r} was refused: {reason}", RuntimeWarning, stacklevel=3)

@@ -4,6 +4,7 @@ moves."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,8 @@ from flora_core.common.devices import pick_device
 from flora_core.config.federation import FederationConfig
 from flora_core.distributed import world
 from flora_core.federation.exchange import Way, choose
-from flora_core.federation.parties import RemoteFederation
+from flora_core.federation.parties import Parties
+from flora_core.federation.rounds import Federation
 from flora_core.training.planner import spread
 from tests.federation.test_kill_resume import events_of
 from tests.support.federations import make_federation, make_model
@@ -127,7 +129,7 @@ def test_a_sharded_base_is_refused_by_name(group_of_one):
 def test_a_server_of_parties_elsewhere_is_one_process(monkeypatch):
     monkeypatch.setattr("flora_core.federation.parties.ranks", lambda: SimpleNamespace(size=2))
     with pytest.raises(ValueError, match="a server of parties elsewhere is one process, got 2 ranks; do without"):
-        RemoteFederation(None, make_model(), config=FederationConfig(rounds=1))  # pyright: ignore[reportArgumentType]
+        Federation(make_model(), None, partial(Parties, link=None), config=FederationConfig(rounds=1))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def test_what_moves_is_what_is_counted():

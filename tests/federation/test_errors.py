@@ -60,7 +60,7 @@ def test_a_client_whose_data_give_nan_stays_alone_with_it(tmp_path):
     for module, weight in target_weights(fed.model).items():
         want = target_weights(other.model)[module]
         assert float((weight - want).abs().max()) <= 1e-9 * float(want.abs().max())
-    assert set(fed.optimizer) == {"a", "c"}, "moments that led astray are not carried on"
+    assert set(fed.clients.optimizer) == {"a", "c"}, "moments that led astray are not carried on"
     for one in result.history:
         assert list(one["refused"]) == ["b"]
         assert "loss is not finite at step 1" in one["refused"]["b"]
@@ -102,7 +102,7 @@ def test_an_update_beyond_max_norm_is_refused_and_the_round_goes_on():
         RuntimeWarning, match=r"client 'b' was refused: the norm of its product is .* bound of 5 \(max_n"
     ):
         (one,) = fed.run().history
-    assert set(fed.optimizer) == {"a", "c"}, "moments that led astray are not carried on"
+    assert set(fed.clients.optimizer) == {"a", "c"}, "moments that led astray are not carried on"
     assert list(one["refused"]) == ["b"]
     assert one["applied"]
 

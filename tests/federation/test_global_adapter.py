@@ -100,7 +100,7 @@ def test_clients_go_on_from_the_global_adapter(tmp_path):
     (tmp_path / "more").mkdir()
     seen = {}
     fed.server.state = state
-    cohort = flora.attach(fed.model, list(fed.specs.values()), fed.target_modules)
+    cohort = flora.attach(fed.model, list(fed.clients.specs.values()), fed.setup.target_modules)
     try:
         fed.server.load_starts(cohort, 4)
         seen = {name: cohort.update(name) for name in cohort.names}

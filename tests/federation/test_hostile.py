@@ -24,7 +24,7 @@ from flora_core.adapters.update import ClientUpdate
 from flora_core.common import files as files_module
 from flora_core.common.safetensors_header import read_header
 from flora_core.federation.callable_clients import receive
-from flora_core.federation.judge import judge_updates, why_refused
+from flora_core.federation.judge import examine, judge_updates
 from flora_core.federation.quarantine import quarantine
 from flora_core.runs.folder import RunFolder
 from tests.federation.test_judge import make_update, promised
@@ -83,7 +83,7 @@ def test_a_file_is_not_read_beyond_its_limits(sent, monkeypatch):
 def test_what_a_client_left_is_read_as_it_is(sent):
     update = receive(sent, promised())
     assert update.client == "ann"
-    assert why_refused(update, promised()) is None
+    assert not isinstance(examine(update, promised()), str)
     for module, pair in make_update().adapters.items():
         assert all(torch.equal(got, want) for got, want in zip(update.adapters[module], pair, strict=True))
 
@@ -93,7 +93,7 @@ def test_more_than_was_promised_is_not_read(sent, monkeypatch):
 
     os.truncate(sent / WEIGHTS, 3_000_000)
     monkeypatch.setattr(safetensors_header, "_checked", lambda *_: pytest.fail("it was read"))
-    monkeypatch.setattr("flora_core.federation.callable_clients._ROOM_BYTES", 1000)
+    monkeypatch.setattr("flora_core.federation.callable_clients.ROOM_BYTES", 1000)
     with pytest.raises(ValueError, match=r"safetensors has 3\.0 MB, more than the 2\.8 kB that it may have"):
         receive(sent, promised())
 
@@ -207,7 +207,7 @@ def test_nobody_chooses_a_path_by_a_name(name, tmp_path):
 
 
 def test_no_more_than_a_few_times_the_promise_is_kept(sent, tmp_path, monkeypatch):
-    monkeypatch.setattr("flora_core.federation.quarantine._ROOM_BYTES", 0)
+    monkeypatch.setattr("flora_core.federation.quarantine.ROOM_BYTES", 0)
     os.truncate(sent / WEIGHTS, 4 * 8 * 7 * 32 + 1)
     place = quarantine(tmp_path, 1, "ann", "too large", sent, promised())
     assert sorted(os.listdir(place)) == [CONFIG, "reason.json"]
@@ -251,7 +251,8 @@ def test_mutated_adapters_never_crash_or_hang_or_touch_anything(sent, tmp_path, 
         if update is None:
             assert str(sent) in refusal, f"{number}: {refusal}"
         else:
-            good, refused = judge_updates([update], {"ann": promised()})
+            verdict = judge_updates([update], {"ann": promised()})
+            good, refused = verdict.good, verdict.refused
             assert len(good) + len(refused) == 1
             assert not good or all(t.isfinite().all() for pair in good[0].adapters.values() for t in pair)
         loaded, slowest = loaded + (update is not None), max(slowest, time.monotonic() - began)

@@ -8,16 +8,23 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from flora_core.adapters.update import ClientUpdate
-from flora_core.aggregation.norms import product_norm
-from flora_core.federation.judge import judge_updates, why_refused
+from flora_core.aggregation.norms import norm_of, product_norm
+from flora_core.config import FederationConfig
+from flora_core.federation.judge import Judge, examine, judge_updates
 
 K, N = 12, 20
 RANKS = {"x": 4, "y": 3}
+
+
+def why_refused(*args: Any, **options: Any) -> str | None:
+    found = examine(*args, **options)
+    return found if isinstance(found, str) else None
 
 
 def make_update(name: str = "ann", size: float = 1.0) -> ClientUpdate:
@@ -91,7 +98,8 @@ def test_whatever_is_not_as_promised_is_refused(what):
     got = why_refused(update, promised())
     assert got is not None
     assert re.search(reason, got), got
-    good, refused = judge_updates([make_update("bob"), update], {"ann": promised(), "bob": promised("bob")})
+    verdict = judge_updates([make_update("bob"), update], {"ann": promised(), "bob": promised("bob")})
+    good, refused = verdict.good, verdict.refused
     assert [one.client for one in good] == ["bob"]
     assert refused == {"ann": got}
 
@@ -117,7 +125,8 @@ def test_finite_factors_whose_product_no_weight_can_hold_are_refused_without_a_b
 
 def test_only_clients_of_the_round_are_heard_and_each_once():
     updates = [make_update("ann"), make_update("bob"), make_update("bob"), make_update("eve")]
-    good, refused = judge_updates(updates, {"ann": promised(), "bob": promised("bob"), "cid": promised("cid")})
+    verdict = judge_updates(updates, {"ann": promised(), "bob": promised("bob"), "cid": promised("cid")})
+    good, refused = verdict.good, verdict.refused
     assert [one.client for one in good] == ["ann"]
     assert refused["bob"] == "it sent 2 updates in one round"
     assert "not asked" in refused["eve"]
@@ -134,10 +143,38 @@ def test_a_norm_far_above_the_median_of_the_good_is_refused():
     sizes = {"ann": 1.0, "bob": 1.1, "cid": 0.9, "dan": 30.0, "eve": math.nan}
     updates = [make_update(name, size) for name, size in sizes.items()]
     mine = {name: promised(name) for name in sizes}
-    good, refused = judge_updates(updates, mine, outlier_factor=5.0)
+    verdict = judge_updates(updates, mine, outlier_factor=5.0)
+    good, refused = verdict.good, verdict.refused
     assert [one.client for one in good] == ["ann", "bob", "cid"]
     assert re.fullmatch(
         r"the norm of its product is .*, more than 5 times the round's median of .* \(outlier_factor\)", refused["dan"]
     )
     assert "not finite" in refused["eve"], "what is broken has no part in the median"
-    assert [one.client for one in judge_updates(updates, mine)[0]] == ["ann", "bob", "cid", "dan"]
+    assert [one.client for one in judge_updates(updates, mine).good] == ["ann", "bob", "cid", "dan"]
+
+
+def test_an_update_that_was_judged_where_it_was_trained_is_not_read_again():
+    """Its factors may not even be here; its norm takes part in the round's median."""
+    names = ("ann", "bob", "cid")
+    mine = {name: promised(name) for name in names}
+    norms = judge_updates([make_update(name) for name in names], mine).norms
+    norms["cid"] = norms["cid"]._replace(value=1e3)
+    verdict = judge_updates([promised(name) for name in names], mine, outlier_factor=5.0, norms=norms)
+    assert [one.client for one in verdict.good] == ["ann", "bob"]
+    assert "(outlier_factor)" in verdict.refused["cid"]
+
+
+def test_what_is_too_large_is_clipped_by_the_norm_that_it_was_judged_by(monkeypatch):
+    from flora_core.federation import judge
+
+    measured = []
+    monkeypatch.setattr(judge, "norm_of", lambda update: measured.append(update.client) or norm_of(update))
+    small, large = make_update("ann"), make_update("bob", 10.0)
+    bound = 1.001 * product_norm(small)
+    config = FederationConfig(rounds=1, clip_update=bound, outlier_factor=1e3, weights="uniform")
+    verdict = Judge(config, math.inf).round([small, large], {"ann": promised(), "bob": promised("bob")})
+    assert measured == ["ann", "bob"], "once each"
+    assert verdict.good[0] is small
+    assert verdict.clipped == {"bob": product_norm(large)}
+    assert product_norm(verdict.good[1]) <= bound
+    assert [one.weight for one in verdict.good] == [1.0, 1.0]

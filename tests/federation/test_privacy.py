@@ -12,6 +12,7 @@ import math
 import os
 import signal
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import torch
 
 import flora_core as flora
 from flora_core.adapters.update import ClientUpdate
+from flora_core.aggregation.norms import norm_of
 from flora_core.common.errors import Stopped
 from flora_core.federation import privacy as privacy_module
 from flora_core.federation.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
@@ -49,7 +51,7 @@ def update(name: str, size: float, seed: int = 0, K: int = 16) -> ClientUpdate:
 
 def dense(private: PrivateSum, updates: list[ClientUpdate]) -> torch.Tensor:
     """The sum of all modules as one vector."""
-    stacks = private.stacks(updates)
+    stacks = private.stacks(updates, {update.client: norm_of(update) for update in updates})
     return torch.cat([((B.double().T * c) @ A.double()).flatten() for A, B, c in (stacks[m] for m in sorted(stacks))])
 
 
@@ -123,14 +125,11 @@ def test_every_element_of_every_target_gets_the_noise_that_was_paid_for(dtype):
     weights = writable(model, list(target_weights(model)))
     before = {m: w.double().clone() for m, w in weights.items()}
 
-    class FakeServer:
-        low_bits = new_low_bits(weights)
-        log = type("Log", (), {"record": staticmethod(lambda *_: None)})
-
-    FakeServer.weights = weights  # type: ignore[attr-defined]
+    low = new_low_bits(weights)
+    log = SimpleNamespace(record=lambda *_: None)
+    server = SimpleNamespace(model=SimpleNamespace(weights=weights, low_bits=low), log=log)
     private = sums("ab", sigma=2.0, fraction=0.5, clip=0.3)
-    result = private.apply(FakeServer(), [], 1)  # type: ignore[arg-type]
-    low = FakeServer.low_bits
+    result = private.apply(server, [], 1, {})  # type: ignore[arg-type]
     after = {m: (join_master(w, low[m]) if low else w).double() for m, w in weights.items()}
     noise = torch.cat([(after[m] - before[m]).flatten() for m in weights])
     std, count = 2.0 * 0.3 / (0.5 * 2), noise.numel()

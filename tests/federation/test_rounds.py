@@ -67,8 +67,8 @@ def test_every_round_adds_the_exact_sum_rounded_once(dtype, tmp_path):
 
     def look(event) -> None:
         if event["event"] in ("run_start", "round_end"):
-            low = fed.server.low_bits
-            now = {m: (join_master(w, low[m]) if low else w).clone() for m, w in fed.server.weights.items()}
+            low = fed.server.model.low_bits
+            now = {m: (join_master(w, low[m]) if low else w).clone() for m, w in fed.server.model.weights.items()}
             masters[event.get("round", 0)] = now
 
     clients = ten_clients()
@@ -226,11 +226,11 @@ def test_adapters_start_afresh_each_round_whoever_else_takes_part(tmp_path):
 
 
 def test_clients_are_checked_a_few_at_a_time(monkeypatch):
-    from flora_core.federation import rounds
+    from flora_core.federation import local_clients
 
     model, other = make_model(), make_model()
     make_federation(model=model).run()
-    monkeypatch.setattr(rounds, "_CHECKED_TOGETHER", 2)
+    monkeypatch.setattr(local_clients, "TOGETHER", 2)
     make_federation(model=other).run()
     assert all(torch.equal(weight, target_weights(other)[m]) for m, weight in target_weights(model).items())
     with pytest.raises(ValueError, match="needs equal ranks"):
@@ -275,7 +275,7 @@ def test_moments_are_carried_to_the_next_round_only_if_asked():
         clients[1] = flora.ClientSpec("b", clients[1].data, clients[1].adapter, {"keep_optimizer": keep})
         fed = make_federation(clients=clients, rounds=3, eval_data=None)
         fed.run()
-        return {name: state["step"] for name, state in fed.optimizer.items()}
+        return {name: state["step"] for name, state in fed.clients.optimizer.items()}
 
     assert steps(True) == {"b": 9}
     assert steps(False) == {}

@@ -11,6 +11,7 @@ import torch
 import flora_core as flora
 from flora_core.adapters.penalty import TailPenalty
 from flora_core.aggregation import STRATEGIES, get_strategy
+from flora_core.federation.global_model import GlobalModel
 from flora_core.federation.server import Server
 from flora_core.training.optimizer import CohortAdamW
 from tests.support.federations import TRAIN, make_clients, make_federation, make_model, make_tokenizer, target_weights
@@ -153,11 +154,11 @@ def test_a_penalty_of_nothing_adds_nothing():
 
 def test_a_penalty_is_refused_for_clients_that_train_elsewhere():
     federation = run("hetlora", strategy_options={"prune": 0.5, "penalty": 0.1})
-    federation._check_clients()
+    federation._prepare()
     with pytest.raises(ValueError, match=r"clients b train elsewhere, .* leave the penalty of strategy 'hetlora' out"):
         federation.server.refuse_penalties(["b"])
     federation = run("hetlora", strategy_options={"prune": 0.5})
-    federation._check_clients()
+    federation._prepare()
     federation.server.refuse_penalties(["b"])
 
 
@@ -280,10 +281,10 @@ def test_who_is_away_is_known_after_a_resume(tmp_path):
 
 def test_population_options_reach_aggregate_and_own_options_win():
     federation = run("flora_warm", strategy_options={"floor": 1})
-    federation._check_clients()
+    federation._prepare()
     assert federation.server.options == {"floor": 1}
     model = make_model()
-    server = Server(model, federation.expected, "flora_warm")
+    server = Server(GlobalModel(model, list(target_weights(model))), federation.clients.expected, "flora_warm")
     assert set(server.options["floor"].values()) == {2}
 
 

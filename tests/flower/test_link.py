@@ -22,7 +22,7 @@ from flora_core.aggregation import get_strategy
 from flora_core.federation.party import Site
 from flora_core.federation.protocol import Terms
 from flora_core.flower import link as flower
-from flora_core.flower import messages
+from flora_core.flower import messages, node
 from tests.support.federations import files, make_clients, make_model, make_tokenizer
 from tests.support.flower.grid import MemoryGrid, in_process, make_sites, serve
 
@@ -210,7 +210,8 @@ def test_a_process_that_was_held_up_does_not_overwrite_what_a_later_one_kept(tmp
         slow.append(copy.deepcopy(grid.sites[102]))
 
     grid = MemoryGrid(make_sites(tmp_path / "sites"), Faults("train", 1, 102, hold))
-    terms: Terms = serve(grid, monkeypatch, tmp_path / "out", keep_optimizer=True)[0].federation.terms
+    serve(grid, monkeypatch, tmp_path / "out", keep_optimizer=True)
+    terms = Terms(**messages.unpack(grid.sent[-1].content)[0]["terms"])
     kept = files(tmp_path / "sites" / "c", ".safetensors", ".json")
     assert kept
     with pytest.raises(ValueError, match=r"'c' is too late with the orders of round 1: .* by those of round 2"):
@@ -346,8 +347,8 @@ def test_two_parties_cannot_have_one_name_and_both_sides_are_told(tmp_path, monk
 def test_releases_that_differ_are_warned_of_with_both_sides(tmp_path, monkeypatch):
     events: list[Any] = []
     sites = make_sites(tmp_path / "sites")
-    for node, versions in ((100, {"torch": "2.5.1"}), (101, {"torch": "2.5.1+cu124"}), (102, {"transformers": "4.0"})):
-        sites[node].environment |= versions
+    for at, versions in ((100, {"torch": "2.5.1"}), (101, {"torch": "2.5.1+cu124"}), (102, {"transformers": "4.0"})):
+        sites[at].environment |= versions
     link, _ = serve(MemoryGrid(sites), monkeypatch, None, events=events)
     found = [event["message"] for event in events if "last bits" in event.get("message", "")]
     assert [text.partition(":")[0] for text in found] == [
@@ -394,3 +395,12 @@ def test_what_all_clients_are_sent_is_one_record_for_all(tmp_path, monkeypatch):
         sent = [content["shared"] for content in orders if "shared" in content]
         # All have round 1 already when they are to train round 2: there is nothing to send then.
         assert [part is sent[0] for part in sent] == [True] * (3 if kind == "evaluate" else 0)
+
+
+def test_the_old_name_of_a_server_still_runs(tmp_path, monkeypatch):
+    grid = MemoryGrid(make_sites(tmp_path / "sites"))
+    monkeypatch.setattr(node, "site_of", lambda values: grid.sites[values["node"]])
+    config = flora.FederationConfig(rounds=1)
+    with pytest.warns(DeprecationWarning, match=r"call flora_core\.flower\.serve"):
+        old = flower.FloraStrategy(make_model(), make_tokenizer(), min_nodes=3, config=config, callbacks=[print])
+    assert old.start(grid).history[0]["applied"]  # pyright: ignore[reportArgumentType]

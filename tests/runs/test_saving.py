@@ -131,6 +131,6 @@ def test_report_and_card_give_the_rounding_error(tmp_path: Path):
     assert 0 < float(row[1]) < 2**-9
     card = (tmp_path / "model/README.md").read_text()
     assert "Saved in bfloat16, after the evaluation below: rounding changed the weights by 1." in card
-    of_run = (federation.model, federation.tokenizer, "flora", federation.config, federation.train)
+    of_run = (federation.model, federation.setup.tokenizer, "flora", federation.config, federation.setup.train)
     assert card == model_card(*of_run, events)
     assert "saving the model as bfloat16: rounding changes it by 1." in str(sentence(history.converted))

@@ -128,9 +128,9 @@ def runs_the_model_alone(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> 
 def rounds_otherwise(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     apply = Server.apply
 
-    def another(self: Server, updates: Any, number: int) -> Any:
-        result = apply(self, updates, number)
-        next(iter(self.weights.values()))[0, 0] += 1e-3
+    def another(self: Server, *args: Any) -> Any:
+        result = apply(self, *args)
+        next(iter(self.model.weights.values()))[0, 0] += 1e-3
         return result
 
     patch.setattr(Server, "apply", another)
@@ -238,7 +238,7 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
             if job.get("ends"):
                 raise
             return {"error": type(error).__name__, "text": str(error), "steps": paused_at(job)}
-    base = federation.server.base
+    base = federation.server.model.base
     digest = federation.server.digest() if base else tensor_digest(target_weights(federation.model).items())
     held = {"held": base.held_bytes, "gathered": gathered(federation.model)} if base else {}
     found = [event for event in result.events if event["event"] == "evaluated"]

@@ -67,12 +67,14 @@ def make_sites(folder: Path, clients: list[flora.ClientSpec] | None = None, **mo
 
 
 def serve(grid: MemoryGrid, monkeypatch, out: Path | None, *, strategy: str = "flora", **changes: Any):
-    """Run a federation on the grid; returns the strategy object and the result."""
+    """Run a federation on the grid; returns what holds its model, and the result."""
     monkeypatch.setattr(node, "site_of", lambda values: grid.sites[values["node"]])
     events = changes.pop("events", [])
     train = {name: changes.pop(name) for name in list(changes) if name in flora.TrainConfig.__dataclass_fields__}
-    link = flower.FloraStrategy(
-        changes.pop("model", None) or make_model(),
+    model = changes.pop("model", None) or make_model()
+    result = flower.serve(
+        grid,  # pyright: ignore[reportArgumentType]
+        model,
         make_tokenizer(),
         strategy=strategy,
         min_nodes=changes.pop("min_nodes", len(grid.sites)),
@@ -84,7 +86,7 @@ def serve(grid: MemoryGrid, monkeypatch, out: Path | None, *, strategy: str = "f
         callbacks=[events.append],
         config=flora.FederationConfig(**{"rounds": 2, "out": out, **changes}),
     )
-    return link, link.start(grid)  # pyright: ignore[reportArgumentType]
+    return SimpleNamespace(model=model), result
 
 
 def in_process(out: Path | None, taking_part: dict[int, list[str]] | None = None, **changes: Any) -> SimpleNamespace:
