@@ -212,12 +212,11 @@ def load_peft(peft: Any, adapter: str, adapters: Adapters) -> None:
 
 def padded_inputs(batch: Sequence[Example], where: torch.device | str = "cpu") -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels, padded on the right to the batch's longest."""
-    layout = pad([batch], 2)
-    labels = torch.full_like(layout.input_ids, IGNORE)
+    inputs = pad([batch], 2).inputs
+    labels = torch.full_like(inputs["input_ids"], IGNORE)
     for row, example in zip(labels, batch, strict=True):
         row[: len(example.labels)] = torch.tensor(example.labels)
-    inputs = {"input_ids": layout.input_ids, "attention_mask": layout.attention_mask, "labels": labels}
-    return {name: tensor.to(where) for name, tensor in inputs.items()}
+    return {name: tensor.to(where) for name, tensor in {**inputs, "labels": labels}.items()}
 
 
 def exact_losses(

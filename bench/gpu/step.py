@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import flora_core as flora
-from flora_core.model.batch import lay_out
+from flora_core.data.pack import lay_out
 from flora_core.testing import plain_rounding
 from flora_core.training import cuda_graphs, static_steps, steps
 from tests.support import models

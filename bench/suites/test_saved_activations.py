@@ -63,10 +63,9 @@ def flora_bytes(scale: Any, batches: Any, dropout: float) -> int:
     model = cohorts.random_model(scale.layers)
     cohort = flora.attach(model, cohorts.specs(batches, dropout=dropout), LINEARS)
     cohort.parameters()
-    layout = pack(batches)
-    routed = cohort.batch(layout.tokens, sequences=layout.lengths, dropout_step=0 if dropout else None)
-    inputs = {"input_ids": layout.input_ids, "position_ids": layout.position_ids}
-    return decoder_bytes(model.model, [*model.parameters(), cohort.bank.param], inputs, routed)
+    batch = pack(batches)
+    routed = cohort.batch(batch.tokens, sequences=batch.sequences, dropout_step=0 if dropout else None)
+    return decoder_bytes(model.model, [*model.parameters(), cohort.bank.param], dict(batch.inputs), routed)
 
 
 def peft_bytes(scale: Any, batches: Any, dropout: float) -> list[int]:

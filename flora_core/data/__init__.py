@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .layout import Plain
-from .pack import Packed, Padded, epoch_order, micro_batches, pack, pad, passes
+from .pack import PackedBatch, epoch_order, lay_out, micro_batches, pack, pad, passes
 from .partition import partition, partition_file
 from .records import Record, check_records, load_records, normalise
 from .splits import Split, client_names_for, exists, load_part, load_test, split_data
@@ -14,8 +14,7 @@ __all__ = [
     "IGNORE",
     "EncodeReport",
     "Example",
-    "Packed",
-    "Padded",
+    "PackedBatch",
     "Plain",
     "Record",
     "Split",
@@ -26,6 +25,7 @@ __all__ = [
     "encode_prompts",
     "epoch_order",
     "exists",
+    "lay_out",
     "load_part",
     "load_records",
     "load_test",

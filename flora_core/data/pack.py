@@ -1,88 +1,121 @@
 """Batches of several clients' sequences: packed into one row without padding, or padded to the longest.
 
-Labels come out shifted: ``labels[t]`` is the target of position t, the next token of the same sequence,
-so no sequence predicts its neighbour's first token. Letters: M packed tokens, S sequences, L the longest.
+A batch is one object from here to the ops. Targets are shifted: that of a position is the next token of the same
+sequence, so no sequence predicts its neighbour's first token. Letters: M packed tokens, S sequences, L the longest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..common import check_number, generator
+from ..common import DeviceSegments, Segments, check_number, generator
 from .template import IGNORE, Example
 
 
+def _nothing() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
 @dataclass(frozen=True)
-class Layout:
-    """Where whose tokens lie: clients in order, each client's sequences in order.
+class PackedBatch:
+    """Clients' sequences laid out for one pass of a model: clients in order, each client's sequences in order.
 
     Attributes:
-        tokens: Real tokens of each client; a client may have none.
-        lengths: Real tokens of each sequence.
-        sequence_client: Index of the client that owns each sequence.
+        tokens: Segments over the real tokens, one per client; a client may have none.
+        inputs: Keyword arguments of the decoder, int64: ``input_ids`` and ``position_ids`` [1, M] where sequences lie
+            end to end, ``input_ids`` and ``attention_mask`` [S, L] where they are padded.
+        label_index: Flat positions that have a target.
+        target_M: Their targets.
+        sequences: Lengths of packed sequences, within each of which attention stays; None where they are rows.
+        real_index: Flat positions of the real tokens where sequences are padded; None where nothing is padded.
+        rows: Positions of the whole input, padding included; None for the real tokens alone.
+        keys: Module -> dropout key of each client; None switches dropout off.
+        row_C: Index of each client's first token within its optimizer step.
+        dropout_C: As ``lora_linears`` takes it; None for the clients' own.
+        adapters: False runs the base alone.
+        padding: The last segment of tokens is padding: rows that fill the batch up.
     """
 
-    tokens: tuple[int, ...]
-    lengths: tuple[int, ...]
-    sequence_client: tuple[int, ...]
+    tokens: Segments | DeviceSegments
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    label_index: Tensor = field(default_factory=_nothing)
+    target_M: Tensor = field(default_factory=_nothing)
+    sequences: Sequence[int] | DeviceSegments | None = None
+    real_index: Tensor | None = None
+    rows: int | None = None
+    keys: Mapping[str, Sequence[int] | Tensor] | None = None
+    row_C: Sequence[int] | Tensor | None = None
+    dropout_C: Tensor | None = None
+    adapters: bool = True
+    padding: bool = False
+
+    @property
+    def num_rows(self) -> int:
+        """Positions of the whole input."""
+        return self.tokens.total if self.rows is None else self.rows
 
 
-@dataclass(frozen=True)
-class Packed(Layout):
-    """Sequences end to end in one row: input_ids, position_ids and shifted labels, each int64 [1, M]."""
-
-    input_ids: Tensor
-    position_ids: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Padded(Layout):
-    """Sequences below each other: input_ids, attention_mask and shifted labels, each int64 [S, L].
-
-    ``real_index`` holds the flat indices of the real tokens in row-major order, int64 [M].
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    real_index: Tensor
+def lay_out(
+    examples_by_client: Sequence[Sequence[Example]],
+    packs: bool,
+    device: torch.device | str = "cpu",
+    pad_id: int = 0,
+) -> PackedBatch:
+    """Lay the clients' sequences end to end (``pack``) or below each other (``pad``), on a device."""
+    return pack(examples_by_client, device) if packs else pad(examples_by_client, pad_id, device)
 
 
-def pack(examples_by_client: Sequence[Sequence[Example]]) -> Packed:
+def pack(examples_by_client: Sequence[Sequence[Example]], device: torch.device | str = "cpu") -> PackedBatch:
     """Lay the clients' sequences end to end in one row; position ids restart at 0 in each sequence."""
-    sequences, layout = _flatten(examples_by_client)
-    return Packed(
-        *layout,
-        input_ids=_row(example.input_ids for example in sequences),
-        position_ids=_row(range(length) for length in layout[1]),
-        labels=_row(_shifted(example) for example in sequences),
-    )
+    sequences = list(chain.from_iterable(examples_by_client))
+    lengths = tuple(len(example.input_ids) for example in sequences)
+    inputs = {
+        "input_ids": _row(example.input_ids for example in sequences),
+        "position_ids": _row(range(length) for length in lengths),
+    }
+    return _batch(examples_by_client, inputs, _row(map(_shifted, sequences)), device, sequences=lengths)
 
 
-def pad(examples_by_client: Sequence[Sequence[Example]], pad_id: int) -> Padded:
+def pad(
+    examples_by_client: Sequence[Sequence[Example]], pad_id: int, device: torch.device | str = "cpu"
+) -> PackedBatch:
     """Lay the clients' sequences below each other, padded on the right with ``pad_id``."""
     check_number("pad_id", pad_id, 0, whole=True)
-    sequences, layout = _flatten(examples_by_client)
-    longest = max(layout[1], default=0)
+    sequences = list(chain.from_iterable(examples_by_client))
+    longest = max((len(example.input_ids) for example in sequences), default=0)
 
-    def table(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    def table(rows: Iterable[Sequence[int]], fill: int) -> Tensor:
         flat = chain.from_iterable([*row, *[fill] * (longest - len(row))] for row in rows)
-        return torch.tensor(list(flat), dtype=torch.int64).view(len(rows), longest)
+        return torch.tensor(list(flat), dtype=torch.int64).view(len(sequences), longest)
 
-    attention_mask = table([[1] * length for length in layout[1]], 0)
-    return Padded(
-        *layout,
-        input_ids=table([example.input_ids for example in sequences], pad_id),
-        attention_mask=attention_mask,
-        labels=table([_shifted(example) for example in sequences], IGNORE),
-        real_index=attention_mask.flatten().nonzero().flatten(),
+    mask = table(([1] * len(example.input_ids) for example in sequences), 0)
+    inputs = {"input_ids": table((example.input_ids for example in sequences), pad_id), "attention_mask": mask}
+    real_index = mask.flatten().nonzero().flatten().to(device)
+    return _batch(examples_by_client, inputs, table(map(_shifted, sequences), IGNORE), device, real_index=real_index)
+
+
+def _batch(
+    examples_by_client: Sequence[Sequence[Example]],
+    inputs: Mapping[str, Tensor],
+    labels: Tensor,
+    device: torch.device | str,
+    **layout: Any,
+) -> PackedBatch:
+    labels_M = labels.flatten()
+    index = (labels_M != IGNORE).nonzero().flatten()
+    return PackedBatch(
+        Segments(sum(len(example.input_ids) for example in examples) for examples in examples_by_client),
+        {name: tensor.to(device) for name, tensor in inputs.items()},
+        index.to(device),
+        labels_M[index].to(device),
+        rows=labels_M.numel(),
+        **layout,
     )
 
 
@@ -96,16 +129,6 @@ def epoch_order(num_examples: int, seed: int, client: str, round: int, epoch: in
     """Shuffle a client's examples for one epoch; depends on nothing but the arguments."""
     random = generator(seed, "order", client, round, epoch)
     return torch.randperm(num_examples, generator=random).tolist()
-
-
-def _flatten(
-    examples_by_client: Sequence[Sequence[Example]],
-) -> tuple[list[Example], tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-    """List all sequences in order, with the fields of their ``Layout``."""
-    tokens = tuple(sum(len(example.input_ids) for example in examples) for examples in examples_by_client)
-    owned = [(client, example) for client, examples in enumerate(examples_by_client) for example in examples]
-    sequences = [example for _, example in owned]
-    return sequences, (tokens, tuple(len(e.input_ids) for e in sequences), tuple(client for client, _ in owned))
 
 
 def _shifted(example: Example) -> list[int]:

@@ -87,10 +87,8 @@ class Federation:
         config.check_strategy(strategy)
         chosen, train = get_strategy(strategy), train or TrainConfig()
         chosen.check(config.strategy_options)
-        self.model, self.config, self.ranks = model, config, ranks()
-        self.setup = RunSetup(
-            model, as_tokenizer(tokenizer), chosen, config, train, target_modules, backend=backend, fuse=fuse
-        )
+        self.model, self.tokenizer, self.config, self.ranks = model, as_tokenizer(tokenizer), config, ranks()
+        self.setup = RunSetup(model, self.tokenizer, chosen, config, train, target_modules, backend=backend, fuse=fuse)
         self.clients = clients(self.setup) if callable(clients) else self._clients(list(clients), dict(remote or {}))
         names = list(self.clients.specs)
         config.check_names(names)

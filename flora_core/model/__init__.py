@@ -5,13 +5,12 @@ from __future__ import annotations
 from . import attention
 from .accepted import as_tokenizer, check_model, decoder_of, embedding_rows, sequence_limit
 from .attachment import attach, cohort_of, detach
-from .batch import Batch, labelled_hidden, lay_out
 from .client import ClientSpec
 from .cohort import Cohort
 from .deterministic import deterministic_libraries
 from .evaluation import evaluate
-from .forward import evaluation_mode
-from .layer import Layout, MultiLoRALinear
+from .forward import evaluation_mode, labelled_hidden
+from .layer import MultiLoRALinear
 from .loss import client_losses
 from .recompute import keeping_less
 from .targets import target_weights
@@ -19,10 +18,8 @@ from .weights import is_conv1d
 from .with_adapter import adapter_beside
 
 __all__ = [
-    "Batch",
     "ClientSpec",
     "Cohort",
-    "Layout",
     "MultiLoRALinear",
     "adapter_beside",
     "as_tokenizer",
@@ -40,7 +37,6 @@ __all__ = [
     "is_conv1d",
     "keeping_less",
     "labelled_hidden",
-    "lay_out",
     "sequence_limit",
     "target_weights",
 ]

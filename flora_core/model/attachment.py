@@ -8,6 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -16,10 +17,10 @@ from torch import nn
 from ..adapters import AdapterBank, BankModule
 from ..common import require
 from ..config import check_targets, matches_target
+from ..data import PackedBatch
 from ..distributed import check_plain, is_sharded, sharded
 from ..ops import check_fuse, resolve
 from .accepted import check_model, is_linear
-from .batch import Batch
 from .client import ClientSpec
 from .cohort import Cohort
 from .forward import find_way
@@ -258,9 +259,8 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
 def _probe(cohort: Cohort) -> None:
     """Find how to run the model, under the row check of every wrapped layer."""
 
-    def context(_: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
-        counts = [*batch.tokens] + [0] * (len(cohort.names) - 1)
-        return cohort.batch(counts, sequences=batch.sequences, positions=batch.positions, adapters=False)
+    def context(_: nn.Module, batch: PackedBatch) -> AbstractContextManager[Any]:
+        return cohort.running(replace(batch, adapters=False))
 
     with cohort.route.finding_groups():
         way = find_way(cohort.model, context)

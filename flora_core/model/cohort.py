@@ -14,9 +14,10 @@ from torch import nn
 
 from ..adapters import AdapterBank, Adapters, BankModule, ClientUpdate
 from ..common import DeviceSegments, Segments, require, seeds
+from ..data import PackedBatch
 from . import attention
 from .client import ClientSpec
-from .layer import Layout, MultiLoRALinear, Route
+from .layer import MultiLoRALinear, Route
 from .loss import Head
 
 
@@ -85,9 +86,9 @@ class Cohort:
     @contextmanager
     def batch(
         self,
-        tokens: Segments | Sequence[int],
+        tokens: Segments | DeviceSegments | Sequence[int],
         *,
-        sequences: Sequence[int] | None = None,
+        sequences: Sequence[int] | DeviceSegments | None = None,
         real_index: torch.Tensor | None = None,
         positions: int | None = None,
         row_C: Sequence[int] | None = None,
@@ -114,23 +115,31 @@ class Cohort:
         Raises:
             ValueError: If there is not one entry for each client.
         """
-        segments = tokens if isinstance(tokens, Segments) else Segments.from_lengths(tokens)
+        segments = tokens if isinstance(tokens, (Segments, DeviceSegments)) else Segments.from_lengths(tokens)
         names = self.active.names
         require(
             len(segments) == len(names),
             f"tokens must have one entry per client ({len(names)}: {', '.join(names)}), got {len(segments)}",
         )
-        keys = self.dropout_seeds(dropout_step, seed_C or [seed] * len(names), round)
-        if keys is not None and self.bank.param.is_cuda:
-            keys = keys_on_device(keys, self.bank.param.device)
-        with self.laid_out(Layout(segments, keys, row_C, real_index, positions, adapters), sequences):
+        keys = self.dropout_keys(dropout_step, seed_C or [seed] * len(names), round)
+        with self.running(
+            PackedBatch(
+                segments,
+                sequences=sequences,
+                real_index=real_index,
+                rows=positions,
+                keys=keys,
+                row_C=row_C,
+                adapters=adapters,
+            )
+        ):
             yield self.model
 
     @contextmanager
-    def laid_out(self, layout: Layout, sequences: Sequence[int] | DeviceSegments | None) -> Iterator[None]:
-        """Run what a layout says, attention within each packed sequence if there are some."""
-        inner = nullcontext() if sequences is None else attention.packed(self.model, sequences)
-        with self._routed(layout=layout), inner:
+    def running(self, batch: PackedBatch) -> Iterator[None]:
+        """Run the model's forward and backward passes of a batch, attention within each packed sequence."""
+        inner = nullcontext() if batch.sequences is None else attention.packed(self.model, batch.sequences)
+        with self._routed(batch=batch), inner:
             yield
 
     def dropout_seeds(self, step: int | None, seed_C: Sequence[int], round: int) -> dict[str, Any] | None:
@@ -147,14 +156,19 @@ class Cohort:
             for path in self.layers
         }
 
+    def dropout_keys(self, step: int | None, seed_C: Sequence[int], round: int) -> dict[str, Any] | None:
+        """``dropout_seeds``, on the device of a GPU."""
+        keys, device = self.dropout_seeds(step, seed_C, round), self.bank.param.device
+        return keys if keys is None or device.type != "cuda" else keys_on_device(keys, device)
+
     @contextmanager
-    def _routed(self, layout: Layout | None = None, client: int | None = None) -> Iterator[None]:
-        before = self.route.layout, self.route.client
-        self.route.layout, self.route.client = layout, client
+    def _routed(self, batch: PackedBatch | None = None, client: int | None = None) -> Iterator[None]:
+        before = self.route.batch, self.route.client
+        self.route.batch, self.route.client = batch, client
         try:
             yield
         finally:
-            self.route.layout, self.route.client = before
+            self.route.batch, self.route.client = before
             self.route.waiting.clear()
 
     def load(self, client: str, adapters: Adapters) -> None:

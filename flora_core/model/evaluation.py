@@ -14,10 +14,20 @@ from typing import Any
 import torch
 
 from ..common import require
-from ..data import EncodeReport, Example, Record, check_ids, check_records, encode, normalise, passes, require_examples
+from ..data import (
+    EncodeReport,
+    Example,
+    Record,
+    check_ids,
+    check_records,
+    encode,
+    lay_out,
+    normalise,
+    passes,
+    require_examples,
+)
 from .accepted import as_tokenizer, embedding_rows, to_evaluate
-from .batch import labelled_hidden, lay_out
-from .forward import Way, alone, evaluation_mode, find_way
+from .forward import Way, alone, evaluation_mode, find_way, labelled_hidden
 from .loss import CHUNK_LOGITS, Head
 
 _LETTERS = "ABCDEFGHIJ"

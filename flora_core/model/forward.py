@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..common import require
-from ..data import IGNORE, Example
+from ..data import IGNORE, Example, PackedBatch, lay_out
 from . import attention
-from .batch import Batch, labelled_hidden, lay_out
+from .accepted import decoder_of
 from .loss import Head
 
 _PROBE_LENGTHS = (5, 3, 4)
@@ -41,9 +41,15 @@ class Way:
     failed: bool = False
 
 
-def alone(model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+def alone(model: nn.Module, batch: PackedBatch) -> AbstractContextManager[Any]:
     """The context of a forward pass of the model as it stands, without a cohort's tokens."""
     return nullcontext() if batch.sequences is None else attention.packed(model, batch.sequences)
+
+
+def labelled_hidden(model: Any, batch: PackedBatch) -> torch.Tensor:
+    """Last hidden states (M, H) at the positions that have a target."""
+    hidden = decoder_of(model)[1](**batch.inputs, use_cache=False).last_hidden_state
+    return hidden.reshape(batch.num_rows, -1).index_select(0, batch.label_index)
 
 
 @contextmanager
@@ -59,7 +65,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def find_way(model: Any, context: Callable[[Any, Batch], AbstractContextManager[Any]] = alone) -> Way:
+def find_way(model: Any, context: Callable[[Any, PackedBatch], AbstractContextManager[Any]] = alone) -> Way:
     """Find a way of running the model that gives its own logits; ``context(model, batch)`` is around each pass.
 
     Raises:

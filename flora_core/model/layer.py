@@ -5,54 +5,29 @@ Letters: M packed tokens, K in_features, N out_features, C clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters import BankModule
-from ..common import DeviceSegments, Segments, require
+from ..common import Segments, require
+from ..data import PackedBatch
 from ..ops import LoraWeights, lora_linears
 from .weights import weight_view
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Whose tokens a forward pass holds, and where they lie.
-
-    Args:
-        tokens: Segments over the real tokens, one per client of the bank.
-        seeds: Module path -> dropout key of each client; None switches dropout off.
-        row_C: Index of each client's first token within its optimizer step.
-        real_index: Flat positions of the real tokens in a padded batch; None where nothing is padded.
-        positions: Rows of the whole input, padding included.
-        adapters: False runs the base alone (used to probe a model).
-        padding: The last segment of tokens is padding: rows that fill the batch up.
-        dropout_C: What ``lora_linears`` takes; None for the clients' own.
-    """
-
-    tokens: Segments | DeviceSegments
-    seeds: Mapping[str, Sequence[int] | torch.Tensor] | None = None
-    row_C: Sequence[int] | torch.Tensor | None = None
-    real_index: torch.Tensor | None = None
-    positions: int | None = None
-    adapters: bool = True
-    padding: bool = False
-    dropout_C: torch.Tensor | None = None
-
-
 class Route:
-    """State of the wrapped layers of one model: ``layout`` for a batch, ``client`` for one client's adapter.
+    """State of the wrapped layers of one model: the ``batch`` that runs, or ``client`` for one client's adapter.
 
     ``groups`` names for each layer those that see the same input, in the order in which they run: the first computes
     for all of them and leaves the others' outputs in ``waiting``.
     """
 
     def __init__(self) -> None:
-        self.layout: Layout | None = None
+        self.batch: PackedBatch | None = None
         self.client: int | None = None
         self.groups: dict[str, tuple[MultiLoRALinear, ...]] = {}
         self.waiting: dict[str, tuple[torch.Tensor, int, torch.Tensor]] = {}
@@ -136,26 +111,26 @@ class MultiLoRALinear(nn.Module):
         return f"{self.path}, in_features={self.in_features}, out_features={self.out_features}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layout = self.route.layout
-        if layout is not None:
-            return self._batch(x, layout)
+        batch = self.route.batch
+        if batch is not None:
+            return self._batch(x, batch)
         if self.route.client is not None:
             rows = x.numel() // x.shape[-1]
             lengths = [0] * len(self.entry()[1])
             lengths[self.route.client] = rows
-            (y_MN,) = _apply([self], x, Layout(Segments.from_lengths(lengths)))
+            (y_MN,) = _apply([self], x, PackedBatch(Segments.from_lengths(lengths)))
             return y_MN.view(*x.shape[:-1], -1)
         return self.original(x)  # pyright: ignore[reportCallIssue]
 
-    def _batch(self, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    def _batch(self, x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        expected = layout.tokens.total if layout.positions is None else layout.positions
+        expected = batch.num_rows
         require(
             rows == expected,
             f"{self.path} got {rows} rows of input, the batch has {expected} tokens: it does not see the packed tokens "
             "in order (routed experts, pooled or vision inputs); leave it out of target_modules",
         )
-        if not layout.adapters:
+        if not batch.adapters:
             self.route.saw(self, x)
             return self.original(x)  # pyright: ignore[reportCallIssue]
         waiting = self.route.take(self.path, x)
@@ -164,16 +139,16 @@ class MultiLoRALinear(nn.Module):
         group = self.route.groups.get(self.path, (self,))
         if group[0] is not self:
             group = (self,)
-        packed = x if layout.real_index is None else x.reshape(rows, -1).index_select(0, layout.real_index)
-        outputs = _apply(group, packed, layout)
-        if layout.real_index is not None:
-            outputs = [y.new_zeros(rows, y.shape[1]).index_copy(0, layout.real_index, y) for y in outputs]
+        packed = x if batch.real_index is None else x.reshape(rows, -1).index_select(0, batch.real_index)
+        outputs = _apply(group, packed, batch)
+        if batch.real_index is not None:
+            outputs = [y.new_zeros(rows, y.shape[1]).index_copy(0, batch.real_index, y) for y in outputs]
         outputs = [y.view(*x.shape[:-1], -1) for y in outputs]
         self.route.waiting = {layer.path: (x, _version(x), y) for layer, y in zip(group[1:], outputs[1:], strict=True)}
         return outputs[0]
 
 
-def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -> list[torch.Tensor]:
+def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, batch: PackedBatch) -> list[torch.Tensor]:
     """Layers that share their input, over rows that are all real tokens: y_MN of each."""
     x_MK = x.reshape(-1, x.shape[-1])
     device = x.device.type
@@ -182,15 +157,15 @@ def _apply(layers: Sequence[MultiLoRALinear], x: torch.Tensor, layout: Layout) -
     targets = []
     for layer in layers:
         entry, _ = layer.entry()
-        entry = entry.padded if layout.padding else entry
+        entry = entry.padded if batch.padding else entry
         weight, bias = layer.weight_NK, layer.bias_N
         if dtype is not None:
             weight, bias = weight.to(dtype), bias if bias is None else bias.to(dtype)
-        seed_C = None if layout.seeds is None else layout.seeds[layer.path]
+        seed_C = None if batch.keys is None else batch.keys[layer.path]
         targets.append(LoraWeights(weight, bias, entry.A_PK, entry.B_PN, entry.ranks, entry.scaling_C, seed_C))
-    own_C = layers[0].entry()[1] if layout.dropout_C is None else layout.dropout_C
-    dropout_C = None if layout.seeds is None else own_C
+    own_C = layers[0].entry()[1] if batch.dropout_C is None else batch.dropout_C
+    dropout_C = None if batch.keys is None else own_C
     options: dict[str, Any] = dict(backend=layers[0].backend, fuse=layers[0].fuse)
-    tokens: Any = layout.tokens  # the kernels take either kind
+    tokens: Any = batch.tokens  # the kernels take either kind
     with torch.autocast(device, enabled=False):
-        return lora_linears(x_MK, targets, tokens, dropout_C=dropout_C, row_C=layout.row_C, **options)
+        return lora_linears(x_MK, targets, tokens, dropout_C=dropout_C, row_C=batch.row_C, **options)

@@ -16,9 +16,9 @@ import torch
 
 from ..common import DeviceSegments, Segments, to_device
 from ..config import TrainConfig
-from ..data import IGNORE, Example
+from ..data import IGNORE, Example, PackedBatch, lay_out
 from ..distributed import sharded
-from ..model import Batch, Cohort, Layout, attention, client_losses, labelled_hidden, lay_out
+from ..model import Cohort, attention, client_losses, labelled_hidden
 from ..ops import dropout_threshold, resolve
 from .cuda_graphs import Executor
 from .optimizer import CohortAdamW
@@ -117,23 +117,24 @@ class StaticPass:
     ) -> None:
         """Put a pass into the table: every client's examples, its labels in the step, its first row, dropout's keys."""
         _, L, S = self.shape
-        batch = lay_out([*examples, self._nobody(examples)], packs=True)
+        filled = [*examples, self._nobody(examples)]
+        batch, tokens = lay_out(filled, packs=True), Segments(sum(_lengths(part)) for part in filled)
         labelled = [sum(map(num_labels, part)) for part in examples]
-        sequences = batch.sequences or ()
+        sequences = [length for part in filled for length in _lengths(part)]
         values = {
             "keys": self._keys(keys) if self.drops and keys is not None else [],
             "inputs": batch.inputs["input_ids"][0],
             "positions": batch.inputs["position_ids"][0],
-            "labels": torch.cat([batch.label_index, self._padding_rows(sum(batch.tokens[:-1]), L - sum(labelled))]),
+            "labels": torch.cat([batch.label_index, self._padding_rows(tokens.offsets[-2], L - sum(labelled))]),
             "targets": torch.nn.functional.pad(batch.target_M, (0, L - sum(labelled))),
             "sequences": Segments([*sequences, *[0] * (S - len(sequences))]).offsets,
-            "tokens": Segments(batch.tokens).offsets,
+            "tokens": tokens.offsets,
             "labelled": Segments([*labelled, L - sum(labelled)]).offsets,
             "rows": [*rows, 0],
             "counts": [*counts, 0],
         }
         to_device(torch.cat([torch.as_tensor(values[name]).long() for name in self.part]), self.table)
-        self.host_tokens = None if self.device_tokens else Segments(batch.tokens)
+        self.host_tokens = None if self.device_tokens else tokens
         way = attention.way_of(self.cohort.model, self._dtype()).name
         self.host_sequences = None if way in _STATIC_WAYS else sequences
 
@@ -164,18 +165,19 @@ class StaticPass:
         """Add every client's gradient to its buffer; nothing but the table differs between calls."""
         part, (M, L, _) = self.part, self.shape
         keys = part["keys"].view(len(self.cohort.layers), -1)[:, : len(self.thresholds)] if self.drops else None
-        layout = Layout(
+        batch = PackedBatch(
             self.host_tokens or DeviceSegments(part["tokens"].int(), M),
-            None if keys is None else dict(zip(self.cohort.layers, keys.unbind(), strict=True)),
-            part["rows"].int(),
-            padding=True,
+            {"input_ids": part["inputs"][None], "position_ids": part["positions"][None]},
+            part["labels"],
+            part["targets"],
+            self.host_sequences or DeviceSegments(part["sequences"].int(), M, self.longest),
+            keys=None if keys is None else dict(zip(self.cohort.layers, keys.unbind(), strict=True)),
+            row_C=part["rows"].int(),
             dropout_C=self.thresholds,
+            padding=True,
         )
-        sequences = self.host_sequences or DeviceSegments(part["sequences"].int(), M, self.longest)
-        inputs = {"input_ids": part["inputs"][None], "position_ids": part["positions"][None]}
-        batch = Batch(inputs, (), None, None, M, part["labels"], part["targets"])
         weight_C = torch.where(part["counts"] > 0, 1 / part["counts"].double(), 0.0)
-        with self.cohort.laid_out(layout, sequences), self.autocast():
+        with self.cohort.running(batch), self.autocast():
             hidden_MH = labelled_hidden(self.cohort.model, batch)
             labelled = DeviceSegments(part["labelled"].int(), L)
             loss_C = client_losses(self.cohort.head, hidden_MH, batch.target_M, labelled, weight_C)

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..adapters import TailPenalty
 from ..common import CrowdedError, Segments, crowded_text, is_out_of_memory, require
-from ..data import Example, passes
+from ..data import Example, lay_out, passes
 from ..distributed import sharded
-from ..model import Batch, Cohort, client_losses, labelled_hidden, lay_out
+from ..model import Cohort, client_losses, labelled_hidden
 from .client import LocalClient
 from .cuda_graphs import executor_for
 from .optimizer import CohortAdamW
@@ -176,14 +177,17 @@ class CohortSteps:
                 self._without_graphs(error)
                 self.optimizer.zero_grad()
         tokens, losses = [0] * len(clients), torch.zeros((), device=self.cohort.bank.param.device)
+        keys = self.cohort.dropout_keys(step, [client.config.seed for client in clients], self.round)
         for chosen in groups:
-            batch = lay_out(chosen, self.cohort.packs, self.cohort.bank.param.device, self.pad_id)
-            with self._running(batch, step, tokens) as hidden_MH:
-                labelled = Segments.from_lengths(sum(map(num_labels, rows)) for rows in chosen)
+            laid_out = lay_out(chosen, self.cohort.packs, losses.device, self.pad_id)
+            batch = replace(laid_out, keys=keys, row_C=list(tokens))
+            labelled = Segments.from_lengths(sum(map(num_labels, rows)) for rows in chosen)
+            with self.cohort.running(batch), self._autocast():
+                hidden_MH = labelled_hidden(self.cohort.model, batch)
                 loss_C = client_losses(self.cohort.head, hidden_MH, batch.target_M, labelled, weight_C)
                 loss_C.sum().backward()
             losses = losses + loss_C.detach()
-            tokens = [done + new for done, new in zip(tokens, batch.tokens, strict=True)]
+            tokens = [done + rows.stop - rows.start for done, rows in zip(tokens, batch.tokens, strict=True)]
         return losses, tokens
 
     def _losses_and_norms(self, loss_C: torch.Tensor, active: Sequence[bool]) -> tuple[list[float], list[float], bool]:
@@ -194,22 +198,6 @@ class CohortSteps:
             except RuntimeError as error:
                 self._without_graphs(error)
         return loss_C.tolist(), self.optimizer.grad_norms(), False
-
-    @contextmanager
-    def _running(self, batch: Batch, step: int, done_C: Sequence[int]) -> Iterator[torch.Tensor]:
-        """Hidden states at the labelled positions of one pass; the context must last through the backward pass."""
-        routed = self.cohort.batch(
-            batch.tokens,
-            sequences=batch.sequences,
-            real_index=batch.real_index,
-            positions=batch.positions,
-            row_C=list(done_C),
-            dropout_step=step,
-            seed_C=[client.config.seed for client in self.clients],
-            round=self.round,
-        )
-        with routed, self._autocast():
-            yield labelled_hidden(self.cohort.model, batch)
 
     def _autocast(self) -> Any:
         dtype = self.clients[0].config.dtype

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from flora_core.common.segments import Segments
 from flora_core.data.pack import epoch_order, micro_batches, pack, pad
 from flora_core.data.template import Example
 
@@ -17,36 +18,40 @@ CLIENTS = [[example(1, 2, 3, loss_from=1), example(4, 5)], [], [example(6), exam
 
 def test_pack():
     batch = pack(CLIENTS)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2]]
-    assert batch.labels.tolist() == [[2, 3, -100, 5, -100, -100, -100, 9, -100]]
-    assert batch.tokens == (5, 0, 4)
-    assert batch.lengths == (3, 2, 1, 3)
-    assert batch.sequence_client == (0, 0, 2, 2)
-    assert batch.input_ids.dtype == batch.position_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2]]
+    assert batch.label_index.tolist() == [0, 1, 3, 7]
+    assert batch.target_M.tolist() == [2, 3, 5, 9]
+    assert batch.tokens == Segments([5, 0, 4])
+    assert batch.sequences == (3, 2, 1, 3)
+    assert (batch.real_index, batch.num_rows) == (None, 9)
+    assert {tensor.dtype for tensor in (*batch.inputs.values(), batch.label_index, batch.target_M)} == {torch.int64}
 
 
 def test_pad():
     batch = pad(CLIENTS, pad_id=99)
-    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 5, 99], [6, 99, 99], [7, 8, 9]]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
-    assert batch.labels.tolist() == [[2, 3, -100], [5, -100, -100], [-100] * 3, [-100, 9, -100]]
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3], [4, 5, 99], [6, 99, 99], [7, 8, 9]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch.label_index.tolist() == [0, 1, 3, 10]
+    assert batch.target_M.tolist() == [2, 3, 5, 9]
+    assert batch.real_index is not None
     assert batch.real_index.tolist() == [0, 1, 2, 3, 4, 6, 9, 10, 11]
-    assert (batch.tokens, batch.lengths, batch.sequence_client) == ((5, 0, 4), (3, 2, 1, 3), (0, 0, 2, 2))
+    assert (batch.tokens, batch.sequences, batch.num_rows) == (Segments([5, 0, 4]), None, 12)
 
 
 def test_padded_real_tokens_are_the_packed_ones():
     packed, padded = pack(CLIENTS), pad(CLIENTS, pad_id=0)
-    for name in ("input_ids", "labels"):
-        real = getattr(padded, name).flatten()[padded.real_index]
-        assert torch.equal(real, getattr(packed, name)[0])
+    assert padded.real_index is not None
+    real = padded.inputs["input_ids"].flatten()[padded.real_index]
+    assert torch.equal(real, packed.inputs["input_ids"][0])
+    assert torch.equal(padded.real_index[packed.label_index], padded.label_index)
+    assert torch.equal(padded.target_M, packed.target_M)
 
 
 def test_nothing_to_pack():
-    assert pack([[], []]).input_ids.shape == (1, 0)
-    assert pack([[], []]).tokens == (0, 0)
-    assert pad([[], []], 0).input_ids.shape == (0, 0)
-    assert pad([[], []], 0).real_index.tolist() == []
+    for batch in (pack([[], []]), pad([[], []], 0)):
+        assert batch.inputs["input_ids"].numel() == batch.num_rows == batch.target_M.numel() == 0
+        assert batch.tokens == Segments([0, 0])
 
 
 def test_pad_id_is_checked():

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 import flora_core as flora
+from flora_core.data.pack import lay_out
 from flora_core.model.attachment import candidates
-from flora_core.model.batch import lay_out
 from flora_core.model.layer import MultiLoRALinear
 from flora_core.ops.backends import resolve
 from tests.support import models

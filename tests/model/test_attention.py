@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import flora_core as flora
+from flora_core.data.pack import lay_out
 from flora_core.model import attention
-from flora_core.model.batch import lay_out
 from flora_core.model.forward import find_way
 from flora_core.testing import budget_ratio
 from tests.support import models

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import flora_core as flora
-from flora_core.model.batch import lay_out
+from flora_core.data.pack import lay_out
 from flora_core.testing import budget_ratio
 from tests.support import models, peft_oracle
 from tests.support.attached import TARGETS, client, ids, llama

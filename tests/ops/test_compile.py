@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flora_core as flora
 from flora_core import LoraWeights, MergeItem, Segments, cohort_adamw_, lora_linears, stacked_merge_many_, testing
-from flora_core.model.batch import lay_out
+from flora_core.data.pack import lay_out
 from flora_core.ops import api
 from flora_core.testing import LINEAR_SHAPES, MERGE_SHAPES, make_linear, make_merge
 from tests.support import models

@@ -13,8 +13,8 @@ import torch
 
 import flora_core as flora
 from flora_core import LoraWeights, lora_linears, testing
+from flora_core.data.pack import lay_out
 from flora_core.model import layer as linear
-from flora_core.model.batch import lay_out
 from flora_core.testing import DTYPES, LINEAR_SHAPES, LinearInputs, make_linear
 from tests.support import models
 

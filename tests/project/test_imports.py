@@ -48,7 +48,7 @@ FLOORS = {
     "distributed": ["world", "sharding"],
     "model": [
         "accepted client deterministic recompute weights",
-        "attention_kernels batch layer loss",
+        "attention_kernels layer loss",
         "attention targets",
         "cohort forward",
         "attachment evaluation",

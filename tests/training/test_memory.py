@@ -13,7 +13,6 @@ import torch
 import flora_core as flora
 from flora_core.common.errors import CrowdedError, is_out_of_memory
 from flora_core.training.pause import Paused
-from flora_core.training.steps import CohortSteps
 from flora_core.training.trainer import CohortTrainer
 from tests.support.federations import TRAIN, make_clients, make_model, make_tokenizer
 from tests.support.models import exact64
@@ -48,13 +47,13 @@ def trained(monkeypatch=None, fails=lambda trainer, clients, tokens: False, erro
             if fails(trainer, cohort.active.names, in_flight[-1]):
                 raise error
 
-        running, in_flight = CohortSteps._running, [0]
+        running, in_flight = type(cohort).running, [0]
 
-        def watched(steps, batch, step, done_C):
-            in_flight.append(sum(batch.tokens))
-            return running(steps, batch, step, done_C)
+        def watched(cohort, batch):
+            in_flight.append(batch.tokens.total)
+            return running(cohort, batch)
 
-        monkeypatch.setattr(CohortSteps, "_running", watched)
+        monkeypatch.setattr(type(cohort), "running", watched)
         monkeypatch.setattr(torch.Tensor, "backward", scarce)
     with exact64():
         updates = trainer.run()

@@ -169,7 +169,7 @@ def test_the_model_is_left_as_it_was(checkpointing: bool):
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert not any(factor.requires_grad for e in cohort.bank.modules.values() for factor in (e.A_PK, e.B_PN))
     assert model.config._attn_implementation == "sdpa"
-    assert cohort.route.layout is None
+    assert cohort.route.batch is None
 
 
 def test_a_checkpointed_layers_own_dropout_is_off_too():
