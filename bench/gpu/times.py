@@ -232,7 +232,7 @@ class Targets:
     def contenders(self) -> Iterator[tuple[str, Callable[[], Contender]]]:
         """Everybody's name, and what makes him."""
         yield "frozen", self.frozen
-        yield from ((f"flora {way}", lambda w=way: self.flora(w)) for way in ("auto", *fusion.WAYS))
+        yield from ((f"flora {way}", lambda w=way: self.flora(w)) for way in ("auto", *fusion.FUSIONS))
         yield "PEFT bf16", lambda: self.peft(False)
         yield "PEFT", lambda: self.peft(True)
         yield "grouped_mm", self.grouped

@@ -15,7 +15,7 @@ import torch
 
 from ..common import Segments, require
 from . import dispatch
-from .autograd import Plan, forward, gradients, without_autocast
+from .autograd import forward, gradients, without_autocast
 from .types import LoraWeights, MergeItem
 from .validation import check_adamw, check_merges, check_rows, check_target
 
@@ -116,7 +116,7 @@ def _lora_linears_backward(
     backend: str,
     fuse: str,
 ) -> list[torch.Tensor]:
-    plan: Plan = _plan(
+    plan = _plan(
         *(x, weights, biases, A, B, tokens, ranks, scaling, scalings, dropout, dropouts, seed, seeds, row, rows),
         *(backend, fuse),
     )

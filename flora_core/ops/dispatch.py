@@ -13,10 +13,10 @@ import torch
 
 from ..common import Segments, check_choice, check_tensor, require
 from .aliasing import check_disjoint
-from .autograd import Plan, without_autocast
+from .autograd import without_autocast
 from .backends import resolve, without_checks
 from .dropout import dropout_of
-from .fusion import WAYS, possible
+from .fusion import FUSIONS, Plan, possible
 from .merging import merge_kernels
 from .types import LoraWeights, MergeItem
 from .validation import check_adamw, check_kinds, check_merges, check_rows, check_segments, check_target, is_sound
@@ -65,13 +65,15 @@ def _check_one(prefix: str, x_MK: torch.Tensor, target: LoraWeights, clients: in
 
 
 def check_fuse(fuse: str, kernels: ModuleType) -> None:
-    """Check that a way to fuse is known and that the kernels have what it needs."""
+    """Check that a fusion is known and that the kernels have what it needs."""
     if fuse == "auto":
         return
-    check_choice("fuse", fuse, ("auto", *WAYS))
+    check_choice("fuse", fuse, ("auto", *FUSIONS))
     ways = possible(kernels)
     name = kernels.__name__.rsplit(".", 1)[-1]
-    require(fuse in ways, f"fuse={fuse!r} is not among the ways of backend {name!r}; it has: auto, {', '.join(ways)}")
+    require(
+        fuse in ways, f"fuse={fuse!r} is not among the fusions of backend {name!r}; it has: auto, {', '.join(ways)}"
+    )
 
 
 def merge(items: Sequence[MergeItem], rounding: str, seed: int | None, accumulate: str, backend: str) -> None:

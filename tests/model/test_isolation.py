@@ -16,7 +16,7 @@ import torch
 import flora_core as flora
 from flora_core.model.loss import client_losses
 from flora_core.ops import backends
-from flora_core.ops.fusion import WAYS
+from flora_core.ops.fusion import FUSIONS
 from flora_core.training import steps
 from tests.support import models
 from tests.support.models import FAMILIES
@@ -161,7 +161,7 @@ def test_isolation_holds_however_the_cohort_runs(how: str, monkeypatch: pytest.M
         check_others(run("llama", clients(), base=base, **config), healthy)
 
 
-@pytest.mark.parametrize("fuse", [way for way in WAYS if way != "separate"])
+@pytest.mark.parametrize("fuse", [way for way in FUSIONS if way != "separate"])
 def test_isolation_holds_in_every_way_to_fuse(fuse: str, monkeypatch: pytest.MonkeyPatch):
     """By the reference, which has all of them; the one way left out is what every other test here takes."""
     monkeypatch.setattr(backends, "availability", lambda: {"reference": None})

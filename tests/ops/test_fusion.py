@@ -21,7 +21,7 @@ from flora_core.runs.folder import RunFolder
 from flora_core.testing import DTYPES, LINEAR_SHAPES, make_linear, run_linear
 
 MIXED, LONE, EMPTY, RANK_0, NOBODY, ODD = (LINEAR_SHAPES[i] for i in (0, 1, 2, 4, 5, 6))
-in_each_way = pytest.mark.parametrize("fuse", fusion.WAYS)
+in_each_way = pytest.mark.parametrize("fuse", fusion.FUSIONS)
 
 
 @in_each_way
@@ -78,14 +78,24 @@ def test_what_overflows_in_16_bits_stays_with_its_client():
     assert out[inputs.tokens[2]].isfinite().all()
 
 
-def test_the_ways_are_other_computations(monkeypatch):
-    """Each way runs what it says; else the tests above would try one and the same four times."""
+def test_each_fusion_runs_its_own_computation_in_both_directions(monkeypatch):
+    """Else the tests above would try one and the same four times."""
     inputs, called = make_linear(MIXED), []
-    for name, function in fusion.WAYS.items():
-        monkeypatch.setitem(fusion.WAYS, name, lambda *args, n=name, f=function: called.append(n) or f(*args))
-    for fuse in (*fusion.WAYS, "auto"):
+    for name, one in fusion.FUSIONS.items():
+
+        def forward(*args, name=name, one=one):
+            called.append(f"{name} forward")
+            return one.forward(*args)
+
+        def backward(*args, name=name, one=one):
+            called.append(f"{name} backward")
+            return one.backward(*args)
+
+        monkeypatch.setitem(fusion.FUSIONS, name, replace(one, forward=forward, backward=backward))
+    for fuse in (*fusion.FUSIONS, "auto"):
         run_linear(inputs, "reference", fuse)
-    assert called == [*fusion.WAYS, "separate"]
+    expected = [f"{name} {way}" for name in fusion.FUSIONS for way in ("forward", "backward")]
+    assert called == [*expected, "separate forward", "separate backward"]
 
 
 def test_an_unknown_way_is_refused():
@@ -98,7 +108,7 @@ def test_a_way_that_the_backend_lacks_is_refused(monkeypatch):
 
     monkeypatch.delattr(reference, "linear_lora")
     with pytest.raises(
-        ValueError, match="fuse='kernel' is not among the ways of backend 'reference'; it has: auto, sep"
+        ValueError, match="fuse='kernel' is not among the fusions of backend 'reference'; it has: auto, sep"
     ):
         run_linear(make_linear(MIXED), "reference", "kernel")
 

@@ -26,9 +26,9 @@ FLOORS = {
     ],
     "config": ["other_names privacy strategy_names", "adapter federation loading training", "recipe"],
     "ops": [
-        "aliasing autotune backends fusion types",
-        "autograd merging validation",
-        "dropout",
+        "aliasing autotune backends types",
+        "fusion merging validation",
+        "autograd dropout",
         "dispatch",
         "custom_ops",
         "api",

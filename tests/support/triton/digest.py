@@ -39,7 +39,7 @@ def linears() -> Named:
         yield from ((f"{case.id} {name}", out) for name, out in testing.run_linear(inputs, "triton").items())
     for dtype in NARROW.values():
         case = replace(MIXED, dtype=dtype)
-        for fuse in fusion.WAYS:
+        for fuse in fusion.FUSIONS:
             out = testing.run_linear(make_linear(case, masters=True), "triton", fuse)
             yield from ((f"{case.id} {fuse} {name}", result) for name, result in out.items())
         for target, out in enumerate(test_shared_input.run(test_shared_input.three(case, True), "triton")):

@@ -154,7 +154,7 @@ def test_linear_and_linear_lora(case):
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("fuse", fusion.WAYS)
+@pytest.mark.parametrize("fuse", fusion.FUSIONS)
 @in_each_dtype
 def test_every_way_to_fuse(dtype, fuse, dropout):
     inputs = make_linear(replace(MIXED, dtype=dtype), dropout=dropout, masters=True, device=DEVICE)
@@ -169,7 +169,7 @@ def test_the_choice_by_time_gives_right_results(dtype):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("fuse", fusion.WAYS)
+@pytest.mark.parametrize("fuse", fusion.FUSIONS)
 def test_a_fault_stays_with_its_client_in_every_way(fuse, value):
     inputs, spoilt = make_linear(replace(RANK_0, dtype=torch.bfloat16), device=DEVICE), 2
     clean = testing.run_linear(inputs, "triton", fuse)
