@@ -157,9 +157,10 @@ def _refuse(problems: list[str]) -> None:
 def _names(options: argparse.Namespace) -> list[str]:
     if options.nodes:
         return [check_name(name) for name in options.nodes.split(",")]
-    from ..runs import client_names, load_recipe
+    from ..data import split_names
+    from ..runs import load_recipe
 
-    return client_names(load_recipe(options.recipe))
+    return split_names(load_recipe(options.recipe))
 
 
 def write_app(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..common import Table, listed, show_bytes
 from ..config import Recipe
-from ..data import Split, split_data
+from ..data import Split, split
 from ..model import attach, detach
 from ..runs import build_model, specs_of
 from ..training import CohortTrainer, planner
@@ -21,14 +21,14 @@ def dry_run(recipe: Recipe) -> list[Table]:
     Raises:
         ValueError, TypeError, OSError: Whatever would stop the run before training.
     """
-    split = split_data(recipe)
-    clients = specs_of(recipe, split)
+    found = split(recipe)
+    clients = specs_of(recipe, found)
     model, tokenizer = build_model(recipe)
     cohort, notes = attach(model, clients, recipe.target_modules, seed=recipe.seed), []
     try:
         trainer = CohortTrainer(cohort, recipe.train, tokenizer, callbacks=[notes.append])
         plan, in_flight = trainer.plan(), _tokens_in_flight(trainer)
-        rows = [_client_row(trainer, name, split) for name in cohort.names]
+        rows = [_client_row(trainer, name, found) for name in cohort.names]
         budgeted = any(client.config.memory_budget_gb is not None for client in trainer.clients.values())
         # The planner measures, and counts activations, only where there is a budget to keep.
         activations = 0.0 if budgeted else in_flight * planner.measure_bytes_per_token(cohort)
@@ -45,8 +45,8 @@ def dry_run(recipe: Recipe) -> list[Table]:
         ("strategy", f"{recipe.strategy}, {recipe.federation.rounds} rounds"),
         ("results", str(recipe.out)),
         ("training examples", f"{sum(row['examples'] for row in rows):,}"),
-        ("held-out examples", describe_held_out(split)),
-        *([("unused records", f"{split.unused:,} of {split.count:,} that were read")] if split.unused else []),
+        ("held-out examples", describe_held_out(found)),
+        *([("unused records", f"{found.unused:,} of {found.count:,} that were read")] if found.unused else []),
         ("cohorts", f"{len(plan.cohorts)} ({plan.reason}): {'; '.join(_shorten(names) for names in plan.cohorts)}"),
         ("tokens in flight", f"{in_flight:,}"),
         ("memory: base", show_bytes(base)),

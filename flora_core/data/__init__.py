@@ -6,7 +6,7 @@ from .layout import Plain
 from .pack import PackedBatch, epoch_order, lay_out, micro_batches, pack, pad, passes
 from .partition import partition, partition_file
 from .records import Record, check_records, load_records, normalise
-from .splits import Split, client_names_for, exists, load_part, load_test, split_data
+from .splits import Split, split, split_held_out, split_names
 from .template import IGNORE, EncodeReport, Example, encode, encode_prompts, require_examples
 from .tokens import check_ids
 
@@ -20,15 +20,11 @@ __all__ = [
     "Split",
     "check_ids",
     "check_records",
-    "client_names_for",
     "encode",
     "encode_prompts",
     "epoch_order",
-    "exists",
     "lay_out",
-    "load_part",
     "load_records",
-    "load_test",
     "micro_batches",
     "normalise",
     "pack",
@@ -37,5 +33,7 @@ __all__ = [
     "partition_file",
     "passes",
     "require_examples",
-    "split_data",
+    "split",
+    "split_held_out",
+    "split_names",
 ]

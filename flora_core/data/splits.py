@@ -44,26 +44,71 @@ class Split:
         return self.count - sum(map(len, self.train.values())) - len(self.held_out)
 
 
-def split_data(recipe: Recipe) -> Split:
+def split(recipe: Recipe, client: str | None = None) -> Split:
     """Read and split a recipe's data, cut down to the numbers that it asks for.
 
+    Args:
+        recipe: The run.
+        client: Read this client's records alone. Where each client has a source of its own, no other's is touched:
+            they are on other machines.
     Raises:
         ValueError: If the data do not fit the recipe; clients that the data name are all used, or it is refused.
         OSError: If a file cannot be read.
     """
+    if client is not None:
+        names = split_names(recipe)
+        require(client in names, f"the node's recipe has no client {client!r}; it has {', '.join(names)}")
+        if isinstance(recipe.data.path, dict):
+            return _own_part(recipe, list(recipe.data.path)[names.index(client)], client)
+    found = _all_parts(recipe)
+    if client is None:
+        return found
+    own = {client: found.own[client]} if client in found.own else {}
+    return replace(found, train={client: found.train[client]}, own=own)
+
+
+def split_names(recipe: Recipe) -> list[str]:
+    """Names of a recipe's clients; no data are read where each has a source of its own."""
+    if isinstance(recipe.data.path, dict):
+        return list(client_names_for(recipe, list(recipe.data.path)).values())
+    return list(split(recipe).train)
+
+
+def split_held_out(recipe: Recipe) -> list[Record]:
+    """Read the held-out records for a server; of clients whose files are on other machines nothing is needed."""
+    path = recipe.data.path
+    if isinstance(path, dict) and not all(map(exists, path.values())):
+        return _test_alone(recipe)
+    return split(recipe).held_out
+
+
+def _all_parts(recipe: Recipe) -> Split:
     data, seed = recipe.data, recipe.seed
-    split = _whole(recipe)
-    names = client_names_for(recipe, list(split.train))
-    split = replace(split, train=_renamed(split.train, names), own=_renamed(split.own, names))
+    found = _whole(recipe)
+    names = client_names_for(recipe, list(found.train))
+    found = replace(found, train=_renamed(found.train, names), own=_renamed(found.own, names))
     if data.test is not None:
-        split = _with_test(split, data)
-    train = {name: _draw(part, data.per_client, seed, "train", name) for name, part in split.train.items()}
+        found = _with_test(found, data)
+    train = {name: _draw(part, data.per_client, seed, "train", name) for name, part in found.train.items()}
     for name, part in train.items():
         require(len(part) > 0, f"client {name!r} has no examples; give it data, or leave it out")
-    held_out = _draw(split.held_out, data.test_items, seed, "test")
+    held_out = _draw(found.held_out, data.test_items, seed, "test")
     kept = set(map(id, held_out))
-    own = {name: [record for record in part if id(record) in kept] for name, part in split.own.items()}
-    return replace(split, train=train, held_out=held_out, own={name: part for name, part in own.items() if part})
+    own = {name: [record for record in part if id(record) in kept] for name, part in found.own.items()}
+    return replace(found, train=train, held_out=held_out, own={name: part for name, part in own.items() if part})
+
+
+def _own_part(recipe: Recipe, part: str, client: str) -> Split:
+    """The records of the client whose source is ``part`` of ``data.path``."""
+    data = recipe.data
+    source = data.path[part] if isinstance(data.path, dict) else data.path
+    read = load(source, data)
+    records, own = hold_out(read, data, recipe.seed, part)
+    if isinstance(data.test, dict) and client in data.test:
+        own = load(data.test[client], data)
+    train = _draw(records, data.per_client, recipe.seed, "train", client)
+    require(len(train) > 0, f"client {client!r} has no examples in {source}; give it data")
+    return Split({client: train}, own, {client: own} if own else {}, len(read))
 
 
 def client_names_for(recipe: Recipe, found: Sequence[str]) -> dict[str, str]:
@@ -99,16 +144,7 @@ def client_names_for(recipe: Recipe, found: Sequence[str]) -> dict[str, str]:
     return dict(zip(found, clients.names, strict=True))
 
 
-def load_part(recipe: Recipe, part: str, source: Any, name: str) -> tuple[list[Record], list[Record]]:
-    """Read the training and held-out records of the client ``name`` whose ``source`` is ``part`` of ``data.path``."""
-    data = recipe.data
-    records, own = hold_out(load(source, data), data, recipe.seed, part)
-    if isinstance(data.test, dict) and name in data.test:
-        own = load(data.test[name], data)
-    return _draw(records, data.per_client, recipe.seed, "train", name), own
-
-
-def load_test(recipe: Recipe) -> list[Record]:
+def _test_alone(recipe: Recipe) -> list[Record]:
     """Read ``data.test`` alone; nothing where a client's part of it is not here."""
     data = recipe.data
     sources = list(data.test.values()) if isinstance(data.test, dict) else [data.test]

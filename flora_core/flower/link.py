@@ -17,8 +17,9 @@ from flwr.app import ArrayRecord, Context, Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 
+from ..data import split_held_out, split_names
 from ..federation import Answers, Federation, FederationResult, Order, Parties, Tensors, Terms, spec_of
-from ..runs import Event, build_held_out, build_model, client_names, load_recipe
+from ..runs import Event, build_model, load_recipe
 from .messages import BROKEN, NodeError, pack, read, record, size_of
 
 # Flower's number for the SuperLink, which answers for nodes that are gone.
@@ -204,7 +205,7 @@ def server_app() -> ServerApp:
 def run_server(grid: Grid, values: Mapping[str, Any]) -> FederationResult:
     """Run a recipe on Flower's grid; ``values`` is the run config (see ``server_app``)."""
     recipe = load_recipe(str(values["recipe"]), str(values.get("overrides", "")).split())
-    names, test = client_names(recipe), build_held_out(recipe)
+    names, test = split_names(recipe), split_held_out(recipe)
     model, tokenizer = build_model(recipe)
     return serve(
         grid,

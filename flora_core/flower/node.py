@@ -12,8 +12,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from ..common import folder_names, pick_device, pick_dtype, require
+from ..data import split_names
 from ..federation import Site, Tensors, Terms
-from ..runs import build_client, client_names, load_model, load_recipe, load_tokenizer, model_folder
+from ..runs import build_client, load_model, load_recipe, load_tokenizer, model_folder
 from .messages import pack, unpack
 
 
@@ -67,7 +68,7 @@ def settings_of(context: Context) -> Mapping[str, Any]:
         return node
     text, overrides = str(run["recipe"]), str(run.get("overrides", ""))
     recipe = load_recipe(text, overrides.split())
-    names, number = client_names(recipe), int(node["partition-id"])
+    names, number = split_names(recipe), int(node["partition-id"])
     out = recipe.federation.out
     require(number < len(names), f"the recipe has {len(names)} clients, and the simulation more nodes: num-supernodes")
     require(out is not None, "a simulated node keeps its copy beside the run's folder: set out in the recipe")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..lazy import face
 
 if TYPE_CHECKING:
-    from .build import build_client, build_held_out, build_model, build_run, client_names, save_inputs, specs_of
+    from .build import build_client, build_model, build_run, save_inputs, specs_of
     from .demo_model import is_ready
     from .event_log import EventLog
     from .events import Event

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..common import atomic_write_bytes, atomic_write_json, folder_names, nearest, pick_device, pick_dtype, require
-from ..data import Record, Split, client_names_for, exists, load_part, load_test, split_data
+from ..data import Record, Split, split, split_names
 from ..distributed import RankError, Ranks, ranks, shard_if_needed
 from ..model import ClientSpec
 from .events import Event
@@ -69,22 +69,22 @@ def _load_between(joined: Ranks, recipe: Recipe, folder: str, device: torch.devi
 
 def build_clients(recipe: Recipe) -> tuple[list[ClientSpec], list[Record]]:
     """Read and split a recipe's data; return the clients and the held-out records."""
-    split = split_data(recipe)
-    return specs_of(recipe, split), split.held_out
+    found = split(recipe)
+    return specs_of(recipe, found), found.held_out
 
 
-def specs_of(recipe: Recipe, split: Split) -> list[ClientSpec]:
+def specs_of(recipe: Recipe, found: Split) -> list[ClientSpec]:
     """Make the clients of a split.
 
     Raises:
         ValueError: If ``clients.overrides`` names another one.
     """
-    names = list(split.train)
+    names = list(found.train)
     for name in recipe.clients.overrides:
         require(name in names, f"clients.overrides names {name!r}, which is not a client; {nearest(name, names)}")
     return [
-        _client(recipe, name, index, records, split.own.get(name))
-        for index, (name, records) in enumerate(split.train.items())
+        _client(recipe, name, index, records, found.own.get(name))
+        for index, (name, records) in enumerate(found.train.items())
     ]
 
 
@@ -96,13 +96,6 @@ def _client(
     return ClientSpec(name, records, recipe.clients.adapter(name, index), train, own)
 
 
-def client_names(recipe: Recipe) -> list[str]:
-    """Names of a recipe's clients; no data are read where each has a source of its own."""
-    if isinstance(recipe.data.path, dict):
-        return list(client_names_for(recipe, list(recipe.data.path)).values())
-    return [spec.name for spec in build_clients(recipe)[0]]
-
-
 def build_client(recipe: Recipe, name: str) -> ClientSpec:
     """Build one client; where each has a source of its own, no other's is read: they are on other machines.
 
@@ -110,23 +103,8 @@ def build_client(recipe: Recipe, name: str) -> ClientSpec:
         ValueError: If the recipe has no such client, or its data do not fit.
         OSError: If its file cannot be read.
     """
-    data, names = recipe.data, client_names(recipe)
-    require(name in names, f"the node's recipe has no client {name!r}; it has {', '.join(names)}")
-    index = names.index(name)
-    if not isinstance(data.path, dict):
-        return build_clients(recipe)[0][index]
-    part = list(data.path)[index]
-    records, own = load_part(recipe, part, data.path[part], name)
-    require(len(records) > 0, f"client {name!r} has no examples in {data.path[part]}; give it data")
-    return _client(recipe, name, index, records, own or None)
-
-
-def build_held_out(recipe: Recipe) -> list[Record]:
-    """Read the held-out records for a server; of clients whose files are on other machines nothing is needed."""
-    path = recipe.data.path
-    if isinstance(path, dict) and not all(map(exists, path.values())):
-        return load_test(recipe)
-    return build_clients(recipe)[1]
+    found = split(recipe, name)
+    return _client(recipe, name, split_names(recipe).index(name), found.train[name], found.own.get(name))
 
 
 def save_inputs(event: Event, recipe: Recipe, clients: Sequence[ClientSpec], test_records: list[Record]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from flora_core.config import recipe as recipes
 from flora_core.config.federation import FederationConfig
 from flora_core.config.recipe import Recipe, load
-from flora_core.data.splits import split_data
+from flora_core.data.splits import split as split_data
 from flora_core.runs.build import build_clients
 from flora_core.runs.loading import model_folder
 from flora_core.runs.recipe import load_recipe

@@ -10,8 +10,9 @@ import pytest
 
 from flora_core.cli.dry_run import describe_held_out
 from flora_core.config.recipe import Recipe, load
-from flora_core.data.splits import Split, split_data
-from flora_core.runs.build import build_client, build_clients, build_held_out, client_names
+from flora_core.data.splits import Split, split_held_out, split_names
+from flora_core.data.splits import split as split_data
+from flora_core.runs.build import build_client, build_clients
 
 WARDS = ["St. Mary Hospital", "Clinic B", "clinic b", "a/b"]
 
@@ -74,7 +75,7 @@ def test_a_count_that_is_not_that_of_the_column_is_refused(tmp_path, count):
 def test_a_count_below_the_number_of_files_is_refused(tmp_path):
     files = json.dumps({name: str(write(tmp_path / f"{name}.jsonl", 4)) for name in "abc"})
     recipe = recipe_of(tmp_path, f"data.path={files}", "clients.count=2")
-    for read in (split_data, client_names):
+    for read in (split_data, split_names):
         with pytest.raises(ValueError, match=r"clients\.count asks for 2 clients, and the data has 3 \(a, b, c\)"):
             read(recipe)
     with pytest.raises(ValueError, match=r"clients\.names asks for 1 clients, and the data has 3"):
@@ -159,7 +160,7 @@ def test_held_out_data_may_be_the_clients_own(tmp_path):
     assert {name: len(part) for name, part in split.train.items()} == {"a": 4, "b": 4}
     assert (len(split.held_out), list(split.own)) == (4, ["b"])
     assert len(build_client(recipe, "b").eval_data) == 4
-    assert len(build_held_out(recipe)) == 4
+    assert len(split_held_out(recipe)) == 4
     with pytest.raises(ValueError, match=r"data\.test names c, no client; the clients: a, b"):
         split_data(recipe_of(tmp_path, f"data.path={json.dumps(files)}", f"data.test={json.dumps({'c': 'd.jsonl'})}"))
 

@@ -11,9 +11,10 @@ pytest.importorskip("flwr", reason="flwr is not installed: pip install '.[flower
 
 from flwr.app import Context, RecordDict
 
+from flora_core.data.splits import split_held_out, split_names
 from flora_core.federation.parties import ordered
 from flora_core.flower import node as flower_node
-from flora_core.runs.build import build_client, build_clients, build_held_out, client_names
+from flora_core.runs.build import build_client, build_clients
 from flora_core.runs.recipe import load_recipe
 from tests.support.flower.deployment import write_recipe
 
@@ -41,11 +42,11 @@ def test_nobody_needs_the_data_of_others(overrides, tmp_path):
     text = str(write_recipe(tmp_path, (4, 2), 1))
     recipe = load_recipe(text, overrides)
     whole, held_out = build_clients(recipe)
-    assert build_held_out(recipe) == held_out
+    assert split_held_out(recipe) == held_out
     (tmp_path / "a.jsonl").unlink()
-    assert client_names(recipe) == [spec.name for spec in whole]
+    assert split_names(recipe) == [spec.name for spec in whole]
     assert build_client(recipe, "b") == whole[1]
-    assert build_held_out(recipe) == ([] if overrides else held_out)
+    assert split_held_out(recipe) == ([] if overrides else held_out)
     with pytest.raises(OSError, match=r"a\.jsonl"):
         build_client(recipe, whole[0].name)
     with pytest.raises(ValueError, match="the node's recipe has no client 'z'; it has "):
@@ -63,8 +64,8 @@ def test_a_sites_recipe_of_the_docs_is_enough(tmp_path, monkeypatch):
     assert (site.spec.name, site.spec.adapter.rank, len(site.spec.data)) == ("a", 16, 5)
     (tmp_path / "server.yaml").write_text(shown[1].replace("/srv/flora/held-out.jsonl", "test.jsonl"))
     (tmp_path / "a.jsonl").unlink()
-    assert client_names(load_recipe("server.yaml")) == ["a", "b"]
-    assert len(build_held_out(load_recipe("server.yaml"))) == 6
+    assert split_names(load_recipe("server.yaml")) == ["a", "b"]
+    assert len(split_held_out(load_recipe("server.yaml"))) == 6
 
 
 def test_names_are_in_the_order_of_people():
