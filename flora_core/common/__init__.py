@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         atomic_write_json,
         explained,
         folder_names,
+        locked,
         publish_dir,
         system_errors,
-        try_lock,
         write_safetensors,
     )
     from .formatting import show_bytes, show_error, show_number, show_seconds

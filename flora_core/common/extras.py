@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 # As pyproject.toml has them, without flora-core's own name (tests/project/test_packaging.py compares).
 EXTRAS = {
-    "train": ("transformers>=5.0", "safetensors>=0.5"),
+    "train": ("transformers>=5.0", "safetensors>=0.5", "filelock>=3.24"),
     "cli": ("rich>=13", "pyyaml>=6", "matplotlib>=3.8"),
     "demo": ("gguf>=0.13", "accelerate>=1.1"),
     "data": ("datasets>=4", "pyarrow>=17"),

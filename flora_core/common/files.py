@@ -18,7 +18,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +38,7 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only: choose another place",
     errno.EACCES: "no permission to write there: choose another place or change its permissions",
     errno.EPERM: "no permission to write there: choose another place or change its permissions",
+    errno.ENOLCK: "its file system has no locks: choose a folder on a local disk",
     errno.ENOTDIR: "a part of the path is a file, not a folder: choose another place",
 }
 
@@ -181,49 +182,34 @@ def system_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
-def try_lock(file: IO[Any]) -> bool:
-    """Lock a file for this process until it is closed; False if another process has it.
+@contextlib.contextmanager
+def locked(path: Path, target: Path, doing: str) -> Iterator[None]:
+    """Hold the lock file ``path`` against other processes, in a folder that is made if it is not there.
 
+    Args:
+        path: The lock file. Who holds it stands in a file beside it: Windows lets no other process read what is locked.
+        target: What the lock protects, for errors.
+        doing: What its holder does to the target: "works in".
     Raises:
-        OSError: If nothing can be locked there, with a remedy.
+        BlockingIOError: If another process holds it.
+        SaveError: If nothing can be written or locked there.
     """
-    try:
-        import fcntl
-    except ImportError:
-        return _try_lock_windows(file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        text = f"{file.name} cannot be locked ({error.strerror}): choose a folder on a local disk"
-        raise OSError(error.errno, text) from error
-    return True
+    from filelock import FileLock, Timeout
 
-
-# Windows forbids others to read what is locked: one byte, far behind what such a file holds.
-_LOCKED_BYTE = 1 << 30
-
-
-def _try_lock_windows(file: IO[Any]) -> bool:
+    lock, holder = FileLock(path, timeout=0), path.with_name(f"{path.name}-holder")
+    with explained(target), contextlib.suppress(Timeout):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    if not lock.is_locked:
+        who = holder.read_text() if holder.is_file() else "just started"
+        raise BlockingIOError(f"another process ({who}) {doing} {target}: wait until it ends, or choose another out")
     try:
-        import msvcrt
-    except ImportError:
-        raise OSError(
-            f"{file.name} cannot be locked: this Python has neither fcntl nor msvcrt, so that two processes could work "
-            "there at once; use another build of Python"
-        ) from None
-    library: Any = msvcrt  # its functions are declared for Windows alone
-    handle = file.fileno()
-    position = os.lseek(handle, 0, os.SEEK_CUR)
-    os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
-    try:
-        library.locking(handle, library.LK_NBLCK, 1)
-    except PermissionError:
-        return False
+        with explained(target):
+            holder.write_text(f"pid {os.getpid()}")
+        yield
     finally:
-        os.lseek(handle, position, os.SEEK_SET)
-    return True
+        holder.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextlib.contextmanager

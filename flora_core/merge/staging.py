@@ -12,11 +12,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..common import atomic_write_json, explained, parse_json, publish_dir, try_lock
+from ..common import atomic_write_json, explained, locked, parse_json, publish_dir
 
 PARTIAL = ".partial"
 _KEPT = "what is done so far is kept, and the same command goes on from there"
@@ -52,20 +52,8 @@ class Staging:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 raise
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        while True:
-            with explained(self.target):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / "lock", "a+b") as file:
-                if not try_lock(file):
-                    raise BlockingIOError(
-                        f"another process is making {self.target}: wait until it ends, or choose another out"
-                    )
-                if not _is_at(file, self.folder / "lock"):
-                    continue  # the other process has finished and removed the folder
-                yield
-                return
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.folder / "lock", self.target, "is making")
 
     def _begin(self, plan: Mapping[str, Any]) -> None:
         path, now = self.folder / "plan.json", {**plan, "boot": _boot()}
@@ -94,13 +82,6 @@ class Staging:
         if self.folder.is_dir():
             with self._locked():
                 shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
 
 
 def _boot() -> str:

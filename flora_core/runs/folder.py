@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -33,10 +33,9 @@ from ..adapters import Base, ClientUpdate, save_peft_adapter
 from ..common import (
     SaveError,
     atomic_dir,
-    explained,
+    locked,
     show_bytes,
     system_errors,
-    try_lock,
 )
 from .events import Event
 from .metrics import MetricsFile
@@ -79,21 +78,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"{self.path} is a file, and the results need a folder: choose another out")
-        with explained(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
         self._check_own()
-        with explained(self.path):
-            file = open(self.path / LOCK, "a+")  # noqa: SIM115 (closed below)
-        with file:
-            _lock(file, self.path)
+        with locked(self.path / LOCK, self.path, "works in"):
             yield
 
     def _check_own(self) -> None:
         """A folder without run.json must be empty, but for what a run that was killed at once may leave."""
         if (self.path / RUN).is_file():
             return
-        names = sorted(os.listdir(self.path))
-        foreign = [name for name in names if name != LOCK and not name.startswith(".tmp-")]
+        foreign = sorted(name for name in _names(self.path) if not name.startswith((LOCK, ".tmp-")))
         if foreign:
             raise FileExistsError(
                 f"{self.path} already holds {', '.join(foreign[:5])} and is no run's folder: choose a new or empty out"
@@ -261,18 +254,6 @@ class RunFolder:
 
 def _names(folder: Path) -> list[str]:
     return os.listdir(folder) if folder.is_dir() else []
-
-
-def _lock(file: IO[str], folder: Path) -> None:
-    """Keep other processes out for as long as the file is open; it tells them who works here."""
-    if not try_lock(file):
-        file.seek(0)
-        raise BlockingIOError(
-            f"another process ({file.read()}) works in {folder}: wait until it ends, or choose another out"
-        )
-    file.truncate(0)
-    file.write(f"pid {os.getpid()}")
-    file.flush()
 
 
 @contextmanager

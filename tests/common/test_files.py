@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
 
 import pytest
@@ -255,65 +254,16 @@ def test_safetensors_error_that_is_not_the_disk_s_is_passed_on(tmp_path, monkeyp
         write_safetensors(tmp_path / "w", {})
 
 
-def hide_fcntl(monkeypatch, **modules: object) -> None:
-    """Be a Python without fcntl, and with these modules."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    monkeypatch.setitem(sys.modules, "msvcrt", modules.get("msvcrt"))
-
-
-def windows_locks() -> types.SimpleNamespace:
-    """Windows' module of locks: one byte at the file's position, until the file is closed, else PermissionError."""
-    import fcntl
-
-    def locking(handle: int, mode: int, count: int) -> None:
-        assert (mode, count) == (2, 1)
-        assert os.lseek(handle, 0, os.SEEK_CUR) >= 1 << 20, "what is locked cannot be read by others there"
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PermissionError(errno.EACCES, "Permission denied") from None
-
-    return types.SimpleNamespace(LK_NBLCK=2, locking=locking)
-
-
-@pytest.mark.parametrize("system", ["fcntl", "msvcrt"])
-def test_locks_a_file_for_one_holder_until_it_is_closed(system, tmp_path, monkeypatch):
-    if system == "msvcrt":
-        hide_fcntl(monkeypatch, msvcrt=windows_locks())
-    with open(tmp_path / "lock", "a+") as first, open(tmp_path / "lock", "a+") as second:
-        first.write("pid 1")
-        first.flush()
-        place = first.tell()
-        assert files.try_lock(first)
-        assert first.tell() == place
-        assert not files.try_lock(second)
-        second.seek(0)
-        assert second.read() == "pid 1"
-        first.close()
-        assert files.try_lock(second)
-
-
-def test_two_runs_cannot_share_a_folder_without_fcntl(tmp_path, monkeypatch):
-    hide_fcntl(monkeypatch, msvcrt=windows_locks())
-    with (
-        RunFolder(tmp_path / "run").locked(),
-        pytest.raises(BlockingIOError, match=rf"another process \(pid {os.getpid()}\) works in"),
-        RunFolder(tmp_path / "run").locked(),
-    ):
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    run, staging = tmp_path / "run", Staging(tmp_path / "merged")
+    with RunFolder(run).locked(), pytest.raises(BlockingIOError) as refused, RunFolder(run).locked():
         pass
-    staging = Staging(tmp_path / "merged")
-    with (
-        staging._locked(),
-        pytest.raises(BlockingIOError, match="another process is making"),
-        Staging(tmp_path / "merged")._locked(),
-    ):
-        pass
-
-
-def test_refuses_to_work_without_any_lock(tmp_path, monkeypatch):
-    hide_fcntl(monkeypatch)
-    with open(tmp_path / "lock", "a+") as file, pytest.raises(OSError, match="neither fcntl nor msvcrt"):
-        files.try_lock(file)
+    assert f"another process (pid {os.getpid()}) works in {run}: wait until it ends, or choose another" in str(refused)
+    with staging._locked(), pytest.raises(BlockingIOError, match=rf"\(pid {os.getpid()}\) is making .*merged: wait"):
+        staging.clear()
+    with RunFolder(run).locked(), staging._locked():
+        assert (run / ".lock-holder").is_file()
+    assert [path.name for path in run.iterdir()] == [".lock"]
 
 
 def test_names_a_file_system_that_has_no_locks(tmp_path, monkeypatch):
@@ -324,10 +274,10 @@ def test_names_a_file_system_that_has_no_locks(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with (
-        open(tmp_path / "lock", "a+") as file,
-        pytest.raises(OSError, match=r"lock cannot be locked \(No locks available\): choose a folder on a local disk"),
+        pytest.raises(SaveError, match=r"run: No locks available; .* has no locks: choose a folder on a local disk"),
+        RunFolder(tmp_path / "run").locked(),
     ):
-        files.try_lock(file)
+        pass
 
 
 @pytest.mark.parametrize(

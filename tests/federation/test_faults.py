@@ -5,7 +5,6 @@ Each is met by a whole run, which says what happened, loses a step or a round at
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 import pytest
 
 from flora_core.common.errors import Stopped
-from flora_core.common.files import SaveError
+from flora_core.common.files import SaveError, locked
 from flora_core.runs.folder import RunFolder
 from flora_core.training.pause import stopping
 from tests.federation.test_kill_resume import CASES, Runner, events_of, left_behind
@@ -208,19 +207,17 @@ def test_a_clock_that_jumps_changes_no_byte_and_no_duration(tmp_path, monkeypatc
 
 
 HOLDER = """
-import fcntl, os, sys
-file = open(sys.argv[1], "a+")
-fcntl.flock(file, fcntl.LOCK_EX)
-file.truncate(0)
-file.write(f"pid {os.getpid()}")
-file.flush()
-print("held", flush=True)
-sys.stdin.read()
+import sys
+from pathlib import Path
+from flora_core.common import locked
+
+with locked(Path(sys.argv[1]), Path(sys.argv[1]), "works in"):
+    print("held", flush=True)
+    sys.stdin.read()
 """
 
 
 def test_a_second_process_is_told_who_has_the_folder_and_takes_it_over_when_that_is_killed(tmp_path):
-    (tmp_path / "out").mkdir()
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "out" / ".lock")]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
@@ -230,8 +227,8 @@ def test_a_second_process_is_told_who_has_the_folder_and_takes_it_over_when_that
     holder.kill()
     holder.communicate()
     make_federation(tmp_path / "out", rounds=1).run()
-    with open(tmp_path / "out" / ".lock") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with locked(tmp_path / "out" / ".lock", tmp_path / "out", "works in"):
+        pass
 
 
 # Everything, one after another.
