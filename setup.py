@@ -268,20 +268,27 @@ class BuildNative(build_ext):
 
 
 # `kernels` is the import name of another library, so flora_kernels lies in it without being part of it;
-# recipes lie at the top where a newcomer looks, and travel as a data-only package inside flora_core.
+# recipes and the Flower app lie where a newcomer looks, and travel as data-only packages inside flora_core.
 setup(
     packages=[
         "flora_core",
         *(f"flora_core.{name}" for name in find_packages("flora_core")),
         "flora_core.packaged_recipes",
+        "flora_core.packaged_flower_app",
         "flora_kernels",
         *(f"flora_kernels.{name}" for name in find_packages("kernels/flora_kernels")),
     ],
-    package_dir={"flora_kernels": "kernels/flora_kernels", "flora_core.packaged_recipes": "recipes"},
+    package_dir={
+        "flora_kernels": "kernels/flora_kernels",
+        "flora_core.packaged_recipes": "recipes",
+        "flora_core.packaged_flower_app": "examples/flower",
+    },
     package_data={
         "flora_core": ["py.typed"],
+        "flora_core.runs": ["*.jinja"],
         "flora_kernels": ["py.typed"],
         "flora_core.packaged_recipes": ["*.yaml"],
+        "flora_core.packaged_flower_app": ["pyproject.toml", "flora_app/*.py"],
     },
     # Else whatever MANIFEST.in puts into the sdist, such as a library that was built in place, would be in the wheel.
     include_package_data=False,

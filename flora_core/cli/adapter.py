@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--strategy", metavar="FILE.py:NAME", help="where the run's strategy is defined, if it is one of your own"
     )
-    parser.set_defaults(command=run, extras=("train",))
+    parser.set_defaults(command=run, extras=("train", "cli"))
 
 
 def run(options: argparse.Namespace) -> int:

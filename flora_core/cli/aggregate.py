@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import logging
 import math
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .adapter import LAYOUTS
 if TYPE_CHECKING:
     from ..merge import ExportReport, MergeReport
 
+_log = logging.getLogger(__name__)
 _EXAMPLES = """examples:
   flora aggregate --base llama --adapter a=120 --adapter b=80 --out merged            weights are relative: 0.6 and 0.4
   flora aggregate --base llama --adapter a --adapter b --out merged --verify          read everything again, certify it
@@ -78,7 +79,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--mixed-dtypes", action="store_true", help="allow weights of several dtypes among those that are merged into"
     )
-    parser.set_defaults(command=run, extras=("train",))
+    parser.set_defaults(command=run, extras=("train", "cli"))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -123,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
                     )
                 )
     except KeyboardInterrupt:
-        print("flora: stopped; the same command goes on from there", file=sys.stderr)
+        _log.error("stopped; the same command goes on from there")
         return 130
     print_tables(tables)
     return 0

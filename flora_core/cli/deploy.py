@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
-import sys
+import shutil
 from pathlib import Path
 from typing import Any
 
 from ..common import atomic_write_bytes, check_name, require
 from ..flower import key_names
 
+_log = logging.getLogger(__name__)
 # A server here is a rehearsal.
 _HERE = ("127.0.0.1", "localhost", "::1")
+# What Python leaves beside the app where it was run.
+_NOT_OURS = shutil.ignore_patterns("__pycache__", "*.pyc")
 
 _EXAMPLES = """examples:
   flora deploy quickstart --out deploy --host 127.0.0.1                        a rehearsal on this machine
@@ -25,7 +29,7 @@ through it. The printed commands begin with a check:
   flora deploy --check deploy/keys --host fl.example.org --port 9093    the server's files and port
   flora deploy --check ca.crt a.key --superlink fl.example.org:9093     a node's, and the way to the server
 """
-# Flower looks for its configuration in $FLWR_HOME; the app is what examples/flower has.
+# Flower looks for its configuration in $FLWR_HOME.
 _CONFIG = """[superlink]
 default = "flora"
 
@@ -33,42 +37,6 @@ default = "flora"
 address = "{address}"
 root-certificates = "{ca}"
 """
-_APP = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "flora-app"
-version = "0.1.0"
-description = "Federated LoRA fine-tuning with flora-core"
-license = "Apache-2.0"
-dependencies = ["flora-core[flower]"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["flora_app"]
-
-[tool.flwr.app]
-publisher = "flora"
-
-[tool.flwr.app.components]
-serverapp = "flora_app.apps:server"
-clientapp = "flora_app.apps:client"
-
-# `--run-config 'recipe="/path/run.yaml" overrides="federation.rounds=5"'` changes these.
-[tool.flwr.app.config]
-recipe = "quickstart"
-overrides = ""
-min-nodes = 0 # as many as the recipe has clients
-join-timeout = 600
-round-timeout = 3600
-"""
-_SIDES = '''"""The two sides that Flower starts; all that they do is in ``flora_core.flower``."""
-
-from flora_core.flower import client_app, server_app
-
-server = server_app()
-client = client_app()
-'''
 
 
 def add_parser(commands: Any) -> None:
@@ -145,7 +113,7 @@ def _check(options: argparse.Namespace) -> int:
         require(authority is not None, "--check with --superlink needs the server's ca.crt among its files")
         problems, notes = check_server(host.strip("[]"), int(port), str(authority))
     for text in notes:
-        print(f"flora: {text}", file=sys.stderr)
+        _log.warning(text)
     _refuse(problems)
     return 0
 
@@ -164,14 +132,11 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 
 def write_app(folder: Path) -> Path:
-    """Write the Flower app into a new folder."""
-    from ..common import atomic_dir
+    """Copy the Flower app (``examples/flower``) into a new folder."""
+    from ..common import atomic_dir, packaged
 
     with atomic_dir(folder) as new:
-        (new / "flora_app").mkdir()
-        (new / "pyproject.toml").write_text(_APP)
-        (new / "flora_app" / "__init__.py").write_text('"""flora-core as a Flower app."""\n')
-        (new / "flora_app" / "apps.py").write_text(_SIDES)
+        shutil.copytree(packaged("flower_app", "examples/flower"), new, dirs_exist_ok=True, ignore=_NOT_OURS)
     return folder
 
 

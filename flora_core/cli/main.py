@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -39,24 +40,38 @@ _EXAMPLES = """examples:
 """
 
 
+_log = logging.getLogger(__name__)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     # Before torch loads OpenMP: threads that spin while they wait make a step many times slower beside other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parse(list(sys.argv[1:] if argv is None else argv))
     formatter, warnings.formatwarning = warnings.formatwarning, _format_warning
+    handler = _logged_to_stderr()
     try:
         return options.command(options)
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("FLORA_TRACEBACK"):
             raise
-        print(f"flora: {_paragraph(error, options)}", file=sys.stderr)
+        _log.error(_paragraph(error, options))
         return 2
     except KeyboardInterrupt:
-        print("flora: stopped", file=sys.stderr)
+        _log.error("stopped")
         return 130
     finally:
         warnings.formatwarning = formatter
+        logging.getLogger("flora_core").removeHandler(handler)
+
+
+def _logged_to_stderr() -> logging.Handler:
+    """Write what the package logs as the command's own lines."""
+    handler, logger = logging.StreamHandler(sys.stderr), logging.getLogger("flora_core")
+    handler.setFormatter(logging.Formatter("flora: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return handler
 
 
 def _format_warning(message: Warning | str, *place: object, **more: object) -> str:
@@ -195,7 +210,7 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
     try:
         return _train(recipe, first)
     except KeyboardInterrupt:
-        print(f"flora: stopped. {_what_is_saved(recipe.out)}", file=sys.stderr)
+        _log.error("stopped. %s", _what_is_saved(recipe.out))
         return 130
 
 
@@ -206,7 +221,7 @@ def _train(recipe: Recipe, first: bool) -> int:
 
     without = missing_plots(recipe.out) if recipe.out else None
     if first and without is not None:
-        print(f"flora: note: {without}", file=sys.stderr)
+        _log.info("note: %s", without)
     model, tokenizer, clients, test_records = build_run(recipe, spread=True)
     # A client's failure is reported by its event; the warning is for callers without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
@@ -263,7 +278,7 @@ def _report(options: argparse.Namespace) -> int:
     print(write_report(options.run_dir))
     without = missing_plots(options.run_dir)
     if without is not None:
-        print(f"flora: note: {without}", file=sys.stderr)
+        _log.info("note: %s", without)
     return 0
 
 

@@ -8,7 +8,7 @@ from ..lazy import face
 
 if TYPE_CHECKING:
     from . import extras, package_index, seeds
-    from .cache import cache_folder
+    from .cache import cache_folder, packaged
     from .changes import as_json, differences, dotted
     from .checks import check_choice, check_flag, check_name, check_number, listed, nearest, require
     from .data_paths import KINDS, data_files, is_path, kind_of

@@ -1,13 +1,9 @@
-"""The cache folder of the engine."""
+"""Folders that are not the user's: the engine's cache, and files that travel with the package."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def cache_folder() -> Path:
@@ -18,3 +14,10 @@ def cache_folder() -> Path:
     if os.environ.get("FLORA_CACHE"):
         return Path(os.environ["FLORA_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flora"
+
+
+def packaged(name: str, in_checkout: str) -> Path:
+    """Return a folder of files that travel with the package: inside it where it is installed, else the checkout's."""
+    package = Path(__file__).parents[1]
+    installed = package / f"packaged_{name}"
+    return installed if installed.is_dir() else package.parent / in_checkout

@@ -1,4 +1,4 @@
-"""Tables on a terminal, with rich where it is installed."""
+"""Tables on a terminal, by rich."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
 def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
-    """Print tables on `stream` (standard output), with rich where it is installed."""
+    """Print tables on `stream` (standard output)."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
     out: TextIO = sys.stdout if stream is None else stream
     for title, columns, full in tables:
         rows = [
             [_shortened(cell) if name == "client" else cell for name, cell in zip(columns, row, strict=True)]
             for row in full
         ]
-        try:
-            from rich.console import Console
-            from rich.table import Table as RichTable
-        except ImportError:
-            _print_plain(title, columns, rows, out)
-            continue
         table = RichTable(title=title, title_justify="left")
         for column, cells in zip(columns, zip(*rows, strict=True) if rows else [()] * len(columns), strict=True):
             table.add_column(column, justify="right" if _numbers(cells) else "left", overflow="fold")
@@ -41,10 +38,3 @@ def _shortened(name: str, length: int = 40) -> str:
 def _numbers(cells: Sequence[str]) -> bool:
     """Return whether a column holds numbers with units, which are read by their last digits."""
     return bool(cells) and all(cell[:1] in "+-.0123456789" for cell in cells if cell)
-
-
-def _print_plain(title: str, columns: list[str], rows: list[list[str]], stream: TextIO) -> None:
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    print(f"\n{title}", file=stream)
-    for row in [columns, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)), file=stream)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..common import check_name, check_number, data_files, nearest, require
+from ..common import check_name, check_number, data_files, nearest, packaged, require
 from . import loading
 from .adapter import AdapterConfig
 from .federation import FederationConfig
@@ -255,10 +255,7 @@ def _names(packaged: dict[str, Path]) -> str:
 
 def packaged_recipes() -> dict[str, Path]:
     """Return name -> path of the recipes that travel with the package."""
-    here = Path(__file__).parents[1]
-    # Installed they lie inside the package, in a checkout beside it.
-    folder = next((place for place in (here / "packaged_recipes", here.parent / "recipes") if place.is_dir()), here)
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(packaged("recipes", "recipes").glob("*.yaml"))}
 
 
 def _read_yaml(path: Path) -> Any:

@@ -8,8 +8,8 @@ says so there, and all end with its message, so that none waits for it. ``docs/d
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from ..common import Stopped, differences, is_out_of_memory, put_in, require, take_out
 
+_log = logging.getLogger(__name__)
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _START = "start the processes with torchrun --nproc-per-node N -m flora_core.cli run RECIPE, or unset WORLD_SIZE"
 # To find each other; a process then waits for the slowest one, whose share may take long.
@@ -110,7 +111,7 @@ class Ranks:
     def _within_pass(self, error: BaseException) -> BaseException:
         """End this process within a pass: the others wait in there, and hear of it as connections close."""
         if is_out_of_memory(error) or not isinstance(error, RuntimeError):
-            print(f"flora: rank {self.rank} of {self.size} failed within a pass of the sharded base", file=sys.stderr)
+            _log.error("rank %d of %d failed within a pass of the sharded base", self.rank, self.size)
             return error
         return RankError(
             f"a pass of the sharded base ended on rank {self.rank} of {self.size}, here or because another was lost "
@@ -122,8 +123,8 @@ class Ranks:
             return
         self._told = error
         # The others may be in the midst of their shares: this is reported without waiting for them.
-        text = f"rank {self.rank} of {self.size} failed ({type(error).__name__}: {error}); telling the others"
-        print(f"flora: {text}", file=sys.stderr, flush=True)
+        kind = type(error).__name__
+        _log.error("rank %d of %d failed (%s: %s); telling the others", self.rank, self.size, kind, error)
         with suppress(RankError):
             self._meet(0, error)
 
@@ -238,7 +239,7 @@ def _lost() -> Iterator[None]:
             "goes on after its newest whole round"
         )
         # At once: the launcher is about to end this process too.
-        print(f"flora: {text}", file=sys.stderr, flush=True)
+        _log.error(text)
         raise RankError(text) from error
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..aggregation import get_strategy
 from ..config import FederationConfig, TrainConfig
 from ..data import Plain, normalise
+from ..merge import front_matter
 from ..runs import Event, History, show_cost
 
 # What evaluations give -> its heading and how it is written.
@@ -65,7 +66,7 @@ def model_card(
         )
     licence = base_licence(model)
     parts = [
-        _front_matter(hub_name(model), licence),
+        front_matter(["federated-learning", "lora", "flora"], hub_name(model), licence),
         f"# {name}, fine-tuned by {len(ranks)} clients",
         "The whole model; no adapter is needed beside it.",
         "## Usage",
@@ -97,26 +98,23 @@ def hub_name(model: Any) -> str | None:
 
 def base_licence(model: Any) -> str | None:
     """The licence in the front matter of the base's own card, as far as that is on this machine; else None."""
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+
     path = str(getattr(model.config, "_name_or_path", "") or "")
     card = Path(path) / "README.md"
     name = hub_name(model)
     if not card.is_file() and name:
-        from huggingface_hub import try_to_load_from_cache
-
         found = try_to_load_from_cache(name, "README.md")
         card = Path(found) if isinstance(found, str) else card
     if not path or not card.is_file():
         return None
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S)
-    line = re.search(r"^license:[ ]*[\"']?([\w.+-]+)[\"']?[ ]*$", front[1], re.M) if front else None
-    return line[1] if line else None
-
-
-def _front_matter(base: str | None, licence: str | None) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    lines += [f"base_model: {base}", "base_model_relation: finetune"] if base else []
-    lines += [f"license: {licence}"] if licence else []
-    return "\n".join([*lines, "tags: [federated-learning, lora, flora]", "---"])
+    try:
+        found = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data.get(
+            "license"
+        )
+    except ValueError:  # its front matter is no YAML
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _method(strategy: str, config: FederationConfig) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ class _Order:
     keep: bool = True
 
 
+_log = logging.getLogger(__name__)
 _SITES: dict[tuple[str, ...], Site] = {}
 
 
@@ -113,7 +114,7 @@ def _answer(message: Message, context: Context, act: Act) -> Message:
         site.begin(order.terms)
         reply, sent = act(site, order, tensors)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        print(f"flora: {error}", file=sys.stderr, flush=True)
+        _log.error(error)
         return Message(pack({"error": f"{type(error).__name__}: {error}"}), reply_to=message)
     return Message(pack({"client": site.spec.name, "round": order.round, **reply}, sent), reply_to=message)
 

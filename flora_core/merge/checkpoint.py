@@ -267,12 +267,22 @@ def _card(record: Mapping[str, Any]) -> str:
     ranks = ", ".join("/".join(map(str, one["ranks"])) for one in record["adapters"])
     times = "" if record["scale"] == 1 else f"{record['scale']:g} times "
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [lora, flora, merge]\n---\n\n"
+        f"{front_matter(['lora', 'flora', 'merge'])}\n\n"
         f"# {record['base']} with {len(record['adapters'])} LoRA adapters merged\n\n"
         f"The base's weights plus {times}the weighted sum of adapters of ranks {ranks}, made by `flora aggregate`"
         f" (strategy {record['strategy']}) in {len(record['modules'])} modules; every other weight is the base's, byte"
         f" for byte. Details: `{RECORD}`. It was not evaluated. The base model's licence and limits hold.\n"
     )
+
+
+def front_matter(tags: list[str], base: str | None = None, licence: str | None = None) -> str:
+    """Write the metadata of a causal LM's card, as model hubs read it; ``base`` is the hub name that it was made of."""
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", license=licence, tags=tags)
+    if base is not None:
+        data.base_model, data["base_model_relation"] = base, "finetune"
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

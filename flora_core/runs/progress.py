@@ -222,14 +222,12 @@ class LiveProgress:
 
 
 def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
-    """Pick live bars where `stream` (standard error) is a terminal and rich is there, else timed lines."""
+    """Pick live bars where `stream` (standard error) is a terminal, else timed lines."""
     out: TextIO = sys.stderr if stream is None else stream
     if not out.isatty():
         return PlainProgress(out)
-    try:
-        from rich.console import Console
-    except ImportError:
-        return PlainProgress(out)
+    from rich.console import Console
+
     return LiveProgress(Console(file=out))
 
 
@@ -243,11 +241,9 @@ class Bar:
         self.live, self.task = self._live_bar() if self.stream.isatty() else None, None
 
     def _live_bar(self) -> Any:
-        try:
-            from rich import progress as bars
-            from rich.console import Console
-        except ImportError:
-            return None
+        from rich import progress as bars
+        from rich.console import Console
+
         texts = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
         columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *texts)
         return bars.Progress(*columns, console=Console(file=self.stream))

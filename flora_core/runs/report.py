@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import shlex
 import warnings
@@ -11,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common import Table, remedy
+from ..common import remedy
 from .plots import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server
 from .summary import History, summary_tables
 
@@ -101,44 +100,18 @@ def _read_facts(run_dir: Path) -> dict[str, Any]:
 
 
 def _page(history: History, images: list[Path], facts: dict[str, Any], without: str | None) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # torch needs it too
+
     start = history.start
     clients, rounds = len(start.get("clients", [])), start.get("rounds", "?")
     size = f"{clients} client{'s' * (clients != 1)}, {rounds} round{'s' * (rounds != 1)}"
-    title = f"{start.get('strategy', 'Federated')} run: {size}"
-    parts = [f"<h1>{html.escape(title)}</h1>"]
-    parts += [f"<p class=warning>{html.escape(event['message'])}</p>" for event in history.warnings]
-    if not history.end:
-        parts.append("<p class=warning>This run has not finished; the numbers are those of the rounds so far.</p>")
-    parts += [_table(table) for table in summary_tables(history)]
-    if without is not None:
-        parts.append(f"<p class=warning>{html.escape(without)}</p>")
-    for image in images:
-        data = base64.b64encode(image.read_bytes()).decode("ascii")
-        parts.append(f'<img alt="{image.stem}" src="data:image/png;base64,{data}">')
-    if facts:
-        parts.append(f"<h2>run.json</h2><pre>{html.escape(json.dumps(facts, indent=2))}</pre>")
-    return _FRAME.format(title=html.escape(title), body="\n".join(parts))
-
-
-def _table(table: Table) -> str:
-    title, columns, rows = table
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows)
-    return f"<h2>{html.escape(title)}</h2>\n<table><tr>{head}</tr>\n{body}</table>"
-
-
-_FRAME = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #222; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.25em 0.9em; border-bottom: 1px solid #ddd; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-img {{ max-width: 100%; display: block; margin: 1.5em 0; }}
-pre {{ background: #f6f6f6; padding: 1em; overflow: auto; max-height: 30em; font-size: 12px; }}
-.warning {{ background: #fff3cd; padding: 0.5em 1em; }}
-</style></head>
-<body>
-{body}
-</body></html>
-"""
+    pages = Environment(loader=PackageLoader("flora_core.runs", ""), autoescape=True, undefined=StrictUndefined)
+    return pages.get_template("report.html.jinja").render(
+        title=f"{start.get('strategy', 'Federated')} run: {size}",
+        warnings=[event["message"] for event in history.warnings],
+        finished=bool(history.end),
+        tables=summary_tables(history),
+        without=without,
+        images=[(image.stem, base64.b64encode(image.read_bytes()).decode("ascii")) for image in images],
+        facts=json.dumps(facts, indent=2) if facts else "",
+    )

@@ -182,7 +182,7 @@ def test_an_error_on_one_rank_ends_all_with_its_words(name, two):
     with pytest.raises(ValueError, match=words):
         raise ValueError(second["text"])
     assert first["text"] == f"rank 1 of 2 failed, and no rank goes on without it: {kind}: {second['text']}"
-    assert f"flora: rank 1 of 2 failed ({kind}: {second['text']}); telling the others" in two.said
+    assert f"rank 1 of 2 failed ({kind}: {second['text']}); telling the others" in two.said
 
 
 def test_out_that_cannot_be_written_ends_all(two):
@@ -216,7 +216,7 @@ def test_a_killed_rank_ends_the_command_and_the_run_goes_on_with_the_same_bytes(
         end(process)
     assert process.returncode != 0
     assert time.monotonic() - began < 60
-    assert "flora: a rank was lost, and no rank goes on without it (" in said, said
+    assert "a rank was lost, and no rank goes on without it (" in said, said
     assert "Traceback" not in said.partition("torch/distributed")[0]
     done = len(list((out / "rounds").iterdir()))
     assert 2 <= done < 9

@@ -261,7 +261,7 @@ def test_writes_the_tables_without_matplotlib_and_how_to_get_plots(tmp_path, mon
     assert "no plots" in page
     assert "<img" not in page
     assert list(run.glob("*.png")) == []
-    assert re.search(r"plotting needs matplotlib: .*matplotlib.*; then run: flora report &#x27;.*my run&#x27;", page)
+    assert re.search(r"plotting needs matplotlib: .*matplotlib.*; then run: flora report &#39;.*my run&#39;", page)
     monkeypatch.undo()
     assert "<img" in write_report(run).read_text()
 
