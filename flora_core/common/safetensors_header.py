@@ -98,7 +98,7 @@ def open_plain(path: Path, max_bytes: int | None = None, *, links: bool = True) 
     except OSError as error:
         require(error.errno != errno.ELOOP, f"{path} must be a plain file, not a {allowed}pipe, folder or device")
         raise
-    # PendingClients of what was opened: the name may be given to another file at any time.
+    # Asked of what was opened: the name may be given to another file at any time.
     info = os.fstat(handle)
     try:
         plain = stat.S_ISREG(info.st_mode)
