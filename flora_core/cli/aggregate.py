@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     from ..runs import Bar
 
     try:
-        with Bar() as bar:
+        with Bar(modules=bool(options.as_adapter)) as bar:
             if options.as_adapter:
                 tables = _export_tables(
                     export_adapter(

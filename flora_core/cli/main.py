@@ -217,7 +217,7 @@ def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:
 def _train(recipe: Recipe, first: bool) -> int:
     from ..common import print_tables
     from ..federation import Federation
-    from ..runs import History, build_run, make_progress, missing_plots, save_inputs, summary_tables
+    from ..runs import History, RunProgress, build_run, missing_plots, save_inputs, summary_tables
 
     without = missing_plots(recipe.out) if recipe.out else None
     if first and without is not None:
@@ -225,7 +225,7 @@ def _train(recipe: Recipe, first: bool) -> int:
     model, tokenizer, clients, test_records = build_run(recipe, spread=True)
     # A client's failure is reported by its event; the warning is for callers without callbacks.
     warnings.filterwarnings("ignore", "client .* was (stopped|refused)", RuntimeWarning)
-    with make_progress() if first else nullcontext() as progress:
+    with RunProgress() if first else nullcontext() as progress:
         result = Federation(
             model,
             tokenizer,

@@ -28,12 +28,12 @@ if TYPE_CHECKING:
         system_errors,
         write_safetensors,
     )
-    from .formatting import show_bytes, show_error, show_number, show_seconds
+    from .formatting import Table, show_bytes, show_error, show_number, show_seconds
     from .safetensors_header import open_plain, parse_json, read_header
     from .seeds import derive, generator
     from .segments import DeviceSegments, Segments, to_device
     from .states import finite, on_device, put_in, take_out
-    from .tables import Table, print_tables
+    from .tables import print_tables
     from .tensor_checks import FLOAT_DTYPES, check_tensor
 
 __getattr__, __dir__, __all__ = face(__name__, __file__)

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 EXTRAS = {
     "train": ("transformers>=5.0", "safetensors>=0.5", "filelock>=3.24"),
     "cli": ("rich>=13", "pyyaml>=6", "matplotlib>=3.8"),
-    "demo": ("gguf>=0.13", "accelerate>=1.1"),
+    "demo": ("gguf>=0.13", "accelerate>=1.1", "rich>=13"),
     "data": ("datasets>=4", "pyarrow>=17"),
     "privacy": ("dp-accounting>=0.6",),
     "flower": ("flwr>=1.41,<1.42", "cryptography"),
@@ -40,7 +40,8 @@ def versions(extra: str) -> dict[str, str | None]:
 
 def missing(*extras: str) -> list[str]:
     """Return the requirements of some extras whose packages cannot be imported."""
-    return [requirement for extra in extras for requirement in EXTRAS[extra] if not _is_importable(requirement)]
+    named = dict.fromkeys(requirement for extra in extras for requirement in EXTRAS[extra])
+    return [requirement for requirement in named if not _is_importable(requirement)]
 
 
 def require_extras(user: str, *extras: str) -> None:

@@ -1,6 +1,8 @@
-"""Numbers as text: bytes, seconds, errors."""
+"""Numbers as text: bytes, seconds, errors; and the tables that they stand in."""
 
 from __future__ import annotations
+
+Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
 
 
 def show_bytes(size: float | None) -> str:

@@ -1,32 +1,30 @@
-"""Tables on a terminal, by rich."""
+"""Tables on a terminal."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-Table = tuple[str, list[str], list[list[str]]]  # title, columns, rows
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from .formatting import Table
 
 
 def print_tables(tables: list[Table], stream: TextIO | None = None) -> None:
     """Print tables on `stream` (standard output)."""
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    out: TextIO = sys.stdout if stream is None else stream
-    for title, columns, full in tables:
-        rows = [
-            [_shortened(cell) if name == "client" else cell for name, cell in zip(columns, row, strict=True)]
-            for row in full
-        ]
+    console = Console(file=stream, markup=False, highlight=False)
+    if not console.file.isatty():
+        # A file or pipe has no width of its own; wrapped cells would be unreadable there, and cut ones worse.
+        console.width = 1000
+    for title, columns, rows in tables:
         table = RichTable(title=title, title_justify="left")
         for column, cells in zip(columns, zip(*rows, strict=True) if rows else [()] * len(columns), strict=True):
             table.add_column(column, justify="right" if _numbers(cells) else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
-        # A file or pipe has no width of its own; wrapped cells would be unreadable there, and cut ones worse.
-        console = Console(file=out, width=None if out.isatty() else 1000, markup=False, highlight=False)
+            table.add_row(
+                *(_shortened(cell) if name == "client" else cell for name, cell in zip(columns, row, strict=True))
+            )
         console.print(table)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .fingerprint import environment, identity
     from .folder import ROUNDS, RUN, RunFolder
     from .loading import load_model, load_tokenizer, model_folder
-    from .progress import Bar, make_progress
+    from .progress import Bar, RunProgress
     from .recipe import load_recipe, use_strategy
     from .report import missing_plots, write_report
     from .saving import converted, dtype_to_save

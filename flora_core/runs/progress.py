@@ -37,9 +37,21 @@ Unknown kinds and unknown fields are ignored, so that the list may grow.
 
 from __future__ import annotations
 
-import sys
 import time
-from typing import Any, TextIO
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from ..common import show_bytes, show_error, show_number, show_seconds
 from .events import Event
@@ -151,52 +163,25 @@ _SENTENCES = {
 }
 
 
-class PlainProgress:
-    """Write each event as one timed line; training steps at most every `every_s` seconds."""
+class RunProgress:
+    """Show a run's events as lines, on a terminal with bars below them, elsewhere each with the time since the start.
+
+    Args:
+        stream: Where; standard error unless given.
+        every_s: The least seconds between two lines about training steps, where there are no bars.
+    """
 
     def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
-        self.stream: TextIO = sys.stderr if stream is None else stream
-        self.every_s = every_s
-        self.began = self.last_step = time.monotonic()
-
-    def __enter__(self) -> PlainProgress:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stream.flush()
-
-    def __call__(self, event: Event) -> None:
-        """Take one event."""
-        now = time.monotonic()
-        if event["event"] == "train_progress":
-            if now - self.last_step < self.every_s:
-                return
-            self.last_step = now
-        line = sentence(event)
-        if line is not None:
-            print(f"[{now - self.began:7.1f}s] {line}", file=self.stream, flush=True)
-
-
-class LiveProgress:
-    """Keep a bar for the rounds and one for the steps below the lines, with rich."""
-
-    def __init__(self, console: Any = None):
-        from rich import progress as bars
-        from rich.console import Console
-
-        self.console = console or Console(stderr=True)
-        self.bars = bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            bars.TextColumn("{task.fields[note]}"),
-            console=self.console,
-        )
+        self.console, self.every_s = Console(file=stream, stderr=stream is None), every_s
+        self.live = self.console.file.isatty()
+        texts = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(), *texts)
+        self.bars = Progress(*columns, console=self.console, disable=not self.live)
         self.rounds = self.bars.add_task("rounds", total=None, note="")
         self.steps = self.bars.add_task("steps", total=None, note="", visible=False)
+        self.began = self.last_step = time.monotonic()
 
-    def __enter__(self) -> LiveProgress:
+    def __enter__(self) -> RunProgress:
         self.bars.start()
         return self
 
@@ -205,75 +190,66 @@ class LiveProgress:
 
     def __call__(self, event: Event) -> None:
         """Take one event."""
+        self._move_bars(event)
+        line = None if event["event"] == "train_progress" and not self._is_due() else sentence(event)
+        if line is not None:
+            began = "" if self.live else f"[{time.monotonic() - self.began:7.1f}s] "
+            style = "yellow" if event["event"] == "warning" else None
+            self.console.print(began + line, highlight=False, markup=False, soft_wrap=True, style=style)
+
+    def _move_bars(self, event: Event) -> None:
         kind = event["event"]
         if kind == "train_progress":
             note = _say_train(event).split(", ", 1)[1]
             self.bars.update(self.steps, completed=event["step"], total=event["steps"], note=note, visible=True)
-            return
-        if kind == "run_start":
+        elif kind == "run_start":
             self.bars.update(self.rounds, total=event["rounds"], completed=event.get("resumed_from") or 0)
         elif kind == "round_start":
             self.bars.reset(self.steps, total=None, note="", visible=True)
         elif kind == "round_end":
             self.bars.update(self.rounds, completed=event["round"])
-        line = sentence(event)
-        if line is not None:
-            self.console.print(line, highlight=False, markup=False, style="yellow" if kind == "warning" else None)
 
-
-def make_progress(stream: TextIO | None = None) -> PlainProgress | LiveProgress:
-    """Pick live bars where `stream` (standard error) is a terminal, else timed lines."""
-    out: TextIO = sys.stderr if stream is None else stream
-    if not out.isatty():
-        return PlainProgress(out)
-    from rich.console import Console
-
-    return LiveProgress(Console(file=out))
+    def _is_due(self) -> bool:
+        """Return whether a training step is worth a line: a bar shows it on a terminal."""
+        now = time.monotonic()
+        if self.live or now - self.last_step < self.every_s:
+            return False
+        self.last_step = now
+        return True
 
 
 class Bar:
-    """Show bytes done, their rate and the time left: a live bar on a terminal, a line every few seconds otherwise."""
+    """Show what is done of each stage, its rate and the time left: by a bar on a terminal, elsewhere by lines.
 
-    def __init__(self, stream: TextIO | None = None, every_s: float = 5.0):
-        self.stream: TextIO = sys.stderr if stream is None else stream
-        self.every_s, self.last = every_s, float("-inf")
-        self.what, self.began, self.start = "", 0.0, 0
-        self.live, self.task = self._live_bar() if self.stream.isatty() else None, None
+    Args:
+        stream: Where; standard error unless given.
+        every_s: The least seconds between two lines.
+        modules: Whether modules are counted, not bytes.
+    """
 
-    def _live_bar(self) -> Any:
-        from rich import progress as bars
-        from rich.console import Console
-
-        texts = (bars.DownloadColumn(), bars.TransferSpeedColumn(), bars.TimeRemainingColumn())
-        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), *texts)
-        return bars.Progress(*columns, console=Console(file=self.stream))
+    def __init__(self, stream: TextIO | None = None, every_s: float = 5.0, modules: bool = False):
+        self.console, self.every_s = Console(file=stream, stderr=stream is None), every_s
+        self.live = self.console.file.isatty()
+        counted = (MofNCompleteColumn(),) if modules else (DownloadColumn(), TransferSpeedColumn())
+        bar = (BarColumn(),) if self.live else ()
+        columns = (TextColumn("{task.description}"), *bar, *counted, TimeRemainingColumn())
+        self.bars = Progress(*columns, console=self.console, disable=not self.live)
+        self.task, self.last = TaskID(-1), 0.0
 
     def __enter__(self) -> Bar:
-        if self.live:
-            self.live.start()
+        self.bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self.live:
-            self.live.stop()
+        self.bars.stop()
 
     def __call__(self, what: str, done: int, whole: int) -> None:
-        """Take one step of a stage: ``done`` of ``whole`` bytes (modules for an export)."""
-        now = time.monotonic()
-        if what != self.what:
+        """Take one step of a stage: ``done`` of ``whole``."""
+        now, tasks = time.monotonic(), self.bars.tasks
+        if not tasks or tasks[-1].description != what:
             # What an earlier attempt has done comes first, in one piece: it is not part of this one's rate.
-            self.what, self.began, self.start, self.last = what, now, done, now
-            if self.live:
-                self.task = self.live.add_task(what, total=whole, completed=done)
-        if self.live:
-            self.live.update(self.task, completed=done)
-        elif done == whole or now - self.last >= self.every_s:
+            self.task, self.last = self.bars.add_task(what, total=whole, completed=done), now
+        self.bars.update(self.task, completed=done)
+        if not self.live and (done == whole or now - self.last >= self.every_s):
             self.last = now
-            print(self._line(done, whole, now - self.began), file=self.stream, flush=True)
-
-    def _line(self, done: int, whole: int, seconds: float) -> str:
-        if self.what == "export":
-            return f"{self.what}: {done} of {whole} modules"
-        rate = (done - self.start) / seconds if seconds else 0.0
-        text = f"{self.what}: {show_bytes(done)} of {show_bytes(whole)}, {show_bytes(rate)}/s"
-        return text + (f", {show_seconds((whole - done) / rate)} left" if rate and done < whole else "")
+            self.console.print(self.bars.make_tasks_table(self.bars.tasks[-1:]))

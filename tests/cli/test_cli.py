@@ -11,7 +11,7 @@ import pytest
 import flora_core
 from flora_core.cli.main import _joined, main
 from flora_core.config.recipe import load
-from flora_core.runs.progress import PlainProgress
+from flora_core.runs.progress import RunProgress
 from tests.support.federations import make_model, make_records, make_tokenizer
 
 
@@ -109,7 +109,7 @@ def test_ctrl_c_says_what_is_saved_and_the_same_command_goes_on(flora, monkeypat
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(PlainProgress, "__call__", stop)
+        patch.setattr(RunProgress, "__call__", stop)
         code, _, err = flora("run", "tiny")
     assert code == 130
     assert "Rounds up to 1 are saved" in err
@@ -124,7 +124,7 @@ def test_ctrl_c_before_the_first_round(flora, monkeypatch):
     def stop(self, event):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(PlainProgress, "__call__", stop)
+    monkeypatch.setattr(RunProgress, "__call__", stop)
     code, _, err = flora("run", "tiny")
     assert code == 130
     assert "No round is over yet" in err

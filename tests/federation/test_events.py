@@ -47,11 +47,11 @@ def test_the_events_of_a_run(tmp_path):
 def test_the_report_and_the_progress_take_the_events_of_a_run(tmp_path):
     import io
 
-    from flora_core.runs.progress import PlainProgress
+    from flora_core.runs.progress import RunProgress
     from flora_core.runs.summary import History, summary_tables
 
     stream = io.StringIO()
-    result = make_federation(tmp_path, callbacks=[PlainProgress(stream, 0.0)]).run()
+    result = make_federation(tmp_path, callbacks=[RunProgress(stream, 0.0)]).run()
     assert "round 2/2: done" in stream.getvalue()
     assert [title for title, *_ in summary_tables(History.of(result.events))] == [
         "Clients",

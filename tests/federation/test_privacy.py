@@ -26,7 +26,7 @@ from flora_core.federation import privacy as privacy_module
 from flora_core.federation.privacy import Privacy, PrivateSum, calibrated, secret_draw, secret_normals, spent
 from flora_core.merge.in_place import new_low_bits
 from flora_core.model.targets import target_weights as writable
-from flora_core.runs.progress import PlainProgress
+from flora_core.runs.progress import RunProgress
 from flora_kernels.reference import join_master
 from tests.aggregation.test_norms import cancelling, dense_norm
 from tests.support.federations import make_clients, make_federation, make_model, stop_after, target_weights
@@ -175,7 +175,7 @@ PRIVATE: dict[str, Any] = dict(weights="uniform", fraction=0.7, privacy=Privacy(
 @needs_accountant
 def test_epsilon_is_told_wherever_the_run_is_told_of(tmp_path):
     stream = io.StringIO()
-    result = make_federation(tmp_path, **PRIVATE, callbacks=[PlainProgress(stream, 0.0)]).run()
+    result = make_federation(tmp_path, **PRIVATE, callbacks=[RunProgress(stream, 0.0)]).run()
     want = [spent(n, 0.7, 1.0, 1e-5) for n in (1, 2)]
     assert [one["privacy"]["epsilon"] for one in result.history] == want
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

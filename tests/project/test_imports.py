@@ -18,11 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # faces of packages that stand before its own.
 FLOORS = {
     "common": [
-        (
-            "cache changes checks data_paths digests errors extras files formatting package_index seeds tables "
-            "tensor_checks"
-        ),
-        "devices safetensors_header segments states",
+        ("cache changes checks data_paths digests errors extras files formatting package_index seeds tensor_checks"),
+        "devices safetensors_header segments states tables",
     ],
     "config": ["other_names privacy strategy_names", "adapter federation loading training", "recipe"],
     "ops": [
@@ -129,6 +126,15 @@ bank = flora.AdapterBank(["a"], {"m": [1]}, {"m": [1.0]}, {"m": (2, 4)})
 bank.reset("a", 0)
 flora.ClientUpdate("a", bank.adapters("a"), bank.scaling("a"))
 """
+
+
+def test_a_run_from_python_needs_nothing_of_the_command_s():
+    run(
+        "sys.modules |= dict.fromkeys(('rich', 'yaml', 'matplotlib'))\n"
+        "from flora_core.federation import Federation\n"
+        "from flora_core.merge import export_adapter, merge_into_checkpoint\n"
+        "from flora_core.runs import History, build_run, save_inputs, summary_tables, write_report\n"
+    )
 
 
 def test_import_loads_torch_and_nothing_of_ours():

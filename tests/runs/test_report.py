@@ -14,7 +14,7 @@ import pytest
 from flora_core.common.formatting import show_bytes, show_number, show_seconds
 from flora_core.common.tables import print_tables
 from flora_core.runs.plots import plot_accuracy, plot_bytes, plot_errors, plot_loss, plot_server
-from flora_core.runs.progress import LiveProgress, PlainProgress, make_progress, sentence
+from flora_core.runs.progress import Bar, RunProgress, sentence
 from flora_core.runs.report import read_history, write_report
 from flora_core.runs.summary import History, summary_tables
 
@@ -102,8 +102,7 @@ def test_every_event_but_an_unknown_one_is_a_sentence():
 
 def test_plain_progress_has_timed_lines_and_spares_training_steps():
     stream = io.StringIO()
-    with make_progress(stream) as progress:
-        assert isinstance(progress, PlainProgress)
+    with RunProgress(stream) as progress:
         for event in events():
             progress(event)
     lines = stream.getvalue().splitlines()
@@ -111,15 +110,45 @@ def test_plain_progress_has_timed_lines_and_spares_training_steps():
     assert not any("tokens/s" in line for line in lines)
 
 
-def test_live_progress_takes_every_event():
-    from rich.console import Console
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    stream = io.StringIO()
-    with LiveProgress(Console(file=stream, force_terminal=True, width=100)) as progress:
+
+def test_progress_on_a_terminal_has_bars_below_the_lines(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    with RunProgress(stream) as progress:
         for event in events():
             progress(event)
-    assert "finished in 1 min 05 s" in stream.getvalue()
-    assert "2/2" in stream.getvalue()
+    text = stream.getvalue()
+    assert "finished in 1 min 05 s" in text
+    assert "2/2" in text
+    assert "━" in text
+    assert not any("tokens/s" in line for line in text.splitlines() if "━" not in line)
+    assert "s] before training" not in text
+
+
+def test_a_bar_elsewhere_writes_a_line_for_each_stage_that_ends():
+    stream = io.StringIO()
+    with Bar(stream) as bar:
+        for what in ("merge", "verify"):
+            for done in (5_000_000, 6_000_000, 10_000_000):
+                bar(what, done, 10_000_000)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[:3] for line in lines] == [["merge", "10.0/10.0", "MB"], ["verify", "10.0/10.0", "MB"]]
+    with Bar(stream := io.StringIO(), every_s=0.0, modules=True) as bar:
+        bar("export", 1, 4)
+        bar("export", 4, 4)
+    assert [line.split()[:2] for line in stream.getvalue().splitlines()] == [["export", "1/4"], ["export", "4/4"]]
+
+
+def test_a_bar_on_a_terminal_draws_what_is_done():
+    stream = Terminal()
+    with Bar(stream) as bar:
+        bar("merge", 10_000_000, 10_000_000)
+    assert "━" in stream.getvalue()
+    assert "10.0/10.0 MB" in stream.getvalue()
 
 
 def test_all_tables_are_printed():
