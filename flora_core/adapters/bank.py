@@ -58,6 +58,11 @@ class AdapterBank:
         device: Where the base lives.
     Raises:
         ValueError: If names repeat, entries are missing, or a rank is below 0 or above min(N, K).
+    Example:
+        >>> ranks, scaling, shapes = {"q_proj": [2, 1]}, {"q_proj": [1.0, 2.0]}, {"q_proj": (4, 8)}
+        >>> bank = flora.AdapterBank(["a", "b"], ranks, scaling, shapes)
+        >>> bank.modules["q_proj"].A_PK.shape, bank.adapters("b")["q_proj"][0].shape
+        (torch.Size([3, 8]), torch.Size([1, 8]))
     """
 
     def __init__(

@@ -48,6 +48,7 @@ class Base:
         weights: Module -> values of its weight (N, K), from ``values_of``.
 
     Example:
+        >>> from flora_core.adapters.base import Base, values_of
         >>> base = Base("owner/name", 0, values_of([("q_proj", torch.ones(2, 3))]))
         >>> base.distance(lambda module: torch.ones(2, 3))
         0.0

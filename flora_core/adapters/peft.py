@@ -72,6 +72,11 @@ def load_peft_adapter(
         FileNotFoundError: If a file is missing; a pickled ``adapter_model.bin`` is not read.
         ValueError: If config and tensors disagree, a file is damaged, or the adapter has a feature that this engine
             does not have.
+    Example:
+        >>> flora.save_peft_adapter(updates[0], "clinic-a")
+        >>> update = flora.load_peft_adapter("clinic-a", weight=100)
+        >>> update.client, update.ranks
+        ('clinic-a', {'model.layers.0.self_attn.q_proj': 2})
     """
     folder = Path(path)
     config = read_config(folder, trusted)
@@ -268,6 +273,11 @@ def save_peft_adapter(
         ValueError: If no module has a rank above 0.
         FileExistsError: If the folder holds anything else.
         SaveError: If writing fails; what was there is unchanged.
+    Example:
+        >>> import os
+        >>> flora.save_peft_adapter(updates[0], "clinic-a", base_model="org/base")
+        >>> sorted(os.listdir("clinic-a"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     pairs = {module: pair for module, pair in update.adapters.items() if pair[0].shape[0] > 0}
     require(bool(pairs), f"client {update.client!r} adapts no module with a rank above 0; there is nothing to save")

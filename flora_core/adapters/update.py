@@ -28,6 +28,11 @@ class ClientUpdate:
         metrics: ``loss_first``, ``loss_last``, ``tokens``, ``examples``, ``seconds``, ...
         base: The name of the base model that it was trained on, where that is known.
         trained_on: The weights of that base, where they are known (``flora_core.adapters.base``).
+    Example:
+        >>> factors = {"q_proj": (torch.ones(2, 8), torch.zeros(2, 4))}
+        >>> update = flora.ClientUpdate("clinic-a", factors, scaling={"q_proj": 2.0}, weight=100)
+        >>> update.ranks, update.size_bytes
+        ({'q_proj': 2}, 96)
     """
 
     client: str
@@ -83,6 +88,11 @@ class RoundResult:
         (``flora_core.aggregation.downlink``). up, down: Client -> bytes that it sent and that the round's result costs
         it.
         seconds: Time of each step: ``aggregate``, ``certify``.
+    Example:
+        >>> result: flora.RoundResult = flora.aggregate(updates)
+        >>> [change] = result.dense().values()
+        >>> change.shape, result.bytes_up
+        (torch.Size([16, 16]), 640)
     """
 
     base_delta: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]

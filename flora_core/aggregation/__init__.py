@@ -1,4 +1,13 @@
-"""Aggregation: strategies, their table, and the certificate of a round. Knows nothing of training."""
+"""Aggregation: strategies, their table, and the certificate of a round. Knows nothing of training.
+
+Example:
+    >>> from flora_core.aggregation import BOTH, STRATEGIES, Stack, norm
+    >>> [name for name, strategy in STRATEGIES.items() if strategy.trainable({}) != BOTH]
+    ['ffa', 'rolora']
+    >>> stack: Stack = torch.eye(2), torch.eye(2), torch.tensor([3.0, 4.0])
+    >>> round(norm(stack), 6)
+    5.0
+"""
 
 from __future__ import annotations
 

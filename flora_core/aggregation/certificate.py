@@ -24,7 +24,13 @@ _CHUNK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Deviation:
-    """The norms ``||applied - exact||`` and ``||exact||``; the latter is None where it was not needed."""
+    """The norms ``||applied - exact||`` and ``||exact||``; the latter is None where it was not needed.
+
+    Example:
+        >>> from flora_core.aggregation import Deviation
+        >>> Deviation(difference=0.5, exact=2.0).relative
+        0.25
+    """
 
     difference: float
     exact: float | None
@@ -38,7 +44,13 @@ class Deviation:
 
 
 def total(deviations: Iterable[Deviation]) -> Deviation:
-    """Take several modules as one long vector."""
+    """Take several modules as one long vector.
+
+    Example:
+        >>> from flora_core.aggregation import Deviation, total
+        >>> total([Deviation(3.0, 6.0), Deviation(4.0, 8.0)])
+        Deviation(difference=5.0, exact=10.0)
+    """
     parts = list(deviations)
     exact = None if any(part.exact is None for part in parts) else math.hypot(*(part.exact or 0.0 for part in parts))
     return Deviation(math.hypot(*(part.difference for part in parts)), exact)
@@ -52,6 +64,10 @@ class Certificate:
         aggregation: Module -> what the strategy applied against the exact sum of p_k s_k B_k A_k.
         application: Module -> ``(W_after - W_before)`` against the stack that was to be written.
         rows: Rows of each weight that ``application`` looked at, None for all.
+    Example:
+        >>> from flora_core.aggregation import Certificate, Deviation
+        >>> Certificate({"q_proj": Deviation(0.3, 4.0), "v_proj": Deviation(0.4, 3.0)}).aggregation_error
+        0.1
     """
 
     aggregation: Mapping[str, Deviation]
@@ -84,7 +100,13 @@ def _json(value: float | None) -> float | None:
 
 
 def certify(updates: Sequence[ClientUpdate], result: RoundResult) -> Certificate:
-    """Compare the change of the global model with the exact sum, for every module that a client of the round adapts."""
+    """Compare the change of the global model with the exact sum, for every module that a client of the round adapts.
+
+    Example:
+        >>> from flora_core.aggregation import certify
+        >>> certify(updates, flora.aggregate(updates, "flora")).aggregation_error
+        0.0
+    """
     terms, change = round_terms(updates), result.change()
     # One module's stack at a time: where it is no view of a bank it is a copy.
     found = {module: _deviation(change.get(module, []), stack_of(parts)) for module, parts in terms.items()}
@@ -140,7 +162,13 @@ def _dense(stack: Stack) -> torch.Tensor:
 
 
 def norm(stack: Stack) -> float:
-    """Frobenius norm of ``B_PN.T @ diag(coef_P) @ A_PK`` in float64."""
+    """Frobenius norm of ``B_PN.T @ diag(coef_P) @ A_PK`` in float64.
+
+    Example:
+        >>> from flora_core.aggregation import norm
+        >>> round(norm((torch.eye(2), torch.eye(2), torch.tensor([3.0, 4.0]))), 6)
+        5.0
+    """
     A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
     if not bool(coef_P.any()):
         return 0.0
@@ -152,7 +180,13 @@ def norm(stack: Stack) -> float:
 
 
 def sample_rows(num_rows: int, count: int | None, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Choose ``count`` evenly spaced row indices, all of them for None or where there are fewer."""
+    """Choose ``count`` evenly spaced row indices, all of them for None or where there are fewer.
+
+    Example:
+        >>> from flora_core.aggregation import sample_rows
+        >>> sample_rows(10, 4)
+        tensor([0, 2, 5, 7])
+    """
     if count is None or count >= num_rows:
         return torch.arange(num_rows, device=device)
     return torch.arange(count, device=device) * num_rows // count
@@ -170,6 +204,11 @@ def write_deviation(
         rows_S: Which rows of the weight they are; None for all.
     Returns:
         ``||(after - before) - exact||`` and ``||exact||`` over these rows, in float64, 1024 rows at a time.
+    Example:
+        >>> from flora_core.aggregation import write_deviation
+        >>> before, after = torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 0.5]])
+        >>> write_deviation(before, after, (torch.eye(2), torch.eye(2), torch.ones(2))).difference
+        0.5
     """
     A_PK, B_PN, coef_P = stack
     A_PK, B_PS = A_PK.double(), B_PN if rows_S is None else B_PN[:, rows_S]

@@ -34,7 +34,13 @@ class Form(NamedTuple):
 
 
 def wire_dtype(*tensors: torch.Tensor) -> torch.dtype:
-    """The dtype in which factors that the server made travel: that of the clients' factors, float32 at least."""
+    """The dtype in which factors that the server made travel: that of the clients' factors, float32 at least.
+
+    Example:
+        >>> from flora_core.aggregation import wire_dtype
+        >>> wire_dtype(torch.ones(1, dtype=torch.bfloat16)), wire_dtype(torch.ones(1, dtype=torch.float64))
+        (torch.float32, torch.float64)
+    """
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -103,6 +109,13 @@ class DeltaLog:
         have: Client -> the newest round whose change it has; 0 is the base that everybody starts with.
         forgotten: The newest round that is not kept any more.
         deltas: Round -> module or tensor name -> what to apply, of rounds that were recorded with it.
+    Example:
+        >>> from flora_core.aggregation import DeltaLog
+        >>> log = DeltaLog(snapshot_bytes=100)
+        >>> log.record(1, 40, ["a"])
+        >>> log.record(2, 30, ["a", "b"])
+        >>> log.missed("a"), log.missed("c")
+        (('none', 0, []), ('log', 70, [1, 2]))
     """
 
     snapshot_bytes: int

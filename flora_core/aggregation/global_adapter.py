@@ -146,7 +146,14 @@ def averaged(terms: Sequence[Term], weights: Sequence[float]) -> Pair:
 
 
 def as_stack(A: torch.Tensor, B: torch.Tensor) -> Stack:
-    """A pair as a stack of coefficients 1."""
+    """A pair as a stack of coefficients 1.
+
+    Example:
+        >>> from flora_core.aggregation import as_stack
+        >>> A, B, coef = as_stack(torch.ones(2, 8), torch.ones(2, 4))
+        >>> coef
+        tensor([1., 1.], dtype=torch.float64)
+    """
     return A, B, A.new_ones(A.shape[0], dtype=torch.float64)
 
 

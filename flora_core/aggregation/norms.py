@@ -27,7 +27,14 @@ _EPS = torch.finfo(torch.float64).eps
 
 
 class Norm(NamedTuple):
-    """An update's size: the Frobenius norm of all its products, and a number that it surely does not exceed."""
+    """An update's size: the Frobenius norm of all its products, and a number that it surely does not exceed.
+
+    Example:
+        >>> from flora_core.aggregation import Norm, norm_of
+        >>> size: Norm = norm_of(updates[0])
+        >>> size.value <= size.bound <= 1.001 * size.value
+        True
+    """
 
     value: float
     bound: float
@@ -38,6 +45,12 @@ def norm_of(update: ClientUpdate) -> Norm:
 
     The bound is the norm plus its rounding error at most, whoever made the factors: above the norm by about 1e-11 of
     it, and by more only where the products nearly cancel.
+
+    Example:
+        >>> from flora_core.aggregation import norm_of
+        >>> update = flora.ClientUpdate("a", {"q_proj": (torch.eye(4), torch.eye(4))}, {"q_proj": 3.0})
+        >>> norm_of(update).value
+        6.0
     """
     squares, bounds = [], []
     for module, (A_RK, B_RN) in update.adapters.items():
@@ -60,7 +73,13 @@ def _root(squares: Sequence[float]) -> float:
 
 
 def product_norm(update: ClientUpdate) -> float:
-    """The Frobenius norm of all products ``s B_RN.T A_RK`` together; see ``norm_of``."""
+    """The Frobenius norm of all products ``s B_RN.T A_RK`` together; see ``norm_of``.
+
+    Example:
+        >>> from flora_core.aggregation import product_norm
+        >>> product_norm(flora.ClientUpdate("a", {"q_proj": (torch.eye(4), torch.eye(4))}, {"q_proj": 3.0}))
+        6.0
+    """
     return norm_of(update).value
 
 
@@ -74,6 +93,10 @@ def clip_factor(norm: Norm, bound: float) -> float:
 
     Raises:
         ValueError: If the bound is not above 0.
+    Example:
+        >>> from flora_core.aggregation import Norm, clip_factor
+        >>> round(clip_factor(Norm(value=4.0, bound=4.0), 1.0), 6), clip_factor(Norm(value=0.5, bound=0.5), 1.0)
+        (0.25, 1.0)
     """
     check_number("bound", bound, 0)
     require(bound > 0, "bound must be above 0, got 0")
@@ -85,6 +108,11 @@ def clip(update: ClientUpdate, bound: float, norm: Norm | None = None) -> Client
 
     B is scaled, in float32 at least, so that all modules keep their directions and their scalings; an update within
     the bound is given back as it is. ``norm`` is what ``norm_of`` gives, where it is known.
+
+    Example:
+        >>> from flora_core.aggregation import clip, norm_of
+        >>> norm_of(clip(updates[0], 0.5)).bound <= 0.5
+        True
     """
     factor = clip_factor(norm or norm_of(update), bound)
     if factor == 1.0:
@@ -108,6 +136,10 @@ def outliers(norms: Mapping[str, float], factor: float) -> dict[str, str]:
         factor: Above 1.
     Returns:
         Client -> the reason, for those that are to be refused.
+    Example:
+        >>> from flora_core.aggregation import outliers
+        >>> list(outliers({"a": 1.0, "b": 1.2, "c": 50.0}, factor=10))
+        ['c']
     """
     if len(norms) < 3:
         return {}

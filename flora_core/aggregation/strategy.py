@@ -44,6 +44,15 @@ class Strategy:
         paper: The name of the method and the paper that it is from; empty for one of your own.
         shared_start: Whether clients must start their first round from one common adapter (of which a smaller
             client takes the first rows), because factors are averaged separately.
+    Example:
+        >>> from flora_core.aggregation import Strategy, combine, round_terms, stack_of
+        >>> class Largest(Strategy):
+        ...     name = "largest"
+        ...     def aggregate(self, updates, state):
+        ...         terms = round_terms([max(updates, key=lambda update: update.weight)])
+        ...         return flora.RoundResult({module: stack_of(parts) for module, parts in terms.items()})
+        >>> combine(updates, Largest(), {}, {}).certificate.aggregation_error > 0
+        True
     """
 
     name: ClassVar[str] = ""
@@ -155,6 +164,13 @@ def register(cls: AnyStrategy) -> AnyStrategy:
     Raises:
         TypeError: If it is not a subclass of ``Strategy``.
         ValueError: If it has no name, or another strategy has it.
+    Example:
+        >>> from flora_core.aggregation import get_strategy, register
+        >>> @register
+        ... class Renamed(type(get_strategy("flora"))):
+        ...     name = "renamed"
+        >>> flora.aggregate(updates, "renamed").certificate.aggregation_error
+        0.0
     """
     if not (isinstance(cls, type) and issubclass(cls, Strategy)):
         raise TypeError(f"register takes a subclass of Strategy, got {cls!r}")
@@ -171,7 +187,14 @@ def _listed() -> list[Strategy]:
 
 
 def table() -> str:
-    """Describe the registered strategies, one a line: name, exactness, ranks, idle rounds, rule."""
+    """Describe the registered strategies, one a line: name, exactness, ranks, idle rounds, rule.
+
+    Example:
+        >>> from flora_core.aggregation import table
+        >>> print(table()[:85])
+        name        exact  mixed ranks  mixed modules  idle-safe  rule
+        fedex       yes    no
+    """
     yes_no = {True: "yes", False: "no"}
     rows: list[tuple[str, ...]] = [("name", "exact", "mixed ranks", "mixed modules", "idle-safe", "rule")]
     for one in _listed():
@@ -188,6 +211,10 @@ def get_strategy(name: str) -> Strategy:
 
     Raises:
         ValueError: If it is unknown; the message holds the nearest name and all of them.
+    Example:
+        >>> from flora_core.aggregation import get_strategy
+        >>> get_strategy("fedit").mixed_ranks, get_strategy("flora").mixed_ranks
+        (False, True)
     """
     if isinstance(name, str) and name in STRATEGIES:
         return STRATEGIES[name]
@@ -199,6 +226,10 @@ def load_strategy(text: str) -> str:
 
     Raises:
         ValueError: If there is no such file, or no strategy of this name is registered then.
+    Example:
+        >>> from flora_core.aggregation import load_strategy
+        >>> load_strategy("flora")
+        'flora'
     """
     path, colon, name = text.rpartition(":")
     if colon:
@@ -232,6 +263,11 @@ def aggregate(
         ValueError: For updates that do not fit together, an unknown strategy or option, the state of another
             strategy, or mixed ranks or modules where the strategy cannot take them.
     Deterministic: yes. Source: arXiv 2409.05976.
+    Example:
+        >>> result = flora.aggregate(updates, strategy="flora")
+        >>> [(A_PK, B_PN, coef_P)] = result.base_delta.values()
+        >>> coef_P, result.certificate.aggregation_error
+        (tensor([0.5000, 0.5000, 0.7500, 0.7500, 0.7500], dtype=torch.float64), 0.0)
     """
     chosen = get_strategy(strategy)
     chosen.check(options)
@@ -251,7 +287,13 @@ def aggregate(
 def combine(
     updates: Sequence[ClientUpdate], strategy: Strategy, state: Mapping[str, Any], options: Mapping[str, Any]
 ) -> RoundResult:
-    """``aggregate`` for updates, state and options that were checked where they came in."""
+    """``aggregate`` for updates, state and options that were checked where they came in.
+
+    Example:
+        >>> from flora_core.aggregation import combine, get_strategy
+        >>> combine(updates, get_strategy("flora"), state={}, options={}).certificate.aggregation_error
+        0.0
+    """
     trained, began = strategy.trainable(state), time.perf_counter()
     result = strategy.aggregate(updates, state, **options)
     result.state = {**result.state, "strategy": strategy.name}

@@ -36,6 +36,11 @@ def stack_svd(stack: Stack) -> Svd:
 
     Triplets whose singular value is rounding error are left out. Each
     right vector's largest entry is positive, so that the order of the clients changes no sign.
+
+    Example:
+        >>> from flora_core.aggregation import stack_svd
+        >>> stack_svd((torch.eye(2), torch.eye(2), torch.tensor([3.0, 4.0]))).S_R.round()
+        tensor([4., 3.], dtype=torch.float64)
     """
     A_PK, B_PN, coef_P = (tensor.double() for tensor in stack)
     left_NP, right_PK = B_PN.T * coef_P, A_PK
@@ -119,7 +124,14 @@ def energy_rank(S_R: torch.Tensor, tau: float) -> int:
 
 
 def balanced(svd: Svd) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split a decomposition evenly: A = sqrt(S) V and B = sqrt(S) U."""
+    """Split a decomposition evenly: A = sqrt(S) V and B = sqrt(S) U.
+
+    Example:
+        >>> from flora_core.aggregation import balanced, stack_svd
+        >>> A, B = balanced(stack_svd((torch.eye(2), torch.eye(2), torch.tensor([3.0, 4.0]))))
+        >>> (B.T @ A).diagonal().round()
+        tensor([3., 4.], dtype=torch.float64)
+    """
     root = svd.S_R.sqrt()[:, None]
     return root * svd.V_RK, root * svd.U_RN
 
@@ -138,6 +150,11 @@ def full_rank(rows_PK: torch.Tensor) -> bool:
 
     One symmetric product, far cheaper than an SVD, in float32 where the margin allows it; False only means that an SVD
     must decide.
+
+    Example:
+        >>> from flora_core.aggregation import full_rank
+        >>> full_rank(torch.eye(3)), full_rank(torch.ones(2, 3))
+        (True, False)
     """
     if rows_PK.shape[0] > rows_PK.shape[1]:
         return False

@@ -20,7 +20,14 @@ Stack = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class Term(NamedTuple):
-    """One client's part in one module: ``share * scaling * B_RN.T @ A_RK``."""
+    """One client's part in one module: ``share * scaling * B_RN.T @ A_RK``.
+
+    Example:
+        >>> from flora_core.aggregation import Term, stack_of
+        >>> term = Term("a", share=0.25, scaling=2.0, A_RK=torch.ones(2, 8), B_RN=torch.ones(2, 4))
+        >>> stack_of([term])[2]
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+    """
 
     client: str
     share: float
@@ -36,6 +43,11 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
         ValueError: For no updates, a name that comes twice, several bases, a bad weight, ranks or shapes that do not
             fit together, values that are not finite, or tensors of one module on several devices.
         TypeError: For anything that is not a ``ClientUpdate`` of floating-point tensors.
+    Example:
+        >>> from flora_core.aggregation import check_updates
+        >>> check_updates([updates[0], updates[0]])
+        Traceback (most recent call last):
+        ValueError: client names must differ, got more than one update of 'a'
     """
     require(len(updates) > 0, "updates must hold at least one ClientUpdate, got none; skip the round instead")
     for update in updates:
@@ -68,7 +80,15 @@ def _is_number(value: Any) -> bool:
 
 
 def check_weights(updates: Sequence[ClientUpdate]) -> None:
-    """Check that each weight of a round is a number of at least 0, and that they have a sum to be divided by."""
+    """Check that each weight of a round is a number of at least 0, and that they have a sum to be divided by.
+
+    Example:
+        >>> from flora_core.aggregation import check_weights
+        >>> updates[0].weight = -1.0
+        >>> check_weights(updates)
+        Traceback (most recent call last):
+        ValueError: client 'a': weight must be a finite number of at least 0, got -1.0
+    """
     for update in updates:
         require(
             _is_number(update.weight) and math.isfinite(update.weight) and update.weight >= 0,
@@ -85,7 +105,14 @@ def check_weights(updates: Sequence[ClientUpdate]) -> None:
 
 
 def check_adapters(update: ClientUpdate) -> None:
-    """Check one client's factors: floating-point, finite, one rank for A and B, a scaling for each."""
+    """Check one client's factors: floating-point, finite, one rank for A and B, a scaling for each.
+
+    Example:
+        >>> from flora_core.aggregation import check_adapters
+        >>> check_adapters(flora.ClientUpdate("a", {"q_proj": (torch.ones(2, 8), torch.ones(3, 4))}, {"q_proj": 1.0}))
+        Traceback (most recent call last):
+        ValueError: client 'a', module 'q_proj': A (R, K) and B (R, N) must have one rank, got (2, 8) and (3, 4);...
+    """
     who = f"client {update.client!r}"
     if not isinstance(update.adapters, Mapping) or not isinstance(update.scaling, Mapping):
         kinds = " and ".join(type(value).__name__ for value in (update.adapters, update.scaling))
@@ -174,7 +201,13 @@ def shares(updates: Sequence[ClientUpdate]) -> dict[str, float]:
 
 
 def round_terms(updates: Sequence[ClientUpdate]) -> dict[str, list[Term]]:
-    """List the terms of the exact sum per module; a client of rank 0 or weight 0 adds nothing, so has no term."""
+    """List the terms of the exact sum per module; a client of rank 0 or weight 0 adds nothing, so has no term.
+
+    Example:
+        >>> from flora_core.aggregation import round_terms
+        >>> [[(term.client, term.share) for term in terms] for terms in round_terms(updates).values()]
+        [[('a', 0.25), ('b', 0.75)]]
+    """
     share = shares(updates)
     terms: dict[str, list[Term]] = defaultdict(list)
     for update in updates:
@@ -196,14 +229,29 @@ def exact_stacks(terms: Mapping[str, Iterable[Term]]) -> dict[str, Stack]:
 
 
 def stack_of(terms: Sequence[Term]) -> Stack:
-    """Stack one module's terms, see ``exact_stacks``."""
+    """Stack one module's terms, see ``exact_stacks``.
+
+    Example:
+        >>> from flora_core.aggregation import round_terms, stack_of
+        >>> [A_PK, B_PN, coef_P] = stack_of(round_terms(updates)["model.layers.0.self_attn.q_proj"])
+        >>> A_PK.shape, coef_P
+        (torch.Size([5, 16]), tensor([0.5000, 0.5000, 0.7500, 0.7500, 0.7500], dtype=torch.float64))
+    """
     coef = [term.share * term.scaling for term in terms for _ in range(term.A_RK.shape[0])]
     coef_P = torch.tensor(coef, dtype=torch.float64, device=terms[0].A_RK.device)
     return stack_rows([term.A_RK for term in terms]), stack_rows([term.B_RN for term in terms]), coef_P
 
 
 def join_stacks(stacks: Sequence[Stack]) -> Stack:
-    """Stack several stacks in float64: the product is the sum of theirs."""
+    """Stack several stacks in float64: the product is the sum of theirs.
+
+    Example:
+        >>> from flora_core.aggregation import join_stacks
+        >>> one, other = [(torch.eye(2), torch.eye(2), torch.tensor([c, c])) for c in (1.0, -1.0)]
+        >>> A, B, coef = join_stacks([one, other])
+        >>> coef
+        tensor([ 1.,  1., -1., -1.], dtype=torch.float64)
+    """
     A, B, coef = zip(*stacks, strict=True)
     return tuple(torch.cat([part.double() for part in parts]) for parts in (A, B, coef))  # pyright: ignore
 

@@ -127,6 +127,7 @@ def folder_names(names: Iterable[str], taken: Collection[str] = ()) -> dict[str,
         Name -> folder, in the order of the names.
 
     Example:
+        >>> from flora_core.common.files import folder_names
         >>> folder_names(["St. Mary Hospital", "a", "A"])
         {'St. Mary Hospital': 'St.-Mary-Hospital', 'a': 'a-ca978112', 'A': 'A-559aead0'}
     """

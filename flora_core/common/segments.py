@@ -21,6 +21,10 @@ class Segments:
     Raises:
         TypeError: If a length is no integer.
         ValueError: If one is negative or the sum too large.
+    Example:
+        >>> tokens = flora.Segments.from_lengths([3, 0, 5])
+        >>> tokens.total, tokens.offsets, tokens[2]
+        (8, (0, 3, 3, 8), slice(3, 8, None))
     """
 
     __slots__ = ("_slices", "_tables", "lengths", "offsets")

@@ -28,6 +28,10 @@ class AdapterConfig:
         target_modules: The client's own targets (names, or one regex over the whole path); None: the cohort's.
     Raises:
         ValueError, TypeError: If a number is out of range, or a pattern is no regular expression.
+    Example:
+        >>> adapter = flora.AdapterConfig(rank=8, alpha=16, rank_pattern={"v_proj": 4})
+        >>> adapter.rank_of("layers.0.self_attn.v_proj"), adapter.scaling_of("layers.0.self_attn.q_proj")
+        (4, 2.0)
     """
 
     rank: int

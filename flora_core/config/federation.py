@@ -53,6 +53,12 @@ class FederationConfig:
         strategy_options: Options of the strategy.
     Raises:
         ValueError or TypeError: If a value is out of range.
+    Example:
+        >>> flora.FederationConfig(rounds=3, fraction=0.5, weights={"clinic-a": 2, "clinic-b": 1}, out="run").rounds
+        3
+        >>> flora.FederationConfig(rounds=0)
+        Traceback (most recent call last):
+        ValueError: rounds must be at least 1, got 0
     """
 
     rounds: int

@@ -48,6 +48,10 @@ class TrainConfig:
         keep_optimizer: Carry the optimizer's state to the client's next round.
     Raises:
         ValueError or TypeError: If a value is out of range.
+    Example:
+        >>> config = flora.TrainConfig(lr=1e-2, schedule="linear", warmup_steps=2)
+        >>> [round(config.learning_rate(step, total=6), 4) for step in range(6)]
+        [0.0, 0.005, 0.01, 0.0075, 0.005, 0.0025]
     """
 
     lr: float = 3e-4

@@ -71,6 +71,7 @@ def normalise(fields: Mapping[str, Any], place: str) -> Record:
         ValueError: With the place, if it has no known form, or a column cannot be read.
 
     Example:
+        >>> from flora_core.data.records import normalise
         >>> normalise({"question": "1+1?", "answer": "2", "id": 7}, "a.jsonl, line 3").messages[1]["content"]
         '2'
     """

@@ -43,6 +43,12 @@ class RebaseReport:
         size_bytes: Of all files.
         error: How far the sums are from the change of the run's own weights, at 256 values of each, relative to that
             change: the rounding of the weights' dtype. None where the base never changed, or nothing is kept of it.
+    Example:
+        >>> config = flora.FederationConfig(rounds=1, out="run")
+        >>> result = flora.Federation(model, tokenizer, clients, config=config).run()
+        >>> report: flora.RebaseReport = flora.rebase_adapter("run", "adapter")
+        >>> max(report.ranks.values()), report.error < 1e-4
+        (9, True)
     """
 
     out: Path
@@ -79,7 +85,11 @@ def rebase_adapter(
         SaveError: If writing fails; what was there is unchanged.
     Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
     Example:
-        >>> flora.rebase_adapter("runs/demo", "clinic-a-3", round=3, client="clinic-a")  # doctest: +SKIP
+        >>> config = flora.FederationConfig(rounds=2, out="run")
+        >>> result = flora.Federation(model, tokenizer, clients, config=config).run()
+        >>> report = flora.rebase_adapter("run", "adapter-a", round=1, client="a")
+        >>> flora.load_peft_adapter("adapter-a").ranks == report.ranks
+        True
     """
     check_choice("layout", layout, LAYOUTS)
     run = Path(run_dir)

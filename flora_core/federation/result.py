@@ -52,8 +52,12 @@ class FederationResult:
         Raises:
             ValueError: If the adapter was trained on another base.
         Example:
-            >>> with result.apply_to(model) as whole:  # doctest: +SKIP
-            ...     flora.evaluate(whole, tokenizer, "own.jsonl")
+            >>> config = flora.FederationConfig(rounds=1)
+            >>> result = flora.Federation(model, tokenizer, clients, "zero_pad", config).run()
+            >>> with result.apply_to(model) as whole:
+            ...     report = flora.evaluate(whole, tokenizer, clients[0].data)
+            >>> report["examples"]
+            5
         """
         if self.adapter is None:
             yield model

@@ -52,6 +52,12 @@ class MergeReport:
         adapters: Each adapter's name, share, ranks, scalings, the base that its config names, and missing modules.
         scale: Factor of the weighted sum.
         notes: Facts that may not be intended: dead or partial adapters, other bases, another tokenizer.
+    Example:
+        >>> model.save_pretrained("base")
+        >>> flora.save_peft_adapter(updates[0], "a")
+        >>> report: flora.MergeReport = flora.merge_into_checkpoint("base", {"a": 1.0}, "merged")
+        >>> report.modules, report.aggregation_error
+        (1, 0.0)
     """
 
     out: Path
@@ -114,6 +120,13 @@ def merge_into_checkpoint(
         BlockingIOError: If another process makes the same output.
         SaveError: If the system refuses to write; what is done is kept.
     Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
+    Example:
+        >>> model.save_pretrained("base")
+        >>> for update in updates:
+        ...     flora.save_peft_adapter(update, update.client)
+        >>> report = flora.merge_into_checkpoint("base", {"a": 1.0, "b": 3.0}, "merged", verify=True)
+        >>> [one["share"] for one in report.adapters]
+        [0.25, 0.75]
     """
     began, base, out = time.perf_counter(), Path(base_dir), Path(out_dir)
     check_places(base, adapters, out)

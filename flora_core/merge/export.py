@@ -84,6 +84,13 @@ def export_adapter(
         ValueError: As ``merge_into_checkpoint``, and if a module's rank is more than vLLM serves.
         SaveError: If writing fails; what was there is unchanged.
     Deterministic: yes.
+    Example:
+        >>> model.save_pretrained("base")
+        >>> for update in updates:
+        ...     flora.save_peft_adapter(update, update.client)
+        >>> report = flora.export_adapter("base", {"a": 1.0, "b": 3.0}, "adapter")
+        >>> flora.load_peft_adapter("adapter").ranks
+        {'model.layers.0.self_attn.q_proj': 5}
     """
     check_choice("layout", layout, LAYOUTS)
     base, out = Path(base_dir), Path(out_dir)

@@ -59,6 +59,10 @@ def attach(
             or a client no ``ClientSpec``.
         ValueError: If a target is unknown (candidates are listed), tied, quantised, the output head, or behind an
             input that is not the packed tokens; if a rank is out of range; if our loss is not the model's own.
+    Example:
+        >>> cohort = flora.attach(model, clients, target_modules=["q_proj", "v_proj"])
+        >>> len(cohort.layers), [cohort.spec(name).adapter.rank for name in cohort.names]
+        (4, [4, 2, 3])
     """
     check_model(model)
     require(_attached(model) is None, "the model already has a cohort attached; call flora_core.detach(model) first")
@@ -91,6 +95,11 @@ def detach(model: nn.Module) -> None:
 
     Raises:
         ValueError: If the model has no cohort attached.
+    Example:
+        >>> cohort = flora.attach(model, clients, ["q_proj"])
+        >>> flora.detach(model)
+        >>> type(model.model.layers[0].self_attn.q_proj).__name__
+        'Linear'
     """
     cohort = _attached(model)
     if cohort is None:

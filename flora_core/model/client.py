@@ -23,6 +23,11 @@ class ClientSpec:
         eval_data: The client's own held-out records, as ``data``: a federation evaluates the global model on them too.
     Raises:
         ValueError, TypeError: If the name is no text of one line, or the adapter is no ``AdapterConfig``.
+    Example:
+        >>> records = [{"instruction": "Name a colour.", "output": "Blue."}]
+        >>> client = flora.ClientSpec("clinic-a", records, flora.AdapterConfig(rank=64, alpha=128), train={"lr": 1e-3})
+        >>> client.name, client.adapter.rank
+        ('clinic-a', 64)
     """
 
     name: str

@@ -31,6 +31,12 @@ class Cohort:
         layers: Path of each target -> the layer that wraps it.
         packs: Whether batches are packed without padding; ``packing_reason`` says why not, ``packing_failed`` whether
             that is an error that nothing known of the model explains.
+    Example:
+        >>> cohort: flora.Cohort = flora.attach(model, clients, ["q_proj", "v_proj"])
+        >>> with cohort.use("a") as adapted:
+        ...     logits = adapted(torch.tensor([[2, 5, 7]])).logits
+        >>> cohort.names, logits.shape
+        (('a', 'b', 'c'), torch.Size([1, 3, 28]))
     """
 
     def __init__(

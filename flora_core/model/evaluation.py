@@ -68,6 +68,11 @@ def evaluate(
         and ``std`` over the clients.
     Raises:
         ValueError: If there is nothing to evaluate, or a record has no known form.
+    Example:
+        >>> records = [{"instruction": "w1 w2", "output": "w3"}, {"instruction": "w4", "output": "w5 w6"}]
+        >>> report = flora.evaluate(model, tokenizer, records)
+        >>> report["examples"], report["loss"] > 0
+        (2, True)
     """
     model, tokenizer = to_evaluate(model), as_tokenizer(tokenizer)
     records = check_records(data, "data", known=(label,))

@@ -1,4 +1,11 @@
-"""Differentiable ops over the clients of a packed batch, for models and frameworks of one's own."""
+"""Differentiable ops over the clients of a packed batch, for models and frameworks of one's own.
+
+Example:
+    >>> flora.ops.HYPER_COLUMNS[:3]
+    ('lr', 'beta1', 'beta2')
+    >>> flora.ops.lora_linear is flora.lora_linear
+    True
+"""
 
 from __future__ import annotations
 

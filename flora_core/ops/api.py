@@ -5,6 +5,10 @@
 An eager call goes straight to autograd and the kernels; under ``torch.compile`` it is one op of ``library``.
 Letters: M packed tokens, K in_features, N out_features, R one client's rank, P sum of ranks, C clients,
 H hyper-parameters. ``tokens`` partitions M and ``ranks`` partitions P.
+
+Example:
+    >>> flora.api.lora_linear is flora.ops.lora_linear
+    True
 """
 
 from __future__ import annotations
@@ -59,6 +63,12 @@ def lora_linear(
     Raises:
         ValueError: If a shape, a partition or a device does not fit; TypeError for a dtype.
     Deterministic: yes. Source: arXiv 2106.09685, eq. 3; mixed ranks by arXiv 2409.05976.
+    Example:
+        >>> tokens, ranks = flora.Segments.from_lengths([3, 2]), flora.Segments.from_lengths([2, 1])
+        >>> x, weight, A, B = torch.ones(5, 8), torch.zeros(4, 8), torch.ones(3, 8), torch.ones(3, 4)
+        >>> y = flora.lora_linear(x, weight, None, A, B, tokens, ranks, scaling_C=[1.0, 0.5])
+        >>> y[:, 0]
+        tensor([16., 16., 16.,  4.,  4.])
     """
     target = LoraWeights(weight_NK, bias_N, A_PK, B_PN, ranks, scaling_C, dropout_seed_C)
     return lora_linears(x_MK, [target], tokens, dropout_C=dropout_C, row_C=row_C, backend=backend, fuse=fuse)[0]
@@ -92,6 +102,13 @@ def lora_linears(
     Raises:
         ValueError: If a shape, a partition or a device does not fit; TypeError for a dtype.
     Deterministic: yes.
+    Example:
+        >>> tokens, ranks = flora.Segments.from_lengths([3, 2]), flora.Segments.from_lengths([2, 1])
+        >>> A = torch.ones(3, 8)
+        >>> q = flora.LoraWeights(torch.zeros(4, 8), None, A, torch.ones(3, 4), ranks, scaling_C=[1.0, 0.5])
+        >>> v = flora.LoraWeights(torch.zeros(2, 8), None, A, torch.ones(3, 2), ranks, scaling_C=[1.0, 0.5])
+        >>> [y.shape for y in flora.lora_linears(torch.ones(5, 8), [q, v], tokens)]
+        [torch.Size([5, 4]), torch.Size([5, 2])]
     """
     if torch.compiler.is_compiling():
         return custom_ops.lora_linears(x_MK, targets, tokens, dropout_C, dropout_seed_C, row_C, backend, fuse)
@@ -130,6 +147,12 @@ def stacked_merge_(
     Raises:
         ValueError: If a shape, a device or an option does not fit; nothing is changed then.
     Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
+    Example:
+        >>> weight = torch.zeros(2, 2)
+        >>> flora.stacked_merge_(weight, torch.eye(2), torch.eye(2), coef_P=torch.tensor([1.0, 0.5]))
+        >>> weight
+        tensor([[1.0000, 0.0000],
+                [0.0000, 0.5000]])
     """
     item = MergeItem(weight_NK, A_PK, B_PN, coef_P, low_bits_NK)
     stacked_merge_many_([item], rounding=rounding, seed=seed, accumulate=accumulate, backend=backend)
@@ -152,6 +175,12 @@ def stacked_merge_many_(
     Raises:
         ValueError: If a shape, a device or an option does not fit; nothing is changed then. TypeError for a dtype.
     Deterministic: yes. Source: arXiv 2409.05976, eq. 5.
+    Example:
+        >>> weights = torch.zeros(2, 2), torch.ones(2, 2)
+        >>> stack = torch.eye(2), torch.eye(2), torch.tensor([1.0, 0.5])
+        >>> flora.stacked_merge_many_([flora.MergeItem(weight, *stack) for weight in weights])
+        >>> [weight.diagonal().tolist() for weight in weights]
+        [[1.0, 0.5], [2.0, 1.5]]
     """
     run = custom_ops.stacked_merge_many_ if torch.compiler.is_compiling() else dispatch.merge
     run(items, rounding, seed, accumulate, backend)
@@ -180,6 +209,13 @@ def cohort_adamw_(
     Raises:
         ValueError: If lengths do not fit or a buffer is not contiguous.
     Deterministic: yes. Source: arXiv 1711.05101, as ``torch.optim.AdamW`` computes it.
+    Example:
+        >>> param, grad, exp_avg, exp_avg_sq = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(3)
+        >>> first, waits = [0.1, 0.9, 0.999, 1e-8, 0, 1, 1], [0.1, 0.9, 0.999, 1e-8, 0, 0, 1]
+        >>> segments = flora.Segments.from_lengths([2, 1])
+        >>> flora.cohort_adamw_(param, grad, exp_avg, exp_avg_sq, segments, torch.tensor([first, waits]))
+        >>> param
+        tensor([0.9000, 0.9000, 1.0000])
     """
     run = custom_ops.cohort_adamw_ if torch.compiler.is_compiling() else dispatch.adamw
     run((param, grad, exp_avg, exp_avg_sq), segments, hyper_CH, owner, backend)

@@ -3,6 +3,10 @@
 A choice made by timing changes the last bits of a result, so it is made once: it is kept on disk by device, versions
 and shape, written into the run, and taken from there when the run is resumed (``use``).
 Letters: M packed tokens, K in_features, N out_features, P sum of ranks.
+
+Example:
+    >>> flora.ops.autotune.Shape("forward", M=1000, N=64, K=32, P=20, dtype=torch.float32).key
+    'forward M1024 N64 K32 P64 float32'
 """
 
 from __future__ import annotations

@@ -47,7 +47,12 @@ def _no_gpu(module: str) -> str | None:
 
 @functools.cache
 def availability() -> dict[str, str | None]:
-    """Backend -> None if it can be used here, else the reason why not."""
+    """Backend -> None if it can be used here, else the reason why not.
+
+    Example:
+        >>> flora.ops.availability()["reference"] is None
+        True
+    """
     reasons: dict[str, str | None] = {}
     for name, module in _MODULES.items():
         try:
@@ -116,6 +121,10 @@ def resolve(backend: str, op: str, tensor: torch.Tensor | None = None) -> tuple[
 
     Raises:
         ValueError: If a named backend is unknown, is not here (with the reason) or lacks the op.
+    Example:
+        >>> kernels, reason = flora.ops.resolve("reference", "shrink")
+        >>> reason
+        'reference (named)'
     """
     reasons = availability()
     if backend == "auto":

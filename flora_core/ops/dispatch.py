@@ -65,7 +65,15 @@ def _check_one(prefix: str, x_MK: torch.Tensor, target: LoraWeights, clients: in
 
 
 def check_fuse(fuse: str, kernels: ModuleType) -> None:
-    """Check that a fusion is known and that the kernels have what it needs."""
+    """Check that a fusion is known and that the kernels have what it needs.
+
+    Example:
+        >>> kernels, _ = flora.ops.resolve("reference", "shrink")
+        >>> flora.ops.check_fuse("separate", kernels)
+        >>> flora.ops.check_fuse("both", kernels)
+        Traceback (most recent call last):
+        ValueError: fuse must be one of ...
+    """
     if fuse == "auto":
         return
     check_choice("fuse", fuse, ("auto", *FUSIONS))

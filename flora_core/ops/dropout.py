@@ -18,6 +18,9 @@ def dropout_threshold(probability: float) -> int:
 
     Raises:
         ValueError: If p is not in [0, 1), or so near 1 that nothing would be kept.
+    Example:
+        >>> flora.ops.dropout_threshold(0.1)
+        6554
     """
     q = round(65536 * probability) if 0 <= probability < 1 else 65536
     require(q < 65536, f"dropout must be at least 0 and below 1 - 2**-17, got {probability}")

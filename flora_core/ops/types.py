@@ -26,6 +26,12 @@ class LoraWeights:
         ranks: Segments over P.
         scaling_C: Scale s of each client.
         dropout_seed_C: This target's dropout keys; None takes the row that ``lora_linears`` was given.
+    Example:
+        >>> ranks = flora.Segments.from_lengths([2, 1])
+        >>> target = flora.LoraWeights(torch.zeros(4, 8), None, torch.ones(3, 8), torch.ones(3, 4), ranks, [1.0, 0.5])
+        >>> [y] = flora.lora_linears(torch.ones(5, 8), [target], flora.Segments.from_lengths([3, 2]))
+        >>> y.shape
+        torch.Size([5, 4])
     """
 
     weight: torch.Tensor

@@ -9,7 +9,13 @@ import torch
 
 
 def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> tuple[int, int, int, int]:
-    """Philox4x32 as Salmon et al. (SC 2011) print it, in Python ints."""
+    """Philox4x32 as Salmon et al. (SC 2011) print it, in Python ints.
+
+    Example:
+        >>> from flora_core.testing import philox4x32
+        >>> [f"{word:08x}" for word in philox4x32((0, 0, 0, 0), (0, 0))]
+        ['5f6fb709', '0d893f64', '4f121f81', '4f730a48']
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -21,7 +27,13 @@ def philox4x32(counter: Sequence[int], key: Sequence[int], rounds: int = 7) -> t
 
 @functools.lru_cache(maxsize=256)
 def keep_mask(rows: int, columns: int, q: int, seed: int, first_row: int = 0) -> torch.Tensor:
-    """Which elements dropout keeps, bool (rows, columns), drawn one by one."""
+    """Which elements dropout keeps, bool (rows, columns), drawn one by one.
+
+    Example:
+        >>> from flora_core.testing import keep_mask
+        >>> keep_mask(1, 8, q=32768, seed=1).int()
+        tensor([[1, 1, 1, 0, 1, 0, 0, 0]], dtype=torch.int32)
+    """
     kept = torch.empty(rows, columns, dtype=torch.bool)
     for row in range(rows):
         for group in range(0, columns, 8):

@@ -21,7 +21,13 @@ from .rounding import plain_rounding
 
 @dataclass(frozen=True)
 class LinearCase:
-    """Shapes of one packed LoRA linear: each client's tokens and rank, and why the case is there."""
+    """Shapes of one packed LoRA linear: each client's tokens and rank, and why the case is there.
+
+    Example:
+        >>> from flora_core.testing import LinearCase
+        >>> LinearCase("two ranks", rows=(20, 17), K=64, N=48, ranks=(1, 16)).id
+        'M37-K64-N48-R1,16-fp32'
+    """
 
     why: str
     rows: tuple[int, ...]
@@ -51,7 +57,14 @@ LINEAR_SHAPES = (
 
 @dataclass
 class LinearInputs:
-    """Arguments of ``lora_linear``, and the upstream gradient dy."""
+    """Arguments of ``lora_linear``, and the upstream gradient dy.
+
+    Example:
+        >>> from flora_core.testing import LinearInputs, make_linear, LINEAR_SHAPES
+        >>> inputs: LinearInputs = make_linear(LINEAR_SHAPES[0])
+        >>> inputs.parts["dA"]
+        Segments.from_lengths([1, 7, 16])
+    """
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -91,6 +104,10 @@ def make_linear(
         dropout: Gives each client, but the second, a probability of its own, a key and a first row.
         masters: Keeps the factors in float32 where the dtype has 16 bits.
         layout: Of x, weight, both factors and dy; see ``lay_out``.
+    Example:
+        >>> from flora_core.testing import LINEAR_SHAPES, make_linear
+        >>> make_linear(LINEAR_SHAPES[0], seed=1, dropout=True).x.shape
+        torch.Size([37, 64])
     """
     random = torch.Generator().manual_seed(seed)
     ranks, M, K, N = case.ranks, sum(case.rows), case.K, case.N
@@ -145,6 +162,13 @@ def oracle_linear(
     """y, dx, dA and dB of the dense formula per client, in a dtype, with a fault in one client if one is named.
 
     The same bits on every processor: see ``plain_rounding``.
+
+    Example:
+        >>> from flora_core.testing import LINEAR_SHAPES, make_linear, oracle_linear
+        >>> inputs = make_linear(LINEAR_SHAPES[0])
+        >>> right, wrong = oracle_linear(inputs), oracle_linear(inputs, fault="scale twice", client=1)
+        >>> torch.equal(right["y"][:20], wrong["y"][:20]), torch.equal(right["y"][20:25], wrong["y"][20:25])
+        (True, False)
     """
     with plain_rounding():
         return _dense_formula(inputs, dtype, fault, client)
@@ -202,7 +226,13 @@ def _zero_one(result: torch.Tensor) -> None:
 
 
 def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "separate") -> dict[str, torch.Tensor]:
-    """y, dx, dA and dB of ``lora_linear``; with ``fuse="auto"`` times would decide which kernels a GPU runs."""
+    """y, dx, dA and dB of ``lora_linear``; with ``fuse="auto"`` times would decide which kernels a GPU runs.
+
+    Example:
+        >>> from flora_core.testing import LINEAR_SHAPES, make_linear, run_linear
+        >>> list(run_linear(make_linear(LINEAR_SHAPES[0]), backend="reference"))
+        ['y', 'dx', 'dA', 'dB']
+    """
     x, A, B = (tensor.detach().requires_grad_() for tensor in (inputs.x, inputs.A, inputs.B))
     y = api.lora_linear(
         x,
@@ -224,5 +254,12 @@ def run_linear(inputs: LinearInputs, backend: str = "auto", fuse: str = "separat
 
 
 def check_linear(inputs: LinearInputs, out: Results) -> float:
-    """Hold results against the oracle, client by client; the worst ratio."""
+    """Hold results against the oracle, client by client; the worst ratio.
+
+    Example:
+        >>> from flora_core.testing import LINEAR_SHAPES, check_linear, make_linear, run_linear
+        >>> inputs = make_linear(LINEAR_SHAPES[0])
+        >>> check_linear(inputs, run_linear(inputs)) <= 1
+        True
+    """
     return check_budget(out, oracle_linear(inputs), oracle_linear(inputs, inputs.x.dtype), inputs.parts)

@@ -16,7 +16,13 @@ from .rounding import plain_rounding
 
 @dataclass(frozen=True)
 class MergeCase:
-    """Shapes of one merge, and why it is there."""
+    """Shapes of one merge, and why it is there.
+
+    Example:
+        >>> from flora_core.testing import MergeCase
+        >>> MergeCase("two ranks", N=48, K=64, ranks=(1, 7)).id
+        'N48-K64-R1,7-fp32'
+    """
 
     why: str
     N: int
@@ -39,7 +45,13 @@ MERGE_SHAPES = (
 
 @dataclass
 class MergeInputs:
-    """Arguments of ``stacked_merge_``, and the ranks of the clients in the stack."""
+    """Arguments of ``stacked_merge_``, and the ranks of the clients in the stack.
+
+    Example:
+        >>> from flora_core.testing import MERGE_SHAPES, MergeInputs, make_merge
+        >>> inputs: MergeInputs = make_merge(MERGE_SHAPES[0])
+        >>> flora.stacked_merge_(inputs.weight, inputs.A, inputs.B, inputs.coef)
+    """
 
     weight: torch.Tensor
     A: torch.Tensor
@@ -54,6 +66,11 @@ def make_merge(
     """Make a weight in the tested dtype and float32 factors (float64 for a float64 weight).
 
     ``update`` is the size of the update relative to the weight; ``exact`` gives integers and powers of two.
+
+    Example:
+        >>> from flora_core.testing import MERGE_SHAPES, make_merge
+        >>> make_merge(MERGE_SHAPES[0], exact=True).ranks
+        Segments.from_lengths([1, 7, 0, 16])
     """
     random = torch.Generator().manual_seed(seed)
     P, wide = sum(case.ranks), torch.promote_types(case.dtype, torch.float32)
@@ -77,6 +94,13 @@ def oracle_merge(inputs: MergeInputs, dtype: torch.dtype = torch.float64, fault:
     """The merged weight: the clients' products one after another, summed in at least float32, rounded once.
 
     The same bits on every processor: see ``plain_rounding``.
+
+    Example:
+        >>> from flora_core.testing import MERGE_SHAPES, make_merge, oracle_merge
+        >>> inputs = make_merge(MERGE_SHAPES[0], exact=True)
+        >>> flora.stacked_merge_(merged := inputs.weight.clone(), inputs.A, inputs.B, inputs.coef)
+        >>> torch.equal(merged, oracle_merge(inputs, torch.float32))
+        True
     """
     wide = torch.promote_types(dtype, torch.float32)
     total, A, B, coef = inputs.weight.to(wide, copy=True), inputs.A.to(wide), inputs.B.to(wide), inputs.coef.to(wide)

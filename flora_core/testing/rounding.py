@@ -23,6 +23,11 @@ def plain_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``(..., M, N)`` in the dtype of ``left``; 16-bit numbers are added in float32 and rounded once.
+    Example:
+        >>> from flora_core.testing import plain_product
+        >>> plain_product(torch.ones(2, 3), torch.ones(3, 1))
+        tensor([[3.],
+                [3.]])
     """
     wide = torch.promote_types(left.dtype, torch.float32)
     left, right, dtype = left.to(wide), right.to(wide), left.dtype
@@ -70,8 +75,12 @@ class _PlainRounding(TorchDispatchMode):
 def plain_rounding() -> Iterator[None]:
     """Within it, products and square roots round the same way on every processor; float64 stays as it is.
 
-    >>> with plain_rounding():
-    ...     low = x.float() @ w.float().T
+    Example:
+        >>> from flora_core.testing import plain_product, plain_rounding
+        >>> left, right = torch.randn(4, 64), torch.randn(64, 4)
+        >>> with plain_rounding():
+        ...     torch.equal(left @ right, plain_product(left, right))
+        True
     """
     with _PlainRounding():
         yield

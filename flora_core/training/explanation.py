@@ -49,6 +49,11 @@ def explain(model: nn.Module) -> Explanation:
         One row per target and notes on the whole model; ``print`` shows them as a table.
     Raises:
         ValueError: If the model has no cohort attached.
+    Example:
+        >>> cohort = flora.attach(model, clients, ["q_proj", "v_proj"])
+        >>> explanation = flora.explain(model)
+        >>> explanation.rows[0]["op"], explanation.rows[0]["ranks"]
+        ('lora_linears with v_proj', '4,2,3')
     """
     cohort = cohort_of(model)
     _, reason = resolve(cohort.backend, "shrink", next(iter(cohort.layers.values())).weight)

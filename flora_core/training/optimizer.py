@@ -28,6 +28,15 @@ class CohortAdamW:
         backend: auto, reference, triton or native.
         trainable: The factors that are trained; the other gets no gradient, no moments and no weight decay.
     Deterministic: yes. Equal to one ``torch.optim.AdamW`` per client, with ``clip_grad_norm_`` before it.
+    Example:
+        >>> cohort = flora.attach(model, clients, ["q_proj"])
+        >>> optimizer = flora.CohortAdamW(cohort.bank, flora.TrainConfig(lr=1e-2))
+        >>> tokens, positions = torch.arange(4, 13)[None], torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
+        >>> with cohort.batch([4, 3, 2]):
+        ...     model(tokens, position_ids=positions).logits.sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.steps
+        [1, 1, 1]
     """
 
     def __init__(

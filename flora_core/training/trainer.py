@@ -53,6 +53,11 @@ class CohortTrainer:
         ValueError: For missing data, a client without examples, or sequences longer than the model allows; before
             anything is trained.
     Deterministic: yes, on one machine with one number of threads.
+    Example:
+        >>> cohort = flora.attach(model, clients, ["q_proj"])
+        >>> updates = flora.CohortTrainer(cohort, flora.TrainConfig(lr=1e-2, batch_size=2), tokenizer).run()
+        >>> [(update.client, update.weight) for update in updates]
+        [('a', 5.0), ('b', 6.0), ('c', 7.0)]
     """
 
     def __init__(

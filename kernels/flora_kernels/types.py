@@ -43,6 +43,11 @@ class MergeItem(NamedTuple):
         B: (P, N), stored rank by rank: PEFT's ``lora_B.weight.T``.
         coef: (P), what each rank is multiplied by: its client's weight times scaling.
         low_bits: int16 (N, K); makes a bfloat16 W the upper half of an fp32 master, and is updated too.
+    Example:
+        >>> item = flora.MergeItem(torch.zeros(2, 2), torch.eye(2), torch.eye(2), coef=torch.tensor([1.0, 0.5]))
+        >>> flora.stacked_merge_many_([item])
+        >>> item.weight.diagonal()
+        tensor([1.0000, 0.5000])
     """
 
     weight: torch.Tensor
