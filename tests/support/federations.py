@@ -22,16 +22,16 @@ WORDS = [f"w{i}" for i in range(24)]
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 
 
-def make_tokenizer() -> Any:
-    """One token a word."""
+def make_tokenizer(words: Sequence[str] = WORDS) -> Any:
+    """One token a word; another word is unknown."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    names = ["<pad>", "<unk>", "<s>", "</s>", *WORDS]
-    words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = ["<pad>", "<unk>", "<s>", "</s>", *words]
+    level = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        tokenizer_object=level, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
 
 
