@@ -1,5 +1,5 @@
-# make demo | test | test-isa | test-install | test-all | soak | bench | bench-gpu | lint | clean. Each makes its own
-# environment first, once: the demo the packages that users need, the others those for development too.
+# make demo | test | test-isa | test-install | test-all | soak | mutants | bench | bench-gpu | lint | clean. Each makes
+# its own environment first, once: the demo the packages that users need, the others those for development too.
 #   VENV=DIR           use this virtual environment as it is if it has the packages, else install into it
 #   PYTHON=FILE        use this interpreter and install nothing
 #   TORCH_INDEX=URL    take torch from this wheel index (https://download.pytorch.org/whl/cpu is 200 MB, not 3 GB)
@@ -15,6 +15,7 @@ THREADS ?= 2
 WORKERS ?= 2
 SCALE ?= 1
 BENCH ?=
+MUTANTS ?=
 RECIPE ?= recipes/quickstart.yaml
 OVERRIDES ?=
 
@@ -28,7 +29,7 @@ PIP = $(PY) -m pip --disable-pip-version-check
 HAS := import importlib.util, sys; sys.exit(any(importlib.util.find_spec(name) is None for name in sys.argv[1:]))
 DEMO_MODULES := torch transformers safetensors tokenizers jinja2 gguf accelerate rich yaml matplotlib
 DEV_MODULES := $(DEMO_MODULES) peft psutil pytest pytest_benchmark \
-    pytest_timeout xdist hypothesis ruff pyright
+    pytest_timeout xdist hypothesis cosmic_ray ruff pyright
 
 # An environment of somebody else's may not have this checkout installed, or another one: ours comes first.
 ifdef PYTHON
@@ -67,7 +68,7 @@ ISA_TESTS := $(patsubst %,tests/aggregation/test_%.py,downlink flora flora_warm 
 SOAK_TESTS := $(patsubst %,tests/federation/test_%.py,callable_clients faults hostile kill_resume privacy) \
     tests/aggregation/test_norms.py tests/training/test_memory.py
 
-.PHONY: demo test test-isa test-install test-all soak bench bench-gpu lint clean environment install
+.PHONY: demo test test-isa test-install test-all soak mutants bench bench-gpu lint clean environment install
 
 demo: $(DEMO_ENVIRONMENT)
 	$(PY) -m flora_core.cli run $(RECIPE) $(OVERRIDES)
@@ -92,6 +93,11 @@ test-all: environment
 soak: environment
 	mkdir -p docs/logs
 	$(PYTEST) --scale=full -ra --durations=10 $(SOAK_TESTS) 2>&1 | tee docs/logs/soak.txt
+
+# Small seeded changes to the code, each of which a test must notice; the log has counts and every survivor.
+#   MUTANTS=WORDS      packages and options, such as MUTANTS='data --count 5 --seed 3'; see --help
+mutants: environment
+	nice $(PY) -m tests.project.mutants $(MUTANTS)
 
 # A red check or a stopped run (Ctrl-C too) still leaves the results that came before it; the page is written from them.
 #   BENCH=WORDS        questions and options of flora bench, such as BENCH='merge --select all'; see flora bench --list

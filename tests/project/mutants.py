@@ -1,0 +1,220 @@
+"""Mutation testing: a seeded sample of small changes to the code, each tried against the tests that concern it.
+
+    python -m tests.project.mutants     about an hour on one core (make mutants); writes docs/logs/mutants.txt
+
+cosmic-ray makes the changes, in a copy of the checkout. A mutant that no test notices is a gap in the tests, unless no
+behaviour changes with it: ``equivalent_mutants.toml`` says why for those. The sample depends on the seed and on each
+line's own text, so that most of it outlives changes to other lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import compileall
+import hashlib
+import os
+import py_compile
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cosmic_ray.commands import init
+from cosmic_ray.modules import find_modules
+from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.testing import run_tests
+from cosmic_ray.work_db import use_db
+from cosmic_ray.work_item import MutationSpec, TestOutcome
+
+ROOT = Path(__file__).resolve().parents[2]
+LOG = ROOT / "docs" / "logs" / "mutants.txt"
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
+# Of the mutants that change behaviour, at least this share must be killed.
+NEEDED = 0.9
+# None and interned values make identity and equality the same.
+NOT_TRIED = re.compile(r"_(Eq_Is|NotEq_IsNot|Is_Eq|IsNot_NotEq)$")
+COPIED = ("flora_core", "kernels", "recipes", "examples", "tests", "docs", "README.md", "pyproject.toml")
+
+
+class Package(NamedTuple):
+    """Code to mutate, and the tests that must notice."""
+
+    code: str
+    tests: tuple[str, ...]
+
+
+PACKAGES = {
+    "config": Package("flora_core/config", ("tests/config", "tests/common/test_argument_errors.py", "tests/cli")),
+    "adapters": Package("flora_core/adapters", ("tests/adapters", "tests/merge/test_adapters.py")),
+    "data": Package("flora_core/data", ("tests/data", "tests/runs/test_loading.py")),
+    "aggregation": Package("flora_core/aggregation", ("tests/aggregation", "tests/federation/test_strategies.py")),
+    "evaluation": Package(
+        "flora_core/model/evaluation.py",
+        ("tests/model/test_evaluation.py", "tests/federation/test_evaluate_clients.py"),
+    ),
+    "federation": Package("flora_core/federation", ("tests/federation",)),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One mutant: the line that it changes, and how the tests took it."""
+
+    package: str
+    place: str
+    before: str
+    after: str
+    survived: bool
+    equivalent: str | None
+
+
+def _annotations(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of the annotations in a module: nothing evaluates them."""
+    found: list[Any] = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        found += [getattr(node, name, None) for name in ("annotation", "returns")]
+    return [((one.lineno, one.col_offset), (one.end_lineno, one.end_col_offset)) for one in found if one]
+
+
+def _mutations(code: str) -> Iterator[MutationSpec]:
+    """Every mutation of the code of a package that can change behaviour."""
+    modules = sorted(find_modules([Path(code)]))
+    ignored = {module: _annotations(module) for module in modules}
+    with use_db(":memory:") as db:
+        init(modules, db, {})
+        for item in db.work_items:
+            (one,) = item.mutations
+            in_annotation = any(start <= one.start_pos < end for start, end in ignored[one.module_path])
+            if not in_annotation and not NOT_TRIED.search(one.operator_name):
+                yield one
+
+
+def sample(code: str, count: int, seed: int) -> list[MutationSpec]:
+    """Choose places in the code, and one mutation at each, by hashes of the seed and the text."""
+
+    def rank(*words: object) -> bytes:
+        return hashlib.sha256(repr((seed, *words)).encode()).digest()
+
+    places: dict[tuple[object, ...], list[MutationSpec]] = defaultdict(list)
+    for one in _mutations(code):
+        line = one.module_path.read_text("utf-8").splitlines()[one.start_pos[0] - 1]
+        column = one.start_pos[1] - len(line) + len(line.lstrip())
+        places[str(one.module_path), one.definition_name, line.strip(), column].append(one)
+    chosen = sorted(places, key=lambda place: rank(*place))[:count]
+    return [min(places[place], key=lambda one: rank(*place, one.operator_name, one.occurrence)) for place in chosen]
+
+
+def _command(tests: Iterable[str], module: Path) -> str:
+    """Run the tests until the first fails, those that have the module's name first."""
+    files = [
+        file for test in tests for file in ([Path(test)] if test.endswith(".py") else Path(test).rglob("test_*.py"))
+    ]
+    files.sort(key=lambda file: (file.stem != f"test_{module.stem}", str(file)))
+    return shlex.join([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)])
+
+
+def _lines(diff: str, sign: str) -> str:
+    """The removed or added lines of a diff as one."""
+    lines = [line[1:].strip() for line in diff.splitlines() if line.startswith(sign) and not line.startswith(sign * 3)]
+    return " ".join(lines)
+
+
+def try_package(
+    name: str, count: int, seed: int, until: float, equivalent: dict[tuple[str, ...], str]
+) -> Iterator[Outcome]:
+    """Try a sample of a package's mutants until the time is up."""
+    code, tests = PACKAGES[name]
+    began = time.monotonic()
+    outcome, output = run_tests(_command(tests, Path(code)), 1200)
+    if outcome is not TestOutcome.SURVIVED:
+        raise SystemExit(f"the tests of {name} fail without a mutant:\n{output[-3000:]}")
+    timeout = 60 + 3 * (time.monotonic() - began)
+    for mutation in sample(code, count, seed):
+        if time.monotonic() > until:
+            return
+        result = mutate_and_test([mutation], _command(tests, mutation.module_path), timeout)
+        before, after = _lines(result.diff or "", "-"), _lines(result.diff or "", "+")
+        module = str(mutation.module_path)
+        survived = result.test_outcome is TestOutcome.SURVIVED
+        place = f"{module}:{mutation.start_pos[0]} {mutation.definition_name or ''}".strip()
+        yield Outcome(name, place, before, after, survived, equivalent.get((module, before, after)))
+
+
+def report(outcomes: Sequence[Outcome], wanted: int, seed: int) -> tuple[str, float]:
+    """Text of the log, and the share of the mutants that change behaviour which was killed."""
+    head = (
+        f"{'package':12}{'tried':>8}{'killed':>8}{'survived':>10}{'equivalent':>12}{'killed of those that count':>28}"
+    )
+    rows, shares = [head], [1.0]
+    for name in [*PACKAGES, "all"]:
+        some = [one for one in outcomes if name in (one.package, "all")]
+        alike, survived = (sum(one.survived and bool(one.equivalent) is kind for one in some) for kind in (True, False))
+        counted = len(some) - alike
+        shares.append(1 - survived / counted if counted else 1.0)
+        killed = counted - survived
+        rows.append(f"{name:12}{len(some):8}{killed:8}{survived:10}{alike:12}{shares[-1]:28.0%}")
+    title = f"cosmic-ray {version('cosmic-ray')}, seed {seed}, {wanted} mutants a package at most; make mutants"
+    lines = [title, "", *rows, ""]
+    for one in outcomes:
+        if one.survived:
+            verdict = f"equivalent: {one.equivalent}" if one.equivalent else "SURVIVED"
+            lines += [one.place, f"  - {one.before}", f"  + {one.after}", f"  {verdict}", ""]
+    return "\n".join(lines), shares[-1]
+
+
+def _prepare(copy: Path) -> None:
+    """Work in a copy: mutants are written into the files that the tests import."""
+    copy.mkdir()
+    for part in map(ROOT.joinpath, COPIED):
+        if part.is_dir():
+            shutil.copytree(part, copy / part.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(part, copy)
+    # Compiled once; a file that is mutated differs from its hash and is compiled anew.
+    mode = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(copy / "flora_core", quiet=1, invalidation_mode=mode)
+    os.chdir(copy)
+    os.environ.update(
+        TMPDIR=str(copy.parent), PYTHONPATH=f"{copy}:{copy / 'kernels'}", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Try the sample, write the log, and return 1 if too many survive."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "packages", nargs="*", help=f"of {', '.join(PACKAGES)}; all, and the log is written, unless named"
+    )
+    parser.add_argument("--count", type=int, default=20, help="mutants of each package")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=90, help="mutants are left out once it has taken so long")
+    options = parser.parse_args(argv)
+    known = tomllib.loads(EQUIVALENT.read_text("utf-8"))["mutant"] if EQUIVALENT.exists() else []
+    equivalent = {(one["module"], one["before"], one["after"]): one["why"] for one in known}
+    until, outcomes = time.monotonic() + 60 * options.minutes, []
+    with tempfile.TemporaryDirectory() as folder:
+        _prepare(Path(folder) / "flora")
+        for name in options.packages or PACKAGES:
+            for one in try_package(name, options.count, options.seed, until, equivalent):
+                outcomes.append(one)
+                print("SURVIVED" if one.survived else "killed", one.place, "|", one.after, flush=True)
+        os.chdir(ROOT)
+    text, share = report(outcomes, options.count, options.seed)
+    print(text)
+    if not options.packages:
+        LOG.write_text(text, "utf-8")
+    return int(share < NEEDED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
