@@ -148,6 +148,24 @@ def test_reset_is_peft_s_start():
     assert abs(A.var().item() - bound**2 / 3) <= 5 * bound**2 * math.sqrt(4 / 45 / n)
 
 
+def test_reset_makes_b_zero_unless_the_bank_is_new():
+    bank = make_bank()
+    bank.reset("ann", seed=0)
+    assert not any(B.any() for _, B in bank.adapters("ann").values())
+    kept = {module: B.clone() for module, (_, B) in bank.adapters("bob").items()}
+    bank.reset("bob", seed=0, new=True)
+    assert all(torch.equal(B, kept[module]) for module, (_, B) in bank.adapters("bob").items())
+
+
+def test_a_padded_stack_has_one_more_client_of_rank_0_and_is_made_once():
+    module = make_bank(torch.float64).modules["layer.q"]
+    padded = module.padded
+    assert padded is module.padded
+    assert (padded.A_PK is module.A_PK, padded.B_PN is module.B_PN) == (True, True)
+    assert padded.ranks.lengths == (2, 0, 3, 0)
+    assert torch.equal(torch.as_tensor(padded.scaling_C), torch.tensor([2.0, 0.0, 0.5, 0.0], dtype=torch.float64))
+
+
 def test_reset_does_not_depend_on_the_cohort_and_touches_nobody_else():
     whole = make_bank()
     before = whole.param.clone()

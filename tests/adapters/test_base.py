@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -71,6 +71,37 @@ def test_values_are_taken_from_all_columns():
     first = torch.zeros(512, 64)
     first[:] = torch.arange(64.0)
     assert len(values_of([("q", first)])["q"].unique()) == 64
+
+
+def test_only_the_original_base_has_a_name_that_can_be_loaded():
+    assert (Base(), Base().label) == (Base(None, 0, {}), None)
+    assert Base("owner/name").label == "owner/name"
+    assert Base("owner/name", 1).label == "the base after round 1 of a run on owner/name, see README.md"
+    assert Base(None, 2).label == "the base after round 2 of a run on a base without a name, see README.md"
+    with pytest.raises(FrozenInstanceError):
+        Base().round = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("record", "kept"),
+    [
+        ({"name": "m"}, torch.ones(2)),
+        ({"name": "m", "round": 0, "more": 1}, torch.ones(2)),
+        ({"name": 3, "round": 0}, torch.ones(2)),
+        ({"name": "m", "round": True}, torch.ones(2)),
+        ({"name": "m", "round": 0.0}, torch.ones(2)),
+        (["name", "round"], torch.ones(2)),
+        ({"name": "m", "round": 0}, torch.ones(2, 2)),
+        ({"name": "m", "round": 0}, torch.ones(2, dtype=torch.int64)),
+        ({"name": "m", "round": 0}, [1.0]),
+    ],
+)
+def test_refuses_a_record_of_another_form(record, kept):
+    assert Base.from_json({"name": None, "round": 2}, {"q": torch.ones(2)}).round == 2
+    with pytest.raises(
+        ValueError, match=r"the file(: 'q' must be values of a weight| must hold name and round).*copy it"
+    ):
+        Base.from_json(record, {"q": kept}, "the file")
 
 
 def test_a_record_travels_with_the_adapter(tmp_path):

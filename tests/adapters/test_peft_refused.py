@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flora_core.adapters import peft
 from flora_core.adapters.peft import load_peft_adapter, save_peft_adapter
 from tests.support.rounds import bank_like_update
 
@@ -149,6 +150,16 @@ def test_missing_broken_and_pickled_files_have_errors_of_their_own(saved):
         load_peft_adapter(folder)
     with pytest.raises(FileNotFoundError, match=r"holds no PEFT adapter: there is no such folder"):
         load_peft_adapter(folder / "nowhere")
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_file_that_is_cut_while_it_is_read_is_named(saved, trusted, monkeypatch):
+    folder = saved()
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    monkeypatch.setattr(peft, "read_header", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        load_peft_adapter(folder, trusted=trusted)
 
 
 def test_the_folder_above_adapters_is_refused_with_their_names(saved, tmp_path):

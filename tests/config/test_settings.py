@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -311,6 +312,13 @@ def test_weights_and_numbers_fit_the_clients():
     for weight, words in ((0, "must be above 0, got 0"), (-1, "must be at least 0, got -1")):
         with pytest.raises(ValueError, match=rf"weights\['a'\] {words}"):
             FederationConfig(rounds=1, weights={"a": weight})
+
+
+@pytest.mark.parametrize("cls", [AdapterConfig, FederationConfig, Privacy, TrainConfig])
+def test_settings_do_not_change_once_they_are_made(cls: type):
+    settings = make(cls)
+    with pytest.raises(FrozenInstanceError):
+        setattr(settings, next(iter(cls.__dataclass_fields__)), 1)
 
 
 def test_ranks_alphas_and_overrides_make_each_clients_adapter():
