@@ -169,7 +169,7 @@ def _read_question(columns: _Columns, parts: Parts) -> None:
         prompt[0]["content"] += ("\n\n" if prompt[0]["content"] else "") + check_text(extra, extra_name)
     parts.messages, parts.loss = prompt, [False] * len(prompt)
     _add_answer(answered, columns, parts)
-    _put_before(parts, _history(columns), trained=True)
+    _put_before(parts, _history(columns))
     if system := columns.text(SYSTEM):
         require(parts.messages[0]["role"] != "system", f"the record has a system column and {asked[0]} begins with one")
         _put_before(parts, [{"role": "system", "content": system}])
@@ -212,9 +212,9 @@ def _history(columns: _Columns) -> list[dict[str, Any]]:
     return turns
 
 
-def _put_before(parts: Parts, turns: list[dict[str, Any]], trained: bool = False) -> None:
+def _put_before(parts: Parts, turns: list[dict[str, Any]]) -> None:
     parts.messages = [*turns, *(parts.messages or [])]
-    parts.loss = [trained and turn["role"] == "assistant" for turn in turns] + parts.loss
+    parts.loss = [turn["role"] == "assistant" for turn in turns] + parts.loss
 
 
 def _read_choices(columns: _Columns, parts: Parts) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flora_core.common.segments import Segments
-from flora_core.data.pack import epoch_order, micro_batches, pack, pad
+from flora_core.data.pack import epoch_order, micro_batches, pack, pad, passes
 from flora_core.data.template import Example
 
 
@@ -74,3 +74,29 @@ def test_epoch_order_is_a_permutation_of_its_own():
     orders = [order, *(epoch_order(50, *other) for other in others)]
     assert len({tuple(order) for order in orders}) == len(orders)
     assert epoch_order(0, 3, "a", 1, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "padded", "wanted"),
+    [
+        ([], 10, False, []),
+        ([3, 3, 3], 9, False, [3]),
+        ([3, 3, 3], 9, True, [3]),
+        # As many passes as the budget needs, of about equal size: 12 tokens in two passes, not 10 and 2.
+        ([2] * 6, 10, False, [3, 3]),
+        ([2] * 6, 10, True, [5, 1]),
+        # Padded to the longest in the pass, 1 and 4 take 8.
+        ([1, 1, 1, 4, 4], 8, True, [3, 2]),
+        ([1, 4, 4], 8, True, [2, 1]),
+        ([1, 4, 4], 8, False, [2, 1]),
+        # What is longer than the budget goes alone.
+        ([2, 30, 2, 2], 10, False, [1, 1, 2]),
+        ([2, 30, 2, 2], 10, True, [1, 1, 2]),
+        ([30, 30], 10, False, [1, 1]),
+        ([1, 1], 1, True, [1, 1]),
+    ],
+)
+def test_passes_are_within_the_budget_and_of_about_equal_size(sizes, budget, padded, wanted):
+    cut = passes(list(enumerate(sizes)), budget, padded=padded)
+    assert [len(one) for one in cut] == wanted
+    assert [item for one in cut for item in one] == list(range(len(sizes)))

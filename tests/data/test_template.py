@@ -271,6 +271,31 @@ def test_chat_template_that_refuses_or_rewrites():
         encode([{"messages": TURNS}], make_tokenizer(LAST_ONLY), max_length=99)
 
 
+def each_turn(text: str) -> str:
+    """A chat template that writes ``text`` for every message m."""
+    prompt = "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    return "{% for m in messages %}{{ m.role + ':\\n' + " + text + " }}{% endfor %}" + prompt
+
+
+def test_an_answer_is_found_by_its_content_where_its_end_depends_on_that():
+    tokenizer = make_tokenizer(each_turn("m.content + ('' if m.content == 'cat' else '.') + '<|im_end|>'"))
+    (example,) = encode([SHORT], tokenizer, max_length=99)
+    assert learned(tokenizer, example) == "cat<|im_end|>"
+
+
+def test_content_that_a_template_rewrites_is_refused_where_its_end_differs_too():
+    rewritten = "m.content.replace('cat', 'dog') + ('!' if 'cat' in m.content else '?') + '<|im_end|>'"
+    with pytest.raises(ValueError, match="record 0: the chat template does not render message 1 so that its answer"):
+        encode([SHORT], make_tokenizer(each_turn(rewritten)), max_length=99)
+
+
+def test_an_empty_answer_without_an_end_mark_has_no_token():
+    tokenizer = make_tokenizer(each_turn("m.content + '\\n'"))
+    turns = [TURNS[0], {"role": "assistant", "content": ""}, *TURNS[2:]]
+    (example,) = encode([{"messages": turns}], tokenizer, max_length=99, report=EncodeReport())
+    assert learned(tokenizer, example).strip() == "dog cat\n<|im_end|>"
+
+
 def test_no_records():
     assert encode([], make_tokenizer(), max_length=9) == []
     assert encode_prompts([], make_tokenizer(CHATML)) == []

@@ -26,12 +26,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cosmic_ray.commands import init
 from cosmic_ray.modules import find_modules
-from cosmic_ray.mutating import mutate_and_test
+from cosmic_ray.mutating import mutate_and_test, mutate_code
+from cosmic_ray.plugins import get_operator
 from cosmic_ray.testing import run_tests
 from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome
@@ -43,7 +45,7 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 NEEDED = 0.9
 # None and interned values make identity and equality the same.
 NOT_TRIED = re.compile(r"_(Eq_Is|NotEq_IsNot|Is_Eq|IsNot_NotEq)$")
-COPIED = ("flora_core", "kernels", "recipes", "examples", "tests", "docs", "README.md", "pyproject.toml")
+COPIED = ("flora_core", "kernels", "recipes", "examples", "tests", "bench", "docs", "README.md", "pyproject.toml")
 
 
 class Package(NamedTuple):
@@ -110,8 +112,21 @@ def sample(code: str, count: int, seed: int) -> list[MutationSpec]:
         line = one.module_path.read_text("utf-8").splitlines()[one.start_pos[0] - 1]
         column = one.start_pos[1] - len(line) + len(line.lstrip())
         places[str(one.module_path), one.definition_name, line.strip(), column].append(one)
-    chosen = sorted(places, key=lambda place: rank(*place))[:count]
-    return [min(places[place], key=lambda one: rank(*place, one.operator_name, one.occurrence)) for place in chosen]
+    chosen: list[MutationSpec] = []
+    for place in sorted(places, key=lambda place: rank(*place)):
+        there = sorted(places[place], key=lambda one: rank(*place, one.operator_name, one.occurrence))
+        chosen += list(islice(filter(_is_other_code, there), min(1, count - len(chosen))))
+    return chosen
+
+
+def _is_other_code(one: MutationSpec) -> bool:
+    """Return whether a mutation gives code that can be compiled and differs by more than its layout."""
+    source = one.module_path.read_text("utf-8")
+    mutated = mutate_code(source, get_operator(one.operator_name)(**one.operator_args), one.occurrence)
+    try:
+        return mutated is not None and ast.dump(ast.parse(mutated)) != ast.dump(ast.parse(source))
+    except SyntaxError:
+        return False
 
 
 def _command(tests: Iterable[str], module: Path) -> str:
@@ -129,20 +144,23 @@ def _lines(diff: str, sign: str) -> str:
     return " ".join(lines)
 
 
-def try_package(
-    name: str, count: int, seed: int, until: float, equivalent: dict[tuple[str, ...], str]
-) -> Iterator[Outcome]:
-    """Try a sample of a package's mutants until the time is up."""
-    code, tests = PACKAGES[name]
+def seconds_of(name: str) -> float:
+    """Time the tests of a package, which must pass without a mutant."""
     began = time.monotonic()
-    outcome, output = run_tests(_command(tests, Path(code)), 1200)
+    outcome, output = run_tests(_command(PACKAGES[name].tests, Path(PACKAGES[name].code)), 1200)
     if outcome is not TestOutcome.SURVIVED:
         raise SystemExit(f"the tests of {name} fail without a mutant:\n{output[-3000:]}")
-    timeout = 60 + 3 * (time.monotonic() - began)
-    for mutation in sample(code, count, seed):
+    return time.monotonic() - began
+
+
+def try_package(
+    name: str, mutations: Iterable[MutationSpec], timeout: float, until: float, equivalent: dict[tuple[str, ...], str]
+) -> Iterator[Outcome]:
+    """Try mutants of a package until the time is up."""
+    for mutation in mutations:
         if time.monotonic() > until:
             return
-        result = mutate_and_test([mutation], _command(tests, mutation.module_path), timeout)
+        result = mutate_and_test([mutation], _command(PACKAGES[name].tests, mutation.module_path), timeout)
         before, after = _lines(result.diff or "", "-"), _lines(result.diff or "", "+")
         module = str(mutation.module_path)
         survived = result.test_outcome is TestOutcome.SURVIVED
@@ -204,8 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     until, outcomes = time.monotonic() + 60 * options.minutes, []
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder) / "flora")
-        for name in options.packages or PACKAGES:
-            for one in try_package(name, options.count, options.seed, until, equivalent):
+        timeouts = {name: 60 + 3 * seconds_of(name) for name in options.packages or PACKAGES}
+        for name, timeout in timeouts.items():
+            mutations = sample(PACKAGES[name].code, options.count, options.seed)
+            for one in try_package(name, mutations, timeout, until, equivalent):
                 outcomes.append(one)
                 print("SURVIVED" if one.survived else "killed", one.place, "|", one.after, flush=True)
         os.chdir(ROOT)
