@@ -170,24 +170,23 @@ def try_package(
 
 def report(outcomes: Sequence[Outcome], wanted: int, seed: int) -> tuple[str, float]:
     """Text of the log, and the share of the mutants that change behaviour which was killed."""
-    head = (
-        f"{'package':12}{'tried':>8}{'killed':>8}{'survived':>10}{'equivalent':>12}{'killed of those that count':>28}"
-    )
-    rows, shares = [head], [1.0]
+    columns = ("tried", "killed", "survived", "equivalent", "killed of the others")
+    rows, share = [f"{'package':12}" + "".join(f"{column:>{len(column) + 3}}" for column in columns)], 1.0
     for name in [*PACKAGES, "all"]:
         some = [one for one in outcomes if name in (one.package, "all")]
-        alike, survived = (sum(one.survived and bool(one.equivalent) is kind for one in some) for kind in (True, False))
-        counted = len(some) - alike
-        shares.append(1 - survived / counted if counted else 1.0)
-        killed = counted - survived
-        rows.append(f"{name:12}{len(some):8}{killed:8}{survived:10}{alike:12}{shares[-1]:28.0%}")
+        survived = [one for one in some if one.survived]
+        equivalent = [one for one in survived if one.equivalent]
+        killed, counted = len(some) - len(survived), len(some) - len(equivalent)
+        share = killed / counted if counted else 1.0
+        values = (len(some), killed, len(survived), len(equivalent), f"{share:.0%}")
+        rows.append(f"{name:12}" + "".join(f"{v!s:>{len(c) + 3}}" for c, v in zip(columns, values, strict=True)))
     title = f"cosmic-ray {version('cosmic-ray')}, seed {seed}, {wanted} mutants a package at most; make mutants"
     lines = [title, "", *rows, ""]
     for one in outcomes:
         if one.survived:
             verdict = f"equivalent: {one.equivalent}" if one.equivalent else "SURVIVED"
             lines += [one.place, f"  - {one.before}", f"  + {one.after}", f"  {verdict}", ""]
-    return "\n".join(lines), shares[-1]
+    return "\n".join(lines), share
 
 
 def _prepare(copy: Path) -> None:
