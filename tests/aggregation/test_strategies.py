@@ -210,6 +210,20 @@ def test_only_the_trained_factor_travels(name):
     assert result.up == dict.fromkeys(["c0", "c1", "c2"], result.bytes_up // 3)
 
 
+@pytest.mark.parametrize("name", ["zero_pad", "flexlora"])
+@pytest.mark.parametrize("rank", [2, 4, 9])
+def test_a_client_is_sent_the_rows_of_its_rank_that_there_are(name: str, rank: int):
+    state = aggregate([make_update("a", 2, seed=0), make_update("b", 4, seed=1)], name).state
+    update = make_update("c", rank)
+    there = max(pair["A"].shape[0] for pair in state["adapter"].values())
+    sizes = {"A": sum(k for _, k in SHAPES.values()), "B": sum(n for n, _ in SHAPES.values())}
+    for trained in (("A", "B"), ("A",), ("B",)):
+        expected = min(rank, there) * 8 * sum(sizes[factor] for factor in trained)
+        assert get_strategy(name).adapter_bytes(state, update, trained) == expected
+    one = make_update("d", rank, modules=[Q])
+    assert get_strategy(name).adapter_bytes(state, one, ("A",)) == min(rank, there) * 8 * SHAPES[Q][1]
+
+
 @pytest.mark.parametrize("name", ["ffa", "rolora"])
 def test_a_frozen_factor_that_was_trained_is_refused(name):
     updates = a_round(name)

@@ -5,6 +5,7 @@ Letters: K in_features, N out_features, R one client's rank.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,13 +37,22 @@ def test_stack_svd_equals_the_dense_one(p, n, k):
         assert bool((svd.V_RK.gather(1, svd.V_RK.abs().argmax(1, keepdim=True)) > 0).all())
 
 
+@pytest.mark.parametrize(("n", "k"), [(4, 2000), (2000, 4), (2000, 2000)])
+def test_triplets_of_rounding_error_are_left_out_as_numpy_counts_the_rank(n: int, k: int):
+    """Rounding is relative to the largest singular value times the longer side: 4.4e-13 here."""
+    for second, rank in ((4e-13, 1), (5e-13, 2)):
+        A, B = torch.eye(2, k, dtype=torch.float64), torch.eye(2, n, dtype=torch.float64)
+        coef = torch.tensor([1.0, second], dtype=torch.float64)
+        assert len(stack_svd((A, B, coef)).S_R) == np.linalg.matrix_rank((B.T * coef) @ A) == rank
+
+
 def test_the_core_is_decomposed_where_that_costs_less():
     def chosen(p, n, k):
         return is_core_cheaper((torch.empty(p, k), torch.empty(p, n), torch.empty(p)))
 
-    assert [chosen(p, 1000, 1000) for p in (0, 1, 500, 780, 810, 1000, 1001)] == [True] * 4 + [False] * 3
-    assert [chosen(p, 3000, 1000) for p in (900, 960, 1000)] == [True, True, False]
-    assert [chosen(p, 1000, 3000) for p in (900, 960, 1000)] == [True, True, False]
+    assert [chosen(p, 1000, 1000) for p in (0, 1, 500, 790, 800, 1000, 1001)] == [True] * 4 + [False] * 3
+    assert [chosen(p, 3000, 1000) for p in (900, 980, 990, 1000)] == [True, True, False, False]
+    assert [chosen(p, 1000, 3000) for p in (900, 980, 990, 1000)] == [True, True, False, False]
     assert chosen(13, 24, 16)
     assert not chosen(14, 24, 16), "the sizes of test_stack_svd_equals_the_dense_one lie on both sides"
 

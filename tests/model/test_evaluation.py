@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -131,6 +132,14 @@ def test_refuses_what_cannot_be_evaluated():
         flora.evaluate(model, tokenizer, [question, *make_records("a", 1)])
     with pytest.warns(UserWarning, match="dropped"), pytest.raises(ValueError, match="4 choices do not fit max_length"):
         flora.evaluate(model, LETTERED, [question], max_length=3)
+
+
+def test_the_defaults_are_those_of_training():
+    defaults = {name: one.default for name, one in inspect.signature(flora.evaluate).parameters.items()}
+    train = flora.TrainConfig()
+    names = ("max_length", "template", "loss_on")
+    assert {name: defaults[name] for name in names} == {name: getattr(train, name) for name in names}
+    assert (defaults["token_budget"], defaults["label"], defaults["clients"]) == (2048, "category", None)
 
 
 def test_the_model_is_left_as_it_was():

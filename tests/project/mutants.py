@@ -80,24 +80,25 @@ class Outcome:
     equivalent: str | None
 
 
-def _annotations(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ranges of the annotations in a module: nothing evaluates them."""
+def _ignored(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Ranges of a module that are not mutated: annotations, which nothing evaluates, and the ``strict`` of zips."""
     found: list[Any] = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         found += [getattr(node, name, None) for name in ("annotation", "returns")]
+        found += [node] if isinstance(node, ast.keyword) and node.arg == "strict" else []
     return [((one.lineno, one.col_offset), (one.end_lineno, one.end_col_offset)) for one in found if one]
 
 
 def _mutations(code: str) -> Iterator[MutationSpec]:
     """Every mutation of the code of a package that can change behaviour."""
     modules = sorted(find_modules([Path(code)]))
-    ignored = {module: _annotations(module) for module in modules}
+    ignored = {module: _ignored(module) for module in modules}
     with use_db(":memory:") as db:
         init(modules, db, {})
         for item in db.work_items:
             (one,) = item.mutations
-            in_annotation = any(start <= one.start_pos < end for start, end in ignored[one.module_path])
-            if not in_annotation and not NOT_TRIED.search(one.operator_name):
+            ignored_here = any(start <= one.start_pos < end for start, end in ignored[one.module_path])
+            if not ignored_here and not NOT_TRIED.search(one.operator_name):
                 yield one
 
 
