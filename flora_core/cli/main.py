@@ -191,8 +191,8 @@ def _run(options: argparse.Namespace) -> int:
     use_strategy(recipe)
     from ..distributed import session
 
-    with session() as ranks:
-        return _run_recipe(recipe, options.dry_run, ranks.first)
+    with session() as world:
+        return _run_recipe(recipe, options.dry_run, world.first)
 
 
 def _run_recipe(recipe: Recipe, plan_only: bool, first: bool) -> int:

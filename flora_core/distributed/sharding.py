@@ -1,11 +1,11 @@
-"""A base that the ranks of a run hold between them: each has a part of every decoder layer (torch's ``fully_shard``).
+"""A base in shards: each process has a part of every decoder layer (torch's ``fully_shard``).
 
-A layer's weights are gathered right before its forward and its backward, and let go of after. That takes all ranks at
-once, and each has clients of its own with as many steps as they need. So the ranks meet before every pass of the
-decoder: a process without work runs an empty pass, until all are done.
+A layer's weights are gathered right before its forward and its backward, and let go of after. That takes all
+processes at once, and each has clients of its own with as many steps as they need. So the processes meet before every
+pass of the decoder: one without work runs an empty pass, until all are done.
 
-Embeddings, norms and head outside the layers, and adapters, are whole on every rank. Letters: K in_features,
-N out_features, W ranks.
+Embeddings, norms and head outside the layers, and adapters, are whole on every process. Letters: K in_features,
+N out_features, W processes.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from ..common import memory_bytes, require, show_bytes
 from ..config import TrainConfig
 
 if TYPE_CHECKING:
-    from .world import Ranks
+    from .world import World
 
-# What a rank brings to a meeting before a pass: nothing to run, a forward pass, or one with its backward.
+# What a process brings to a meeting before a pass: nothing to run, a forward pass, or one with its backward.
 _NONE, _FORWARD, _TRAINING = 0, 1, 2
 _KEPT = "_flora_sharded_base"
-# Of a device's memory, what a base may take so that every rank has it whole: the rest is for training.
+# Of a device's memory, what a base may take so that every process has it whole: the rest is for training.
 _ROOM = 0.6
 
 
 class ShardedBase:
-    """A model whose decoder layers are spread over the ranks. Made by ``shard_base``.
+    """A model whose decoder layers are spread over the processes. Made by ``shard_base``.
 
     Args:
         model: Sharded already.
-        ranks: Who holds it.
+        world: The processes that hold it.
         mesh: Their mesh.
         reason: Why it is sharded.
     """
 
-    def __init__(self, model: Any, ranks: Ranks, mesh: Any, reason: str):
-        self.model, self.ranks, self.mesh, self.reason = model, ranks, mesh, reason
+    def __init__(self, model: Any, world: World, mesh: Any, reason: str):
+        self.model, self.world, self.mesh, self.reason = model, world, mesh, reason
         self._along = False
         model.base_model.register_forward_pre_hook(self._before, prepend=True)
         model.base_model.register_forward_hook(self._after)
@@ -49,7 +49,7 @@ class ShardedBase:
 
     @property
     def held_bytes(self) -> int:
-        """Of the base, what this rank holds between passes."""
+        """Of the base, what this process holds between passes."""
         return sum(_local(parameter).nbytes for parameter in self.model.parameters())
 
     def to_json(self) -> dict[str, Any]:
@@ -58,44 +58,44 @@ class ShardedBase:
 
     def __str__(self) -> str:
         size = show_bytes(self.held_bytes)
-        return f"sharded over {self.ranks.size} ranks, {size} of it on this one between passes ({self.reason})"
+        return f"sharded over {self.world.size} processes, {size} of it on this one between passes ({self.reason})"
 
     # Passes.
 
     def run_along(self) -> None:
-        """Run the other ranks' passes along until no rank has any left; all ranks end here together."""
-        while any(kinds := self.ranks.meet(_NONE, passes=True)):
+        """Run the other processes' passes along until no process has any left; all processes end here together."""
+        while any(kinds := self.world.barrier(_NONE, passes=True)):
             self._run_empty(min(filter(None, kinds)))
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if self._along:
             return
-        if self.ranks.busy:
+        if self.world.busy:
             raise ConnectionError(
-                "a pass of the sharded base was not finished before the next began: the other ranks cannot follow; "
+                "a pass of the sharded base was not finished before the next began: the other processes cannot follow; "
                 "each forward pass with gradients needs its backward pass, and none may fail"
             )
         kind = _TRAINING if torch.is_grad_enabled() else _FORWARD
-        while (first := min(filter(None, self.ranks.meet(kind, passes=True)))) != kind:
+        while (first := min(filter(None, self.world.barrier(kind, passes=True)))) != kind:
             self._run_empty(first)
-        self.ranks.busy = True
+        self.world.busy = True
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._along and not torch.is_grad_enabled():
-            self.ranks.busy = False
+            self.world.busy = False
 
     def _embedded(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
-        # Every layer then has a backward pass on every rank, whichever layers its clients adapt.
+        # Every layer then has a backward pass on every process, whichever layers its clients adapt.
         if torch.is_grad_enabled():
             (output if output.requires_grad else output.requires_grad_(True)).register_hook(self._done)
 
     def _done(self, grad: torch.Tensor) -> None:
-        self.ranks.busy = False
+        self.world.busy = False
 
     def _run_empty(self, kind: int) -> None:
-        """A pass of one token through the base alone, so that the others' passes find all ranks."""
+        """A pass of one token through the base alone, so that the others' passes find all processes."""
         weight = self.model.get_input_embeddings().weight
-        self._along = self.ranks.busy = True
+        self._along = self.world.busy = True
         try:
             with torch.set_grad_enabled(kind == _TRAINING), torch.autocast(weight.device.type, enabled=False):
                 token = weight.new_zeros(1, 1, weight.shape[1], requires_grad=kind == _TRAINING)
@@ -104,12 +104,12 @@ class ShardedBase:
                     hidden.sum().backward()
         finally:
             self._along = False
-        self.ranks.busy = False
+        self.world.busy = False
 
     # Parts and wholes.
 
     def weights(self, modules: Iterable[str]) -> dict[str, torch.Tensor]:
-        """This rank's rows of modules' weights; writing to them changes the base."""
+        """This process's rows of modules' weights; writing to them changes the base."""
         return {module: _local(self.model.get_submodule(module).weight) for module in modules}
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -117,50 +117,50 @@ class ShardedBase:
         return tuple(self.model.get_submodule(module).weight.shape)
 
     def rows(self, module: str) -> slice:
-        """Which rows of a module's weight this rank has: an even share, as ``torch.chunk`` gives it."""
+        """Which rows of a module's weight this process has: an even share, as ``torch.chunk`` gives it."""
         N = self.shape(module)[0]
-        share = -(-N // self.ranks.size)
-        first = min(self.ranks.rank * share, N)
+        share = -(-N // self.world.size)
+        first = min(self.world.process * share, N)
         return slice(first, min(first + share, N))
 
     def wholes(self, parts: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Module -> all rows of what every rank has its rows of, one module at a time; all ranks take part."""
-        self.ranks.meet()
+        """Module -> all rows of what every process has its rows of, one module at a time; all processes take part."""
+        self.world.barrier()
         for module, part in parts.items():
             yield module, self._whole(part, self.shape(module))
 
     def gathered(self, parts: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``wholes`` in the memory of rank 0's host; nothing on the others."""
-        return {module: whole.cpu() for module, whole in self.wholes(parts) if self.ranks.first}
+        """``wholes`` in the memory of process 0's host; nothing on the others."""
+        return {module: whole.cpu() for module, whole in self.wholes(parts) if self.world.first}
 
     def scatter_(self, parts: Mapping[str, torch.Tensor], wholes: Mapping[str, torch.Tensor]) -> None:
-        """Give every rank its rows of what rank 0 has whole, one module at a time."""
-        self.ranks.meet()
+        """Give every process its rows of what process 0 has whole, one module at a time."""
+        self.world.barrier()
         for module, part in parts.items():
-            whole = self.ranks.send({"whole": wholes[module]} if self.ranks.first else None)["whole"]
+            whole = self.world.send({"whole": wholes[module]} if self.world.first else None)["whole"]
             part.copy_(whole[self.rows(module)])
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by name, whole, one at a time; all ranks take part."""
-        self.ranks.meet()
+        """Every parameter by name, whole, one at a time; all processes take part."""
+        self.world.barrier()
         for name, parameter in self.model.named_parameters():
             yield name, self._full(parameter)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole model in the memory of rank 0's host, tied weights once; nothing on the others."""
-        self.ranks.meet()
+        """The whole model in the memory of process 0's host, tied weights once; nothing on the others."""
+        self.world.barrier()
         found: dict[str, torch.Tensor] = {}
         copies: dict[int, torch.Tensor] = {}
         for name, tensor in self.model.state_dict().items():
             whole = self._full(tensor)
-            if self.ranks.first:
+            if self.world.first:
                 found[name] = copies.setdefault(whole.data_ptr(), whole.cpu()) if whole is tensor else whole.cpu()
         return found
 
     def _full(self, tensor: Any) -> torch.Tensor:
         if not is_sharded(tensor):
             return tensor
-        with self.ranks.noticing_loss(), torch.no_grad():
+        with self.world.noticing_loss(), torch.no_grad():
             return tensor.full_tensor()
 
     def _whole(self, part: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -186,27 +186,27 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def _local(tensor: Any) -> torch.Tensor:
-    """This rank's part of a tensor, without a copy."""
+    """This process's part of a tensor, without a copy."""
     with torch.no_grad():
         return tensor.to_local() if is_sharded(tensor) else tensor.detach()
 
 
-def shard_base(model: Any, ranks: Ranks, device: torch.device | None = None, reason: str = "as asked") -> ShardedBase:
-    """Spread a model's decoder layers over the ranks and freeze it; every rank calls this with the same model.
+def shard_base(model: Any, world: World, device: torch.device | None = None, reason: str = "as asked") -> ShardedBase:
+    """Spread a model's decoder layers over the processes and freeze it; every process calls this with the same model.
 
     Args:
         model: A transformers causal LM, whole; on the CPU, or where it is to stay.
-        ranks: From ``flora_core.distributed.ranks``.
+        world: Its processes.
         device: Where parts go, a layer at a time; None for where the model is.
         reason: Reported in the run's events.
     Raises:
-        ValueError: If there is one rank alone, the model is sharded already, or has no decoder layers to spread.
+        ValueError: If there is one process alone, the model is sharded already, or has no decoder layers to spread.
     """
     from torch.distributed.fsdp import fully_shard
 
     check_plain(model)
     require(
-        ranks.size > 1,
+        world.size > 1,
         "base='sharded' needs several processes to spread the base over, got 1; start them with torchrun, or use "
         "base='auto'",
     )
@@ -214,7 +214,7 @@ def shard_base(model: Any, ranks: Ranks, device: torch.device | None = None, rea
     place: torch.device = device or model.get_input_embeddings().weight.device
     # Before anything is gathered: what is gathered asks for gradients as its parts did then.
     model.requires_grad_(False)
-    mesh = ranks.mesh(place.type)
+    mesh = world.mesh(place.type)
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     rest = {parameter for parameter in model.parameters() if not is_sharded(parameter)}
@@ -222,7 +222,7 @@ def shard_base(model: Any, ranks: Ranks, device: torch.device | None = None, rea
     fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
     for parameter in rest:
         parameter.data = parameter.data.to(place)
-    base = ShardedBase(model, ranks, mesh, reason)
+    base = ShardedBase(model, world, mesh, reason)
     vars(model)[_KEPT] = base
     return base
 
@@ -254,23 +254,23 @@ def check_plain(model: Any) -> None:
     )
 
 
-def why_shard(model: Any, wanted: str, ranks: Ranks, device: torch.device) -> str | None:
-    """Why the base is to be sharded, on all ranks alike; None where every rank holds it whole.
+def why_shard(model: Any, wanted: str, world: World, device: torch.device) -> str | None:
+    """Why the base is to be sharded, on all processes alike; None where every process holds it whole.
 
     Args:
-        wanted: auto, replicated or sharded. ``auto`` shards where on any rank the base would take more than 0.6 of
+        wanted: auto, replicated or sharded. ``auto`` shards where on any process the base would take more than 0.6 of
             the memory of its GPU, or of its share of the host.
     """
-    if wanted != "auto" or ranks.size == 1:
+    if wanted != "auto" or world.size == 1:
         return "as asked" if wanted == "sharded" else None
     size, room = sum(parameter.nbytes for parameter in model.parameters()), _memory_bytes(device)
-    if not any(ranks.meet(size > _ROOM * room)):
+    if not any(world.barrier(size > _ROOM * room)):
         return None
-    return f"the base's {show_bytes(size)} are more than {_ROOM:g} of a rank's memory, {show_bytes(room)} here"
+    return f"the base's {show_bytes(size)} are more than {_ROOM:g} of a process's memory, {show_bytes(room)} here"
 
 
-def shard_if_needed(model: Any, wanted: str, ranks: Ranks, device: torch.device | None = None) -> bool:
-    """Spread a model's base over the ranks where that is wanted or it does not fit otherwise; whether it is spread.
+def shard_if_needed(model: Any, wanted: str, world: World, device: torch.device | None = None) -> bool:
+    """Spread a model's base over the processes where that is wanted or it does not fit otherwise; whether it is spread.
 
     Args:
         wanted: auto, replicated or sharded, as ``FederationConfig.base``.
@@ -282,9 +282,9 @@ def shard_if_needed(model: Any, wanted: str, ranks: Ranks, device: torch.device 
         require(wanted != "replicated", "base='replicated', and the model is sharded already: load it anew")
         return True
     place: torch.device = device or model.get_input_embeddings().weight.device
-    why = why_shard(model, wanted, ranks, place)
+    why = why_shard(model, wanted, world, place)
     if why is not None:
-        shard_base(model, ranks, place, why)
+        shard_base(model, world, place, why)
     return why is not None
 
 

@@ -1,11 +1,11 @@
 """Exchange of a round's updates between processes: every adapter to every process, or one sum a module.
 
-Bytes on all wires together, for W ranks, factors of b bytes a number, and a ring that adds in float64:
+Bytes on all wires together, for W processes, factors of b bytes a number, and a ring that adds in float64:
 
-    gather   (W - 1) P (N + K) b     every rank gets what the others trained
-    reduce   2 (W - 1) N K 8         sum_k p_k s_k B_k A_k, of which every rank makes its own clients' part
+    gather   (W - 1) P (N + K) b     every process gets what the others trained
+    reduce   2 (W - 1) N K 8         sum_k p_k s_k B_k A_k, of which every process makes its own clients' part
 
-Letters: K in_features, N out_features, P the sum of the clients' ranks, W ranks of the run.
+Letters: K in_features, N out_features, P the sum of the clients' ranks, W processes of the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from ..adapters import ClientUpdate
 from ..aggregation import Stack, round_terms, stack_of
 from ..config import FederationConfig
-from ..distributed import Ranks
+from ..distributed import World
 from ..ops import autotune
 
 _SUM_BYTES = torch.float64.itemsize
@@ -49,7 +49,7 @@ class Way:
 def why_gather(config: FederationConfig, strategy: str, sharded: bool) -> str | None:
     """Say what needs every client's factors in every process; None if their sum is enough."""
     if sharded:
-        return "each rank writes its own rows of a sharded base"
+        return "each process writes its own rows of a sharded base"
     if strategy != "flora":
         return f"strategy {strategy!r} looks at single clients' factors"
     for name in ("clip_update", "outlier_factor"):
@@ -60,12 +60,12 @@ def why_gather(config: FederationConfig, strategy: str, sharded: bool) -> str | 
     return None
 
 
-def choose(expected: Sequence[ClientUpdate], ranks: int, why: str | None) -> Way:
+def choose(expected: Sequence[ClientUpdate], processes: int, why: str | None) -> Way:
     """Choose for each module what moves fewer bytes.
 
     Args:
         expected: What the round's clients will send; only shapes are looked at.
-        ranks: How many there are.
+        processes: How many there are.
         why: Why sums are not enough; None if they are.
     """
     gathered: dict[str, int] = {}
@@ -73,8 +73,8 @@ def choose(expected: Sequence[ClientUpdate], ranks: int, why: str | None) -> Way
     for update in expected:
         for module, (A_RK, B_RN) in update.adapters.items():
             size = A_RK.numel() * A_RK.element_size() + B_RN.numel() * B_RN.element_size()
-            gathered[module] = gathered.get(module, 0) + (ranks - 1) * size
-            summed[module] = 2 * (ranks - 1) * A_RK.shape[1] * B_RN.shape[1] * _SUM_BYTES
+            gathered[module] = gathered.get(module, 0) + (processes - 1) * size
+            summed[module] = 2 * (processes - 1) * A_RK.shape[1] * B_RN.shape[1] * _SUM_BYTES
     smaller = tuple(module for module in gathered if summed[module] < gathered[module])
     reduced = smaller if why is None else ()
     reason = why or f"sums are smaller than adapters in {len(smaller)} of {len(gathered)} modules"
@@ -95,13 +95,13 @@ def whole(update: ClientUpdate, expected: ClientUpdate) -> ClientUpdate:
     return replace(update, adapters=adapters, scaling=expected.scaling)
 
 
-def share_choices(ranks: Ranks, device: torch.device) -> None:
+def share_choices(world: World, device: torch.device) -> None:
     """Let all processes fuse as was measured in any of them: the first process's choice counts before the others'.
 
     A client's last bits must not depend on the process that trains it.
     """
     merged: dict[str, Any] = {}
-    for used in ranks.exchange([autotune.used()]):
+    for used in world.exchange([autotune.used()]):
         for choices in used[0].values():
             merged = {**choices, **merged}
     if merged:
@@ -109,7 +109,7 @@ def share_choices(ranks: Ranks, device: torch.device) -> None:
 
 
 def partial_sum(module: str, updates: Sequence[ClientUpdate], mine: Iterable[str], like: torch.Tensor) -> torch.Tensor:
-    """This rank's part of ``sum_k p_k s_k B_k A_k`` in float64.
+    """This process's part of ``sum_k p_k s_k B_k A_k`` in float64.
 
     Args:
         module: Whose sum.

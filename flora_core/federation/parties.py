@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ..adapters import Adapters, ClientUpdate
 from ..common import json_digest, listed, require
 from ..config import AdapterConfig
-from ..distributed import ranks
+from ..distributed import World
 from ..model import ClientSpec
 from ..runs import Event, EventLog, environment
 from .clients import Round, RunSetup, Trained, client_done
@@ -163,8 +163,8 @@ class Parties:
     on_own_machines = True
 
     def __init__(self, setup: RunSetup, link: Link, min_clients_at_start: int = 1, join_seconds: float = 600.0):
-        count = ranks().size
-        require(count == 1, f"a server of parties elsewhere is one process, got {count} ranks; do without torchrun")
+        count = World.current().size
+        require(count == 1, f"a server of parties elsewhere is one process, got {count} processes; do without torchrun")
         require(
             setup.config.privacy is None,
             "privacy is for clients that this process asks itself; parties elsewhere would not be sent the noise",

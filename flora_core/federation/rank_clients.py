@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapters import ClientUpdate, packed, unpacked
 from ..aggregation import Norm
-from ..distributed import Ranks
+from ..distributed import World
 from ..runs import Event, EventLog
 from ..training import CohortTrainer, Paused, spread
 from .clients import Round, Trained
@@ -24,13 +24,13 @@ class RankClients:
 
     Args:
         local: Trains this process's share; knows all clients.
-        ranks: The processes.
+        world: The processes.
     """
 
     on_own_machines = False
 
-    def __init__(self, local: LocalClients, ranks: Ranks):
-        self.local, self.ranks = local, ranks
+    def __init__(self, local: LocalClients, world: World):
+        self.local, self.world = local, world
         self.specs, self.expected, self.optimizer = local.specs, local.expected, local.optimizer
 
     def prepare(self) -> list[Event]:
@@ -47,12 +47,12 @@ class RankClients:
 
     def train(self, round: Round) -> Trained:
         """Train this process's share, and receive what the others trained."""
-        shares = spread({name: self.local.work(name, round.number) for name in round.names}, self.ranks.size)
+        shares = spread({name: self.local.work(name, round.number) for name in round.names}, self.world.size)
         done, first = Trained(), len(round.log.events)
-        with self.local.trainer(round, shares[self.ranks.rank], done) as trainer:
+        with self.local.trainer(round, shares[self.world.process], done) as trainer:
             planned = len(trainer.plan().cohorts) if trainer else 0
             round.server.model.run_empty_passes()
-            round.start(self.local.setup.config.rounds, sum(self.ranks.meet(planned)), shares=shares)
+            round.start(self.local.setup.config.rounds, sum(self.world.barrier(planned)), shares=shares)
             done.updates = self._train_share(trainer, round)
         self.local.keep(trainer, done)
         warnings = [event for event in round.log.events[first:] if event["event"] == "warning"]
@@ -66,10 +66,10 @@ class RankClients:
         except Paused as pause:
             begun = pause.state
         round.server.model.run_empty_passes()
-        if any(self.ranks.meet(bool(begun))):
+        if any(self.world.barrier(bool(begun))):
             if trainer and not begun:
                 begun = trainer.finished_states()
-            parts = self.ranks.exchange([{name: state} for name, state in begun.items()])
+            parts = self.world.exchange([{name: state} for name, state in begun.items()])
             raise Paused({name: state for part in parts for one in part for name, state in one.items()})
         return updates
 
@@ -77,29 +77,29 @@ class RankClients:
         self, round: Round, shares: Sequence[Sequence[str]], done: Trained, warnings: Sequence[Event]
     ) -> Trained:
         """Exchange all processes' results: updates with their norms, or sums; failures, moments, events."""
-        before, server, mine = self.ranks.moved_bytes, round.server, shares[self.ranks.rank]
+        before, server, mine = self.world.moved_bytes, round.server, shares[self.world.process]
         everybody = [self.expected[name] for share in shares for name in share]
         why = why_gather(self.local.setup.config, server.strategy.name, server.model.base is not None)
-        way = choose(everybody, self.ranks.size, why)
+        way = choose(everybody, self.world.size, why)
         verdict = round.judge.each(done.updates, {name: self.expected[name] for name in mine})
         done.answers = {update.client: update for update in done.updates if update.client in verdict.refused}
         done.updates, done.norms, refused = verdict.good, verdict.norms, dict(verdict.refused)
-        found = self.ranks.exchange([{"warnings": warnings}, *self._parts(mine, done, refused, way.reduced)])
-        for rank, (first, *others) in enumerate(found):
-            if rank != self.ranks.rank:
+        found = self.world.exchange([{"warnings": warnings}, *self._parts(mine, done, refused, way.reduced)])
+        for process, (first, *others) in enumerate(found):
+            if process != self.world.process:
                 for warning in first["warnings"]:
                     round.log.emit(**warning)
                 for part in others:
                     self._receive(part, done, refused)
         round.log.warn_refused(refused)
         done.failures |= refused
-        share_choices(self.ranks, server.model.device)
+        share_choices(self.world, server.model.device)
         order = {name: place for place, name in enumerate(self.expected)}
         done.updates.sort(key=lambda update: order[update.client])
         for module in way.reduced if done.updates else ():
             done.sums[module] = partial_sum(module, done.updates, mine, server.model.weights[module])
-            self.ranks.add_(done.sums[module])
-        round.log.emit("exchanged", round=round.number, **way.to_json(), bytes=self.ranks.moved_bytes - before)
+            self.world.add_(done.sums[module])
+        round.log.emit("exchanged", round=round.number, **way.to_json(), bytes=self.world.moved_bytes - before)
         return done
 
     def _parts(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..common import on_device, tensor_digest
-from ..distributed import Ranks
+from ..distributed import World
 from ..runs import Event, EventLog, RunFolder, identity
 from .clients import Clients, RunSetup
 from .evaluation import HeldOut
@@ -83,31 +83,31 @@ def find_progress(
     return found, notes + damaged + torn
 
 
-def share_progress(ranks: Ranks, found: Progress, server: Server) -> Progress:
+def share_progress(world: World, found: Progress, server: Server) -> Progress:
     """Give every process what the first one found in the folder: the others may not even see its disk."""
-    if ranks.size == 1:
+    if world.size == 1:
         return found
-    ranks.meet()
+    world.barrier()
     # What is sharded goes to each process in parts, by itself.
     sharded = {} if server.model.base is None else {"weights": {}, "low_bits": {}}
     parts = {f: getattr(found, f) for f in Progress.__dataclass_fields__}
-    sent = ranks.send({**parts, "server": {**found.server, **sharded} if found.server else {}})
-    share_choices(ranks, server.model.device)
-    return found if ranks.first else Progress(**sent)
+    sent = world.send({**parts, "server": {**found.server, **sharded} if found.server else {}})
+    share_choices(world, server.model.device)
+    return found if world.first else Progress(**sent)
 
 
-def keep_alike(ranks: Ranks, server: Server, log: EventLog, number: int) -> None:
+def keep_alike(world: World, server: Server, log: EventLog, number: int) -> None:
     """See that a round left all processes the same weights; where a machine rounds otherwise, the first's count."""
-    if ranks.size == 1 or server.model.base is not None:
+    if world.size == 1 or server.model.base is not None:
         return  # no other process has a copy
     low_bits = {f"{module} low bits": low for module, low in server.model.low_bits.items()}
-    digests = ranks.exchange([tensor_digest({**server.model.weights, **low_bits}.items())])
-    others = [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]
+    digests = world.exchange([tensor_digest({**server.model.weights, **low_bits}.items())])
+    others = [str(process) for process, digest in enumerate(digests) if digest != digests[0]]
     if others:
-        found = ranks.send(server.saved())
-        if not ranks.first:
+        found = world.send(server.saved())
+        if not world.first:
             server.restore(found)
-        text = f"ranks {', '.join(others)} came to other weights than rank 0, whose they take: their machines differ"
+        text = f"processes {', '.join(others)} came to other weights than process 0 and take its: their machines differ"
         log.emit("warning", round=number, message=text)
 
 

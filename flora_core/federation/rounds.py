@@ -19,7 +19,7 @@ from ..adapters import ClientUpdate
 from ..aggregation import get_strategy
 from ..common import Stopped, generator, peak_memory_bytes, require
 from ..config import FederationConfig, Privacy, TrainConfig
-from ..distributed import ranks, shard_if_needed
+from ..distributed import World, shard_if_needed
 from ..model import ClientSpec, as_tokenizer, check_model
 from ..runs import Event, EventLog, RunFolder, environment
 from ..training import Paused, stopping
@@ -92,16 +92,16 @@ class Federation:
         config.check_strategy(strategy)
         chosen, train = get_strategy(strategy), train or TrainConfig()
         chosen.check(config.strategy_options)
-        self.model, self.tokenizer, self.config, self.ranks = model, as_tokenizer(tokenizer), config, ranks()
+        self.model, self.tokenizer, self.config, self.world = model, as_tokenizer(tokenizer), config, World.current()
         self.setup = RunSetup(model, self.tokenizer, chosen, config, train, target_modules, backend=backend, fuse=fuse)
         self.clients = clients(self.setup) if callable(clients) else self._clients(list(clients), dict(remote or {}))
         names = list(self.clients.specs)
         config.check_names(names)
         self._check_alone("privacy", config.privacy is not None)
         self.held_out = HeldOut(list(self.clients.specs.values()), eval_data, config)
-        out = config.out if self.ranks.first else None
+        out = config.out if self.world.first else None
         self.folder = None if out is None else RunFolder(out, config.keep_snapshots)
-        self.log = EventLog(callbacks, None if self.folder is None else self.folder.metrics, self.ranks.first)
+        self.log = EventLog(callbacks, None if self.folder is None else self.folder.metrics, self.world.first)
         self.output = RunOutput(self.setup, self.folder, self.log)
         self.private = None if config.privacy is None else self._private_sum(config.privacy, names)
         self.round, self.paused, self.present, self.stop = 0, {}, names, lambda: False
@@ -113,13 +113,13 @@ class Federation:
         require(not twice, f"client names must be unique, got twice: {', '.join(twice)}")
         self._check_alone("remote", bool(remote))
         local = LocalClients(self.setup, [spec for spec in specs if spec.name not in remote])
-        if self.ranks.size > 1:
-            return RankClients(local, self.ranks)
+        if self.world.size > 1:
+            return RankClients(local, self.world)
         return CallableClients(local, specs, remote) if remote else local
 
     def _check_alone(self, name: str, wanted: bool) -> None:
-        text = f"{name} is for a run in one process, got {self.ranks.size} ranks; leave it out, or do without torchrun"
-        require(self.ranks.size == 1 or not wanted, text)
+        text = f"{name} is for a run in one process, got {self.world.size}; leave it out, or do without torchrun"
+        require(self.world.size == 1 or not wanted, text)
 
     def _private_sum(self, privacy: Privacy, names: Sequence[str]) -> PrivateSum:
         config = self.config
@@ -138,12 +138,12 @@ class Federation:
                 run started again goes on there. Left alone it ends the process with exit code 0.
         """
         with (
-            self.ranks.together(),
+            self.world.together(),
             nullcontext() if self.folder is None else self.folder.locked(),
             stopping(self.config.out is not None) as self.stop,
         ):
             began = time.perf_counter()
-            shard_if_needed(self.setup.model, self.config.base, self.ranks)
+            shard_if_needed(self.setup.model, self.config.base, self.world)
             notes = self._prepare()
             found, more = self._resume()
             if found.finished and self.round == self.config.rounds:
@@ -156,12 +156,12 @@ class Federation:
                     self._run_round()
                 except Paused as pause:
                     self._pause(pause)
-                if any(self.ranks.meet(self.stop())) and self.round < self.config.rounds:
+                if any(self.world.barrier(self.stop())) and self.round < self.config.rounds:
                     raise Stopped(
                         f"stopped after round {self.round}, as was asked: the same run goes on from {self._out}"
                     )
             self._finish(began)
-            self.ranks.meet()
+            self.world.barrier()
         return self._result()
 
     def _prepare(self) -> list[Event]:
@@ -179,16 +179,16 @@ class Federation:
 
     def _resume(self) -> tuple[Progress, list[str]]:
         """Go on after the newest whole round in the folder, if it holds this run; warnings."""
-        if self.folder is None and self.ranks.size == 1:
+        if self.folder is None and self.world.size == 1:
             return Progress(), []
         server = self.server
         start, where = server.digest(), environment(server.model.device)
         mine = fingerprint(self.setup, server, self.clients, self.held_out)
-        notes, found = self.ranks.agree({**mine, "start": start}, where), Progress()
+        notes, found = self.world.agree({**mine, "start": start}, where), Progress()
         if self.folder is not None:
             found, more = find_progress(self.folder, self.setup, server, (mine, where, start), self.private)
             notes += more
-        found = share_progress(self.ranks, found, server)
+        found = share_progress(self.world, found, server)
         if found.server:
             server.restore(found.server)
         self.round, self.paused, self.log.events = found.round, found.paused, found.events
@@ -200,7 +200,7 @@ class Federation:
         """Save what a round that was stopped between two steps has, and stop."""
         number = self.round + 1
         self.output.save_pause(number, self.names, pause.state)
-        self.ranks.meet()
+        self.world.barrier()
         text = f"stopped within round {number}, as was asked: the same run goes on from {self._out} at this step"
         self.log.report({"event": "warning", "message": text})
         raise Stopped(text)
@@ -226,7 +226,7 @@ class Federation:
             resumed_from=self.round or None,
             **({} if base is None else {"base": base.to_json()}),
         )
-        for note in [*notes, *self._idle_ranks()]:
+        for note in [*notes, *self._idle_processes()]:
             self.log.emit("warning", round=self.round, message=note["message"], client=note.get("client"))
         if self.round == 0:
             self._evaluate(0)
@@ -235,12 +235,11 @@ class Federation:
     def _out(self) -> str | None:
         return None if self.config.out is None else str(self.config.out)
 
-    def _idle_ranks(self) -> list[Event]:
-        drawn = len(self.sampled(1)) if self.ranks.size > 1 else 1
-        text = (
-            f"{self.ranks.size} ranks share {drawn} clients of a round: at least {self.ranks.size - drawn} train nobody"
-        )
-        return [{"message": text}] if drawn < self.ranks.size and self.ranks.size > 1 else []
+    def _idle_processes(self) -> list[Event]:
+        drawn = len(self.sampled(1)) if self.world.size > 1 else 1
+        size = self.world.size
+        text = f"{size} processes share {drawn} clients of a round: at least {size - drawn} stay idle"
+        return [{"message": text}] if drawn < size and size > 1 else []
 
     def sampled(self, number: int) -> list[str]:
         """The clients of a round, in their order: drawn by seed and round alone, under privacy in secret."""
@@ -265,7 +264,7 @@ class Federation:
         applied = self._apply(number, verdict, trained, {name: how for name, how in late.items() if how[1]})
         good = [update.client for update in verdict.good]
         self.clients.conclude(task, good, verdict.refused, applied)
-        keep_alike(self.ranks, server, self.log, number)
+        keep_alike(self.world, server, self.log, number)
         if number % self.config.eval_every == 0 or number == self.config.rounds:
             self._evaluate(number)
         end: Event = {"round": number, "rounds": self.config.rounds, "applied": applied}
@@ -348,12 +347,12 @@ class Federation:
         if self.held_out.records is None:
             return
         began, found, model = time.perf_counter(), {}, self.server.model
-        if self.ranks.first:
+        if self.world.first:
             with model.beside(self.server.adapter()) as whole:
                 found = self.held_out.evaluate(whole, self.setup.tokenizer, self.setup.train.max_length)
         model.run_empty_passes()
-        self.ranks.meet()
-        found = self.ranks.send(found)
+        self.world.barrier()
+        found = self.world.send(found)
         self.log.emit("evaluated", round=number, **found, seconds=time.perf_counter() - began)
 
     def _finish(self, began: float) -> None:

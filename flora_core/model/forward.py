@@ -104,7 +104,7 @@ def _try(
         # Sequences alone and together round differently; wrong logits differ by far more.
         if not _close(head.logits(hidden), expected, math.sqrt(torch.finfo(hidden.dtype).eps)):
             return None, "logits differ from the model's", False
-    except ConnectionError:  # another rank is gone: that says nothing of the model
+    except ConnectionError:  # another process is gone: that says nothing of the model
         raise
     except attention.UnpackableError as error:
         return None, str(error), False

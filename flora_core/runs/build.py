@@ -13,7 +13,7 @@ import torch
 
 from ..common import atomic_write_bytes, atomic_write_json, folder_names, nearest, pick_device, pick_dtype, require
 from ..data import Record, Split, split, split_names
-from ..distributed import RankError, Ranks, ranks, shard_if_needed
+from ..distributed import World, WorldError, shard_if_needed
 from ..model import ClientSpec
 from .events import Event
 from .loading import load_model, load_tokenizer, model_folder
@@ -27,7 +27,7 @@ def build_run(recipe: Recipe, spread: bool = False) -> tuple[Any, Any, list[Clie
 
     Args:
         recipe: The run.
-        spread: Whether all ranks of torchrun call this, and may share the base as ``federation.base`` says.
+        spread: Whether all processes of torchrun call this, and may share the base as ``federation.base`` says.
     Returns:
         model, tokenizer, clients (one `ClientSpec` with its records each), held-out records.
     Raises:
@@ -45,25 +45,25 @@ def build_model(recipe: Recipe, spread: bool = False) -> tuple[Any, Any]:
     dtype = pick_dtype(recipe.dtype, device)
     try:
         tokenizer = load_tokenizer(folder, recipe.trust_remote_code)
-        if spread and recipe.federation.base != "replicated" and ranks().size > 1:
-            return _load_between(ranks(), recipe, folder, device, dtype), tokenizer
+        if spread and recipe.federation.base != "replicated" and World.current().size > 1:
+            return _load_between(World.current(), recipe, folder, device, dtype), tokenizer
         return load_model(folder, device, dtype, recipe.trust_remote_code), tokenizer
-    except RankError:
+    except WorldError:
         raise
     except OSError as error:
         raise OSError(f"model {recipe.model} could not be loaded from {folder}: {error}") from error
 
 
-def _load_between(joined: Ranks, recipe: Recipe, folder: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load a model that the ranks may hold between them; where they surely do, one process of a machine at a time."""
+def _load_between(joined: World, recipe: Recipe, folder: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load a model that the processes may share; where they surely do, one process of a machine at a time."""
     here, turns = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     base = recipe.federation.base
     model: Any = None
-    for turn in range(max(joined.meet(turns)) if base == "sharded" else 1):
+    for turn in range(max(joined.barrier(turns)) if base == "sharded" else 1):
         if base == "auto" or turn == here:
             model = load_model(folder, torch.device("cpu"), dtype, recipe.trust_remote_code)
             model = model if shard_if_needed(model, base, joined, device) else model.to(device)
-        joined.meet()
+        joined.barrier()
     return model
 
 

@@ -131,20 +131,20 @@ def _within(groups, cohorts, budget: int, limit: int, cost, bytes_per_token: flo
     )
 
 
-def spread(work: Mapping[str, float], ranks: int) -> list[list[str]]:
+def spread(work: Mapping[str, float], processes: int) -> list[list[str]]:
     """Assign clients to processes so that these have about equal work: the largest first, each to the least loaded.
 
-    At most 4/3 - 1/(3 ranks) of the best possible time (Graham 1969). The same on every rank.
+    At most 4/3 - 1/(3 processes) of the best possible time (Graham 1969). The same on every process.
 
     Args:
         work: Client -> predicted work, in the round's order.
-        ranks: How many there are; some may get no client.
+        processes: How many there are; some may get no client.
     Returns:
-        Each rank's clients, in the round's order.
+        Each process's clients, in the round's order.
     """
     order = {name: place for place, name in enumerate(work)}
-    shares: list[list[str]] = [[] for _ in range(ranks)]
-    loads = [0.0] * ranks
+    shares: list[list[str]] = [[] for _ in range(processes)]
+    loads = [0.0] * processes
     for name in sorted(work, key=lambda name: -work[name]):
         least = loads.index(min(loads))
         shares[least].append(name)

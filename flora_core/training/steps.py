@@ -138,7 +138,7 @@ class CohortSteps:
                 if sharded(self.cohort.model) is not None:
                     raise MemoryError(
                         f"memory ran out with {min(budget, sum(lengths))} tokens in flight, and with a sharded base no "
-                        f"rank can do a pass again; lower token_budget ({error})"
+                        f"process can do a pass again; lower token_budget ({error})"
                     ) from error
                 if min(budget, sum(lengths)) <= max(lengths):
                     raise CrowdedError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from flora_core import distributed
 from flora_core.adapters.update import ClientUpdate
 from flora_core.cli import main
 from flora_core.common.devices import pick_device
@@ -70,7 +71,7 @@ def test_others_that_are_not_there_are_an_error_in_time(monkeypatch):
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(world, "_JOIN_SECONDS", 1)
     with (
-        pytest.raises(world.RankError, match=r"not found at MASTER_ADDR:MASTER_PORT = 127\.0\.0\.1:1 .*rdzv"),
+        pytest.raises(world.WorldError, match=r"not found at MASTER_ADDR:MASTER_PORT = 127\.0\.0\.1:1 .*rdzv"),
         world.session(),
     ):
         pass
@@ -107,8 +108,8 @@ def group_of_one(monkeypatch, tmp_path):
 
 def test_a_group_of_one_is_one_process(group_of_one, tmp_path):
     make_federation(tmp_path / "group", rounds=1).run()
-    with world.session() as ranks:
-        assert (ranks.rank, ranks.size, ranks.moved_bytes) == (0, 1, 0)
+    with world.session() as alone:
+        assert (alone.process, alone.size, alone.moved_bytes) == (0, 1, 0)
     starts = [event for event in events_of(tmp_path / "group") if event["event"] == "round_start"]
     assert "shares" not in starts[0]
 
@@ -127,8 +128,8 @@ def test_a_sharded_base_is_refused_by_name(group_of_one):
 
 
 def test_a_server_of_parties_elsewhere_is_one_process(monkeypatch):
-    monkeypatch.setattr("flora_core.federation.parties.ranks", lambda: SimpleNamespace(size=2))
-    with pytest.raises(ValueError, match="a server of parties elsewhere is one process, got 2 ranks; do without"):
+    monkeypatch.setattr("flora_core.federation.parties.World", SimpleNamespace(current=lambda: SimpleNamespace(size=2)))
+    with pytest.raises(ValueError, match="a server of parties elsewhere is one process, got 2 processes; do without"):
         Federation(make_model(), None, partial(Parties, link=None), config=FederationConfig(rounds=1))  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -141,3 +142,13 @@ def test_what_moves_is_what_is_counted():
     half = ClientUpdate("a", {"q": tuple(factor[:32] for factor in update["q"])}, {"q": 1.0})  # pyright: ignore
     assert choose([half], 4, None).reduced == ()
     assert choose([half, replace(one, client="b")], 4, None).moved_bytes == 12288
+
+
+def test_names_of_the_first_edition_are_deprecated():
+    for old, new in (("Ranks", world.World), ("RankError", world.WorldError)):
+        with pytest.warns(DeprecationWarning, match=rf"distributed\.{old} is {new.__name__} now"):
+            assert getattr(distributed, old) is new
+    with pytest.warns(DeprecationWarning, match=r"distributed\.ranks is World\.current now"):
+        assert distributed.ranks().size == 1
+    with pytest.raises(AttributeError, match="has no attribute 'rankz'; it has: ShardedBase, World"):
+        _ = distributed.rankz

@@ -26,7 +26,7 @@ from tests.support.distributed.jobs import (
     launch,
     torchrun,
     wait_for,
-    without_ranks,
+    without_processes,
     write_recipe,
 )
 from tests.support.distributed.worker import arguments
@@ -53,7 +53,7 @@ def two(tmp_path_factory) -> Launch:
 def test_two_processes_leave_the_bytes_of_one(name, two, tmp_path):
     alone(tmp_path, JOBS[name])
     assert files(two.out(name), ".safetensors") == files(tmp_path, ".safetensors")
-    events = [without_ranks(events_of(out)) for out in (two.out(name), tmp_path)]
+    events = [without_processes(events_of(out)) for out in (two.out(name), tmp_path)]
     assert events[0] == events[1]
     results = two.of(name)
     assert results[0] == results[1]
@@ -64,7 +64,7 @@ def test_a_poisoned_client_is_refused_wherever_it_trains(two):
     refused = {event["client"]: event["refused"] for event in events_of(two.out("poisoned")) if event.get("refused")}
     assert set(refused) == {"b"}
     shares = [event["shares"] for event in events_of(two.out("poisoned")) if event["event"] == "round_start"]
-    assert all("b" in share[1] for share in shares), "it is rank 1's, so that its failure had to travel"
+    assert all("b" in share[1] for share in shares), "it is process 1's, so that its failure had to travel"
 
 
 def test_nothing_is_needed_but_the_processes(two):
@@ -77,7 +77,7 @@ def test_nothing_is_needed_but_the_processes(two):
 
 def test_idle_processes_are_fine_and_told_of(two):
     messages = [event["message"] for event in events_of(two.out("one client")) if event["event"] == "warning"]
-    assert messages == ["2 ranks share 1 clients of a round: at least 1 train nobody"]
+    assert messages == ["2 processes share 1 clients of a round: at least 1 stay idle"]
 
 
 @pytest.mark.parametrize("name", ["packed", "no memory"])
@@ -108,7 +108,7 @@ def test_sums_move_where_they_are_smaller_and_enough(name, two, tmp_path):
     if name not in SAME:
         alone(tmp_path, JOBS[name])
         check_weights(two.out(name), tmp_path)
-        events = [without_ranks(events_of(out)) for out in (two.out(name), tmp_path)]
+        events = [without_processes(events_of(out)) for out in (two.out(name), tmp_path)]
         for mine, whole in zip(*(map(aggregations, events)), strict=True):
             assert mine == whole
         assert two.of(name)[0]["digest"] == two.of(name)[1]["digest"]
@@ -119,7 +119,7 @@ def test_machines_that_round_otherwise_are_told_of_and_do_not_drift(two, tmp_pat
     assert results[0]["digest"] == results[1]["digest"]
     messages = [event["message"] for event in events_of(two.out("rounds otherwise")) if event["event"] == "warning"]
     assert len(messages) == 2
-    assert all("ranks 1 came to other weights than rank 0" in text for text in messages)
+    assert all("processes 1 came to other weights than process 0 and take its" in text for text in messages)
     alone(tmp_path, JOBS["rounds otherwise"])
     assert files(two.out("rounds otherwise"), ".safetensors") == files(tmp_path, ".safetensors")
 
@@ -134,15 +134,15 @@ def test_a_run_of_one_process_is_resumed_by_two(two, tmp_path):
 
 def test_a_run_of_two_processes_is_resumed_by_one(two, tmp_path):
     first, second = two.of("to one")
-    assert (first["error"], second["error"]) == ("Stop", "RankError")
-    assert "rank 0 of 2 failed, and no rank goes on without it: Stop: as the test wants it" in second["text"]
+    assert (first["error"], second["error"]) == ("Stop", "WorldError")
+    assert "process 0 of 2 failed, and no process goes on without it: Stop: as the test wants it" in second["text"]
     assert not (two.out("to one") / "rounds" / "0002").exists()
     alone(two.out("to one"), JOBS["to one"])
     alone(tmp_path, JOBS["to one"])
     assert files(two.out("to one"), ".safetensors") == files(tmp_path, ".safetensors")
 
 
-# Rank 0 trains c alone, rank 1 a and then b; the rank that is not asked ends its share.
+# Process 0 trains c alone, process 1 a and then b; the process that is not asked ends its share.
 PAUSED = {"paused by 0": {"a": 3, "b": 3, "c": 2}, "paused by 1": {"a": 2, "c": 4}}
 
 
@@ -163,26 +163,32 @@ def test_a_finished_run_trains_nothing(two):
     assert "shares" not in starts[0]
 
 
-# Errors end all ranks.
+# Errors end all processes.
 
 ERRORS = {
     "missing_data": ("FileNotFoundError", r"not-there\.jsonl does not exist"),
-    "other_rate": ("ValueError", "rank 1 would run something else than rank 0: train.lr was 0.01, is 0.5 here; start"),
-    "other_weights": ("ValueError", r"else than rank 0: model\.weights differs; start differs here; start all ranks"),
-    "other_version": ("ValueError", r'flora_core was ".*", is "0\.0\.7" here; start all ranks with the same'),
+    "other_rate": (
+        "ValueError",
+        "process 1 would run something else than process 0: train.lr was 0.01, is 0.5 here; start",
+    ),
+    "other_weights": (
+        "ValueError",
+        r"else than process 0: model\.weights differs; start differs here; start all processes",
+    ),
+    "other_version": ("ValueError", r'flora_core was ".*", is "0\.0\.7" here; start all processes with the same'),
     "fails_in_round_1": ("RuntimeError", "the disk of this machine is on fire"),
 }
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_on_one_rank_ends_all_with_its_words(name, two):
+def test_an_error_on_one_process_ends_all_with_its_words(name, two):
     kind, words = ERRORS[name]
     first, second = two.of(name)
-    assert (first["error"], second["error"]) == ("RankError", kind)
+    assert (first["error"], second["error"]) == ("WorldError", kind)
     with pytest.raises(ValueError, match=words):
         raise ValueError(second["text"])
-    assert first["text"] == f"rank 1 of 2 failed, and no rank goes on without it: {kind}: {second['text']}"
-    assert f"rank 1 of 2 failed ({kind}: {second['text']}); telling the others" in two.said
+    assert first["text"] == f"process 1 of 2 failed, and no process goes on without it: {kind}: {second['text']}"
+    assert f"process 1 of 2 failed ({kind}: {second['text']}); telling the others" in two.said
 
 
 def test_out_that_cannot_be_written_ends_all(two):
@@ -195,13 +201,13 @@ def test_out_that_cannot_be_written_ends_all(two):
 def test_what_is_for_one_process_is_refused(name, two):
     for result in two.of(name):
         assert result["error"] == "ValueError"
-        assert result["text"].startswith(f"{name} is for a run in one process, got 2 ranks; leave it out")
+        assert result["text"].startswith(f"{name} is for a run in one process, got 2; leave it out")
 
 
-# A rank that is killed, under the command.
+# A process that is killed, under the command.
 
 
-def test_a_killed_rank_ends_the_command_and_the_run_goes_on_with_the_same_bytes(tmp_path, capsys):
+def test_a_killed_process_ends_the_command_and_the_run_goes_on_with_the_same_bytes(tmp_path, capsys):
     psutil = pytest.importorskip("psutil")
     recipe, out, whole = write_recipe(tmp_path, 9), tmp_path / "out", tmp_path / "whole"
     process = torchrun(2, ["-m", "flora_core.cli", "run", str(recipe), f"out={out}"])
@@ -216,7 +222,7 @@ def test_a_killed_rank_ends_the_command_and_the_run_goes_on_with_the_same_bytes(
         end(process)
     assert process.returncode != 0
     assert time.monotonic() - began < 60
-    assert "a rank was lost, and no rank goes on without it (" in said, said
+    assert "a process was lost, and no process goes on without it (" in said, said
     assert "Traceback" not in said.partition("torch/distributed")[0]
     done = len(list((out / "rounds").iterdir()))
     assert 2 <= done < 9
@@ -254,7 +260,7 @@ def test_one_of_four_that_is_killed_ends_the_others(tmp_path, scale):
     job = {"changes": {**ALONE, "ranks": [4, 2, 3, 8]}, "fault": "killed_in_round_2", "ends": True}
     four = launch(tmp_path / "four", 4, {"killed": job}, seconds=120)
     assert four.code != 0
-    assert "a rank was lost, and no rank goes on without it" in four.said
+    assert "a process was lost, and no process goes on without it" in four.said
     alone(four.out("killed"), job)
     alone(tmp_path / "whole", job)
     assert files(four.out("killed"), ".safetensors") == files(tmp_path / "whole", ".safetensors")

@@ -18,11 +18,11 @@ from flora_core.config.adapter import AdapterConfig
 from flora_core.config.training import TrainConfig
 from flora_core.distributed import sharding
 from flora_core.distributed.sharding import check_training, shard_base, why_shard
-from flora_core.distributed.world import Ranks
+from flora_core.distributed.world import World
 from flora_core.model.attachment import attach
 from flora_core.model.client import ClientSpec
 from tests.federation.test_kill_resume import events_of
-from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_ranks
+from tests.support.distributed.jobs import ALONE, Launch, alone, check_weights, launch, without_processes
 from tests.support.distributed.worker import arguments
 from tests.support.federations import files, make_federation, make_model, stop_after
 
@@ -54,7 +54,7 @@ JOBS = {
     "packed": {"changes": {"base": "float64", "held": "sharded", "ranks": [4, 2, 3, 8]}},
     "from one": {"changes": {**SHARDED, "rounds": 3, "base": "bfloat16", "keep_optimizer": True}},
     "to one": {"changes": {**SHARDED, "rounds": 3, "base": "bfloat16"}, "fault": "stop_after_round_1"},
-    "paused": {"changes": {**SHARDED, "keep_optimizer": True}, "fault": "term_to_rank_1"},
+    "paused": {"changes": {**SHARDED, "keep_optimizer": True}, "fault": "term_to_process_1"},
     "paused again": {"changes": {**SHARDED, "keep_optimizer": True}, "at": "paused"},
     "missing_data": {"changes": SHARDED, "fault": "missing_data"},
     "alone": {"changes": SHARDED, "fault": "runs_the_model_alone"},
@@ -87,10 +87,10 @@ def test_a_sharded_base_leaves_the_bytes_of_a_whole_one(name, two, tmp_path):
     assert len({result["digest"] for result in two.of(name)}) == 1, two.said
     whole(tmp_path, JOBS[name])
     assert files(two.out(name), ".safetensors") == files(tmp_path, ".safetensors")
-    mine, theirs = (without_ranks(events_of(out)) for out in (two.out(name), tmp_path))
+    mine, theirs = (without_processes(events_of(out)) for out in (two.out(name), tmp_path))
     assert len(mine) == len(theirs)
     for one, other in zip(mine, theirs, strict=True):
-        # Each rank adds its own rows' errors up, so that their last bits are others.
+        # Each process adds its own rows' errors up, so that their last bits are others.
         errors = {key: one.pop(key) for key in list(one) if key.startswith("application_error")}
         for key, value in errors.items():
             wanted = other.pop(key)
@@ -98,7 +98,7 @@ def test_a_sharded_base_leaves_the_bytes_of_a_whole_one(name, two, tmp_path):
         assert one == other
 
 
-def test_each_rank_holds_half_of_the_layers(two):
+def test_each_process_holds_half_of_the_layers(two):
     model = make_model()
     size = sum(parameter.nbytes for parameter in model.parameters())
     layers = sum(parameter.nbytes for parameter in model.model.layers.parameters())
@@ -125,23 +125,23 @@ def test_a_run_with_a_whole_base_goes_on_with_a_sharded_one(two, tmp_path):
 
 def test_a_run_with_a_sharded_base_goes_on_with_a_whole_one(two, tmp_path):
     first, second = two.of("to one")
-    assert (first["error"], second["error"]) == ("Stop", "RankError")
+    assert (first["error"], second["error"]) == ("Stop", "WorldError")
     for out in (two.out("to one"), tmp_path):
         whole(out, JOBS["to one"])
     assert files(two.out("to one"), ".safetensors") == files(tmp_path, ".safetensors")
 
 
-def test_a_pause_on_one_rank_loses_no_step(two, tmp_path):
+def test_a_pause_on_one_process_loses_no_step(two, tmp_path):
     for result in two.of("paused"):
         assert result["error"] == "Stopped"
-        # Rank 1 stops within b, of a and b; rank 0 ends its share.
+        # Process 1 stops within b, of a and b; process 0 ends its share.
         assert result["steps"] == {"a": 2, "c": 4}
     assert "digest" in two.of("paused again")[1]
     whole(tmp_path, JOBS["paused"])
     assert files(two.out("paused"), ".safetensors") == files(tmp_path, ".safetensors")
 
 
-def test_three_ranks_with_uneven_rows_and_a_resume_with_two(tmp_path, scale):
+def test_three_processes_with_uneven_rows_and_a_resume_with_two(tmp_path, scale):
     if scale(2, 3, "processes") == 2:
         pytest.skip("two processes are tested above; three in make test-all")
     three = launch(tmp_path / "three", 3, {name: JOBS[name] for name in ("low bits", "stochastic", "to one")})
@@ -158,32 +158,32 @@ def test_three_ranks_with_uneven_rows_and_a_resume_with_two(tmp_path, scale):
 # Errors.
 
 
-def test_an_error_on_one_rank_ends_all_with_its_words(two):
+def test_an_error_on_one_process_ends_all_with_its_words(two):
     first, second = two.of("missing_data")
-    assert (first["error"], second["error"]) == ("RankError", "FileNotFoundError")
-    assert "rank 1 of 2 failed, and no rank goes on without it" in first["text"]
+    assert (first["error"], second["error"]) == ("WorldError", "FileNotFoundError")
+    assert "process 1 of 2 failed, and no process goes on without it" in first["text"]
     assert "not-there.jsonl does not exist" in first["text"]
 
 
-def test_ranks_that_run_other_passes_are_told_apart(two):
+def test_processes_that_run_other_passes_are_told_apart(two):
     first, second = two.of("alone")
-    assert (first["error"], second["error"]) == ("RankError", "RankError")
-    assert "rank 0 of 2 is before a pass of the sharded base, ranks 1 are between passes" in first["text"]
-    assert "rank 1 of 2 is between passes of the sharded base, ranks 0 are before a pass" in second["text"]
+    assert (first["error"], second["error"]) == ("WorldError", "WorldError")
+    assert "process 0 of 2 is before a pass of the sharded base, processes 1 are between passes" in first["text"]
+    assert "process 1 of 2 is between passes of the sharded base, processes 0 are before a pass" in second["text"]
     assert "the others must run along" in first["text"]
 
 
 def test_memory_that_runs_out_ends_all_and_says_what_to_do(two):
     first, second = two.of("crowded")
-    assert (first["error"], second["error"]) == ("RankError", "MemoryError")
-    words = "with a sharded base no rank can do a pass again; lower token_budget (no room for the whole step)"
+    assert (first["error"], second["error"]) == ("WorldError", "MemoryError")
+    words = "with a sharded base no process can do a pass again; lower token_budget (no room for the whole step)"
     assert words in second["text"]
     assert words in first["text"]
 
 
-def test_a_rank_that_fails_within_a_pass_ends_all_at_once(two):
+def test_a_process_that_fails_within_a_pass_ends_all_at_once(two):
     assert two.code != 0
-    assert "a pass of the sharded base ended on rank 1 of 2, here or because another was lost" in two.said
+    assert "a pass of the sharded base ended on process 1 of 2, here or because another was lost" in two.said
     assert "this layer is on fire" in two.said
     assert (two.out("within a pass") / "run.json").is_file()
 
@@ -220,7 +220,7 @@ def test_one_process_has_nobody_to_share_with():
     with pytest.raises(ValueError, match=r"base='sharded' needs several processes .*, got 1; start them with torchrun"):
         make_federation(base="sharded").run()
     with pytest.raises(ValueError, match="the model's base is sharded already: load it anew"):
-        shard_base(marked(make_model()), Ranks())
+        shard_base(marked(make_model()), World())
     with pytest.raises(ValueError, match="base='replicated', and the model is sharded already"):
         make_federation(model=marked(make_model()), base="replicated").run()
 
@@ -228,14 +228,14 @@ def test_one_process_has_nobody_to_share_with():
 def test_a_base_is_sharded_where_it_does_not_fit_any_rank(monkeypatch):
     model, cpu = make_model(), torch.device("cpu")
     size = sum(parameter.nbytes for parameter in model.parameters())
-    ranks: Any = SimpleNamespace(size=2, meet=lambda value: [value, False])
+    world: Any = SimpleNamespace(size=2, barrier=lambda value: [value, False])
     monkeypatch.setattr(sharding, "_memory_bytes", lambda device: 2 * size)
-    assert why_shard(model, "auto", ranks, cpu) is None
-    assert why_shard(model, "replicated", ranks, cpu) is None
-    assert why_shard(model, "sharded", ranks, cpu) == "as asked"
+    assert why_shard(model, "auto", world, cpu) is None
+    assert why_shard(model, "replicated", world, cpu) is None
+    assert why_shard(model, "sharded", world, cpu) == "as asked"
     monkeypatch.setattr(sharding, "_memory_bytes", lambda device: size)
-    assert str(why_shard(model, "auto", ranks, cpu)).endswith("are more than 0.6 of a rank's memory, 21.3 kB here")
-    assert why_shard(model, "auto", Ranks(), cpu) is None
+    assert str(why_shard(model, "auto", world, cpu)).endswith("are more than 0.6 of a process's memory, 21.3 kB here")
+    assert why_shard(model, "auto", World(), cpu) is None
     monkeypatch.setattr(sharding, "_memory_bytes", lambda device: 2 * size)
-    ranks.meet = lambda value: [value, True]
-    assert why_shard(model, "auto", ranks, cpu), "another rank has no room"
+    world.barrier = lambda value: [value, True]
+    assert why_shard(model, "auto", world, cpu), "another process has no room"

@@ -45,8 +45,8 @@ JOBS: dict[str, dict[str, Any]] = {
     "from one": {"changes": {**ALONE, "rounds": 3, "keep_optimizer": True}},
     "to one": {"changes": {**ALONE, "rounds": 3, "keep_optimizer": True}, "fault": "stop_after_round_1"},
     "finished": {"changes": {**ALONE, "rounds": 1}},
-    "paused by 0": {"changes": {**ALONE, "keep_optimizer": True}, "fault": "term_to_rank_0"},
-    "paused by 1": {"changes": {**ALONE, "keep_optimizer": True}, "fault": "term_to_rank_1"},
+    "paused by 0": {"changes": {**ALONE, "keep_optimizer": True}, "fault": "term_to_process_0"},
+    "paused by 1": {"changes": {**ALONE, "keep_optimizer": True}, "fault": "term_to_process_1"},
     "no memory": {"changes": {"base": "float64", "ranks": [4, 2, 3, 8]}, "fault": "no_memory"},
     "rounds otherwise": {"changes": ALONE, "fault": "rounds_otherwise"},
     **{
@@ -88,7 +88,7 @@ def end(process: subprocess.Popen[str]) -> None:
 
 @dataclass
 class Launch:
-    """Results of one launch's processes: results of every job by rank, and the jobs' folders."""
+    """Results of one launch's processes: results of every job by process, and the jobs' folders."""
 
     folder: Path
     size: int
@@ -96,14 +96,16 @@ class Launch:
     code: int
 
     def of(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads((self.folder / "results" / f"{name}-{rank}.json").read_text()) for rank in range(self.size)]
+        return [
+            json.loads((self.folder / "results" / f"{name}-{process}.json").read_text()) for process in range(self.size)
+        ]
 
     def out(self, name: str) -> Path:
         return self.folder / name
 
 
 def launch(folder: Path, size: int, jobs: dict[str, dict[str, Any]], seconds: float = 600) -> Launch:
-    """Run jobs on so many ranks."""
+    """Run jobs on so many processes."""
     (folder / "results").mkdir(parents=True)
     listed = []
     for name, job in jobs.items():
@@ -125,9 +127,9 @@ def alone(out: Path | None, job: dict[str, Any]) -> Any:
     return make_federation(changes.pop("out"), **changes).run()
 
 
-def without_ranks(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Events in an order of their own, but for those that speak of ranks; who shares a cohort depends on them."""
-    kept = [event for event in events if "ranks share" not in event.get("message", "")]
+def without_processes(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Events in an order of their own, but for those that speak of processes; who shares a cohort depends on them."""
+    kept = [event for event in events if "processes share" not in event.get("message", "")]
     kept = [event for event in kept if event["event"] != "exchanged"]
     kept = [{key: value for key, value in event.items() if key != "shares"} for event in kept]
     return sorted(kept, key=lambda event: json.dumps(event, sort_keys=True))

@@ -1,8 +1,8 @@
 """The program that ``tests/distributed/test_processes.py`` has torchrun start: runs a list of jobs, one after another,
-on every rank.
+on every process.
 
-A job is {"name", "out", "changes": for ``make_federation``, "fault": name of a fault below}. What came of it on a rank
-goes to ``<results>/<name>-<rank>.json``: the type and text of the error, or a digest of the weights.
+A job is {"name", "out", "changes": for ``make_federation``, "fault": name of a fault below}. Its outcome on a process
+goes to ``<results>/<name>-<process>.json``: the type and text of the error, or a digest of the weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 import flora_core as flora
 from flora_core.common.digests import tensor_digest
-from flora_core.distributed.world import Ranks, session
+from flora_core.distributed.world import World, session
 from flora_core.federation.privacy import Privacy
 from flora_core.federation.server import Server
 from flora_core.training.steps import CohortSteps
@@ -34,11 +34,11 @@ Fault = Callable[[pytest.MonkeyPatch, dict[str, Any]], None]
 FAULTS: dict[str, tuple[int, Fault]] = {}
 
 
-def fault(rank: int) -> Callable[[Fault], Fault]:
-    """A fault of one rank alone."""
+def fault(process: int) -> Callable[[Fault], Fault]:
+    """A fault of one process alone."""
 
     def keep(function: Fault) -> Fault:
-        FAULTS[function.__name__] = rank, function
+        FAULTS[function.__name__] = process, function
         return function
 
     return keep
@@ -137,7 +137,7 @@ def rounds_otherwise(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None
 
 
 def _asked_to_stop(patch: pytest.MonkeyPatch, at: int) -> None:
-    """SIGTERM within step ``at`` of this rank, counted over its clients."""
+    """SIGTERM within step ``at`` of this process, counted over its clients."""
     report, steps = CohortTrainer._report, [0]
 
     def count(self: Any, *arguments: Any) -> None:
@@ -150,12 +150,12 @@ def _asked_to_stop(patch: pytest.MonkeyPatch, at: int) -> None:
 
 
 @fault(0)
-def term_to_rank_0(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+def term_to_process_0(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     _asked_to_stop(patch, 2)
 
 
 @fault(1)
-def term_to_rank_1(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+def term_to_process_1(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     _asked_to_stop(patch, 2)
 
 
@@ -172,9 +172,9 @@ def killed_in_round_2(patch: pytest.MonkeyPatch, changes: dict[str, Any]) -> Non
 
 
 @contextmanager
-def under(name: str | None, rank: int, changes: dict[str, Any]) -> Iterator[None]:
+def under(name: str | None, process: int, changes: dict[str, Any]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        if name is not None and FAULTS[name][0] == rank:
+        if name is not None and FAULTS[name][0] == process:
             FAULTS[name][1](patch, changes)
         yield
 
@@ -226,12 +226,12 @@ def gathered(model: Any) -> list[int]:
     return [*sizes, seen[0].untyped_storage().size()]
 
 
-def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
-    """One job on this rank."""
-    changes, before = arguments(job), ranks.moved_bytes
-    with under(job.get("fault"), ranks.rank, changes):
+def run(job: dict[str, Any], world: World) -> dict[str, Any]:
+    """One job on this process."""
+    changes, before = arguments(job), world.moved_bytes
+    with under(job.get("fault"), world.process, changes):
         try:
-            with ranks.together():
+            with world.together():
                 federation = make_federation(job.get("out"), **changes)
                 result = federation.run()
         except BaseException as error:
@@ -242,17 +242,17 @@ def run(job: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     digest = federation.server.digest() if base else tensor_digest(target_weights(federation.model).items())
     held = {"held": base.held_bytes, "gathered": gathered(federation.model)} if base else {}
     found = [event for event in result.events if event["event"] == "evaluated"]
-    return {"digest": digest, "moved": ranks.moved_bytes - before, "evaluated": len(found), **held}
+    return {"digest": digest, "moved": world.moved_bytes - before, "evaluated": len(found), **held}
 
 
 def main(jobs: str, results: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
-    with session() as ranks:
+    with session() as world:
         for job in json.loads(Path(jobs).read_text()):
-            found = run(job, ranks)
-            (Path(results) / f"{job['name']}-{ranks.rank}.json").write_text(json.dumps(found))
-    assert ranks.group is None, "threads of a group that outlives its session abort Python at its end"
+            found = run(job, world)
+            (Path(results) / f"{job['name']}-{world.process}.json").write_text(json.dumps(found))
+    assert world.group is None, "threads of a group that outlives its session abort Python at its end"
 
 
 if __name__ == "__main__":
