@@ -91,11 +91,18 @@ def _unpacked(path: Path) -> bytes:
     """Read a file, through gzip where its first bytes are gzip's."""
     data = path.read_bytes()
     if not data.startswith(b"\x1f\x8b"):
+        if path.suffix.lower() == ".gz" and not _is_text(data[:1024]):
+            raise ValueError(f"{path}: neither gzip, as its name says, nor text; copy the file again")
         return data
     try:
         return gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip ({error}); copy the file again, or unpack it with gunzip") from None
+
+
+def _is_text(start: bytes) -> bool:
+    """Return whether a file's first bytes are UTF-8, of which the last character may be cut."""
+    return len(start.decode("utf-8", "ignore").encode()) > len(start) - 4
 
 
 def _check_text(path: Path, data: bytes) -> None:

@@ -111,6 +111,7 @@ def test_parquet_without_its_package_names_what_to_install(tmp_path, monkeypatch
         ("a.jsonl.gz", gzip.compress(lines(A, B))[:-12], r"a\.jsonl\.gz: damaged gzip .*copy the file again"),
         ("a.jsonl.gz", gzip.compress(lines(A))[:12] + b"\xff" * 40, r"a\.jsonl\.gz: damaged gzip"),
         ("a.jsonl.gz", gzip.compress(lines(A)) + b"rest", r"a\.jsonl\.gz: damaged gzip"),
+        ("a.jsonl.gz", bytes(range(128, 256)), r"a\.jsonl\.gz: neither gzip, as its name says, nor text; copy"),
         ("a.jsonl", b"PK\x03\x04" + bytes(40), r"a\.jsonl is a zip archive or spreadsheet; unpack or export it"),
         ("a.jsonl", b"\x28\xb5\x2f\xfd" + bytes(40), r"is compressed with zstd"),
         ("a.jsonl", "ab".encode("utf-16"), r"a\.jsonl, line 1: not UTF-8, but UTF-16 .*save the file as UTF-8"),
