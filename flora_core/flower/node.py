@@ -125,8 +125,8 @@ def _follow(site: Site, order: _Order, tensors: Tensors) -> tuple[dict[str, Any]
         number, _, part = name.partition(":")
         if number != "start":
             changes[int(number)][part] = tensor
-    site.receive(order.terms, order.since, list(changes.items()))
-    return {"weights": site.digest()}, {}
+    site.copy.receive(order.terms, order.since, list(changes.items()))
+    return {"weights": site.copy.digest()}, {}
 
 
 def _train(site: Site, order: _Order, tensors: Tensors) -> tuple[dict[str, Any], Tensors]:

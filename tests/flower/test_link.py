@@ -34,8 +34,8 @@ def assert_same_model(one: Any, two: Any) -> None:
 
 def assert_follows(site: Site, model: Any) -> None:
     """A party ends with the global model."""
-    assert site.weights
-    for module, weight in site.weights.items():
+    assert site.copy.weights
+    for module, weight in site.copy.weights.items():
         assert torch.equal(weight, model.get_submodule(module).weight), module
 
 
@@ -221,7 +221,7 @@ def test_a_process_that_was_held_up_does_not_overwrite_what_a_later_one_kept(tmp
 
 def test_a_copy_that_is_at_another_round_than_the_server_thinks_costs_one_round(tmp_path, monkeypatch):
     def step_back(message: Message, reply: Message) -> Message:
-        grid.sites[102].round = 0
+        grid.sites[102].copy.round = 0
         return reply
 
     grid = MemoryGrid(make_sites(tmp_path / "sites"), Faults("evaluate", 1, 102, step_back))
@@ -296,11 +296,11 @@ def test_a_copy_that_is_not_the_servers_is_replaced(tmp_path, monkeypatch):
     events: list[Any] = []
 
     def spoil(message: Message, reply: Message) -> Message:
-        module = next(iter(grid.sites[100].weights))
+        module = next(iter(grid.sites[100].copy.weights))
         with torch.no_grad():
-            grid.sites[100].weights[module][0, 0] += 1
+            grid.sites[100].copy.weights[module][0, 0] += 1
         order, _ = messages.unpack(reply.content)
-        return Message(flower.pack({**order, "weights": grid.sites[100].digest()}), reply_to=message)
+        return Message(flower.pack({**order, "weights": grid.sites[100].copy.digest()}), reply_to=message)
 
     grid = MemoryGrid(make_sites(tmp_path / "sites"), Faults("evaluate", 1, 100, spoil))
     link, _ = serve(grid, monkeypatch, tmp_path / "out", rounds=3, events=events)

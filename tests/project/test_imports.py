@@ -79,8 +79,8 @@ FLOORS = {
     ],
     "federation": [
         "evaluation exchange global_model judge model_card protocol replay result",
-        "party rebase server",
-        "clients privacy",
+        "model_copy rebase server",
+        "clients party privacy",
         "local_clients parties resume",
         "callable_clients rank_clients",
         "quarantine",
