@@ -118,6 +118,15 @@ def test_the_example_of_usage_runs_where_the_model_lies(chat, tmp_path, monkeypa
     assert len(capsys.readouterr().out) > 0
 
 
+def test_without_a_tokenizer_the_example_loads_the_model_alone(tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", card(tokenizer=None), re.S)
+    assert "AutoTokenizer" not in code
+    (tmp_path / "usage.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert type(runpy.run_path("usage.py")["model"]).__name__ == "LlamaForCausalLM"
+
+
 def test_deterministic_algorithms_are_on_for_cuda_while_training_and_off_after():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     for device, wanted, on in ((cuda, True, True), (cuda, False, False), (cpu, True, False)):

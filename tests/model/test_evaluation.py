@@ -140,6 +140,8 @@ def test_the_defaults_are_those_of_training():
     names = ("max_length", "template", "loss_on")
     assert {name: defaults[name] for name in names} == {name: getattr(train, name) for name in names}
     assert (defaults["token_budget"], defaults["label"], defaults["clients"]) == (2048, "category", None)
+    with pytest.raises(TypeError, match="positional"):
+        flora.evaluate(make_model(), make_tokenizer(), make_records("a", 2), 512)  # pyright: ignore[reportCallIssue]
 
 
 def test_the_model_is_left_as_it_was():
