@@ -1,6 +1,6 @@
 """Mutation testing: a seeded sample of small changes to the code, each tried against the tests that concern it.
 
-    python -m tests.project.mutants     about an hour on one core (make mutants); writes docs/logs/mutants.txt
+    python -m tests.project.mutants     about an hour on one core (make mutants); writes docs/logs/mutants.json and .txt
 
 cosmic-ray makes the changes, in a copy of the checkout. A mutant that no test notices is a gap in the tests, unless no
 behaviour changes with it: ``equivalent_mutants.toml`` says why for those. The sample depends on the seed and on each
@@ -13,20 +13,21 @@ import argparse
 import ast
 import compileall
 import hashlib
+import json
 import os
 import py_compile
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ from cosmic_ray.work_db import use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome
 
 ROOT = Path(__file__).resolve().parents[2]
-LOG = ROOT / "docs" / "logs" / "mutants.txt"
+LOG = ROOT / "docs" / "logs" / "mutants.json"
+SEED, COUNT = 0, 20
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.toml")
 # Of the mutants that change behaviour, at least this share must be killed.
 NEEDED = 0.9
@@ -68,16 +70,14 @@ PACKAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One mutant: the line that it changes, and how the tests took it."""
+class Outcome(NamedTuple):
+    """One mutant: where it is, the line that it changes, and how the tests took it."""
 
-    package: str
+    module: str
     place: str
     before: str
     after: str
     survived: bool
-    equivalent: str | None
 
 
 def _ignored(path: Path) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -130,12 +130,12 @@ def _is_other_code(one: MutationSpec) -> bool:
         return False
 
 
-def _command(tests: Iterable[str], module: Path) -> str:
-    """Run the tests until the first fails, those that have the module's name first."""
-    files = [
-        file for test in tests for file in ([Path(test)] if test.endswith(".py") else Path(test).rglob("test_*.py"))
-    ]
-    files.sort(key=lambda file: (file.stem != f"test_{module.stem}", str(file)))
+def _command(tests: Iterable[str], module: Path, definition: str) -> str:
+    """Run the tests until the first fails: first those that have the module's name, then those that name the code."""
+    files = [file for test in map(Path, tests) for file in ([test] if test.suffix else test.rglob("test_*.py"))]
+    words = {module.stem, definition.rpartition(".")[2]}
+    texts = {file: set(re.findall(r"\w+", file.read_text("utf-8"))) for file in files}
+    files.sort(key=lambda file: (file.stem != f"test_{module.stem}", -len(words & texts[file]), str(file)))
     return shlex.join([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)])
 
 
@@ -148,46 +148,66 @@ def _lines(diff: str, sign: str) -> str:
 def seconds_of(name: str) -> float:
     """Time the tests of a package, which must pass without a mutant."""
     began = time.monotonic()
-    outcome, output = run_tests(_command(PACKAGES[name].tests, Path(PACKAGES[name].code)), 1200)
+    outcome, output = run_tests(_command(PACKAGES[name].tests, Path(PACKAGES[name].code), ""), 1200)
     if outcome is not TestOutcome.SURVIVED:
         raise SystemExit(f"the tests of {name} fail without a mutant:\n{output[-3000:]}")
     return time.monotonic() - began
 
 
-def try_package(
-    name: str, mutations: Iterable[MutationSpec], timeout: float, until: float, equivalent: dict[tuple[str, ...], str]
-) -> Iterator[Outcome]:
+def try_package(name: str, mutations: Iterable[MutationSpec], timeout: float, until: float) -> Iterator[Outcome]:
     """Try mutants of a package until the time is up."""
-    for mutation in mutations:
+    for one in mutations:
         if time.monotonic() > until:
             return
-        result = mutate_and_test([mutation], _command(PACKAGES[name].tests, mutation.module_path), timeout)
+        definition = one.definition_name or ""
+        result = mutate_and_test([one], _command(PACKAGES[name].tests, one.module_path, definition), timeout)
         before, after = _lines(result.diff or "", "-"), _lines(result.diff or "", "+")
-        module = str(mutation.module_path)
+        place = f"line {one.start_pos[0]}, {definition or 'module'}"
         survived = result.test_outcome is TestOutcome.SURVIVED
-        place = f"{module}:{mutation.start_pos[0]} {mutation.definition_name or ''}".strip()
-        yield Outcome(name, place, before, after, survived, equivalent.get((module, before, after)))
+        yield Outcome(str(one.module_path), place, before, after, survived)
+        print("survived" if survived else "killed", one.module_path, place, "|", after, flush=True)
 
 
-def report(outcomes: Sequence[Outcome], wanted: int, seed: int) -> tuple[str, float]:
+def report(found: Mapping[str, Mapping[str, Any]]) -> tuple[str, float]:
     """Text of the log, and the share of the mutants that change behaviour which was killed."""
-    columns = ("tried", "killed", "survived", "equivalent", "killed of the others")
+    reasons = {
+        (one["module"], one["before"], one["after"]): one["why"] for one in tomllib.loads(_text(EQUIVALENT))["mutant"]
+    }
+    outcomes = {name: [Outcome(*one) for one in found[name]["outcomes"]] for name in PACKAGES if name in found}
+    outcomes["all"] = list(chain(*outcomes.values()))
+    columns = ("tried", "killed", "survived", "equivalent", "killed of the others", "commit")
     rows, share = [f"{'package':12}" + "".join(f"{column:>{len(column) + 3}}" for column in columns)], 1.0
-    for name in [*PACKAGES, "all"]:
-        some = [one for one in outcomes if name in (one.package, "all")]
+    for name, some in outcomes.items():
         survived = [one for one in some if one.survived]
-        equivalent = [one for one in survived if one.equivalent]
+        equivalent = [one for one in survived if (one.module, one.before, one.after) in reasons]
         killed, counted = len(some) - len(survived), len(some) - len(equivalent)
         share = killed / counted if counted else 1.0
-        values = (len(some), killed, len(survived), len(equivalent), f"{share:.0%}")
+        commit = found[name]["commit"] if name in found else ""
+        values = (len(some), killed, len(survived), len(equivalent), f"{share:.0%}", f"   {commit}")
         rows.append(f"{name:12}" + "".join(f"{v!s:>{len(c) + 3}}" for c, v in zip(columns, values, strict=True)))
-    title = f"cosmic-ray {version('cosmic-ray')}, seed {seed}, {wanted} mutants a package at most; make mutants"
-    lines = [title, "", *rows, ""]
-    for one in outcomes:
+    lines = [
+        f"make mutants (cosmic-ray {version('cosmic-ray')}, seed {SEED}, {COUNT} mutants a package)",
+        "",
+        *rows,
+        "",
+    ]
+    for one in outcomes["all"]:
         if one.survived:
-            verdict = f"equivalent: {one.equivalent}" if one.equivalent else "SURVIVED"
-            lines += [one.place, f"  - {one.before}", f"  + {one.after}", f"  {verdict}", ""]
+            reason = reasons.get((one.module, one.before, one.after))
+            verdict = "survived" if reason is None else f"equivalent: {reason}"
+            lines += [f"{one.module}, {one.place}", f"  - {one.before}", f"  + {one.after}", f"  {verdict}", ""]
     return "\n".join(lines), share
+
+
+def _text(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+def _commit() -> str:
+    run = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return run.stdout.strip() or "unknown"
 
 
 def _prepare(copy: Path) -> None:
@@ -210,29 +230,25 @@ def _prepare(copy: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Try the sample, write the log, and return 1 if too many survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "packages", nargs="*", help=f"of {', '.join(PACKAGES)}; all, and the log is written, unless named"
-    )
-    parser.add_argument("--count", type=int, default=20, help="mutants of each package")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=90, help="mutants are left out once it has taken so long")
+    parser.add_argument("packages", nargs="*", help=f"of {', '.join(PACKAGES)}; all unless named")
+    parser.add_argument("--count", type=int, default=COUNT, help="mutants of each package")
+    parser.add_argument("--seed", type=int, default=SEED, help="another sample, which does not go into the log")
+    parser.add_argument("--minutes", type=float, default=120, help="mutants are left out once it has taken so long")
     options = parser.parse_args(argv)
-    known = tomllib.loads(EQUIVALENT.read_text("utf-8"))["mutant"] if EQUIVALENT.exists() else []
-    equivalent = {(one["module"], one["before"], one["after"]): one["why"] for one in known}
-    until, outcomes = time.monotonic() + 60 * options.minutes, []
+    logged = (options.seed, options.count) == (SEED, COUNT)
+    until, commit = time.monotonic() + 60 * options.minutes, _commit()
+    found: dict[str, Any] = json.loads(_text(LOG)) if logged and LOG.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder) / "flora")
-        timeouts = {name: 60 + 3 * seconds_of(name) for name in options.packages or PACKAGES}
-        for name, timeout in timeouts.items():
-            mutations = sample(PACKAGES[name].code, options.count, options.seed)
-            for one in try_package(name, mutations, timeout, until, equivalent):
-                outcomes.append(one)
-                print("SURVIVED" if one.survived else "killed", one.place, "|", one.after, flush=True)
+        for name in options.packages or PACKAGES:
+            mutations, timeout = sample(PACKAGES[name].code, options.count, options.seed), 60 + 3 * seconds_of(name)
+            found[name] = {"commit": commit, "outcomes": list(try_package(name, mutations, timeout, until))}
+            if logged:
+                LOG.write_text(json.dumps(found, indent=1), "utf-8")
+                LOG.with_suffix(".txt").write_text(report(found)[0], "utf-8")
         os.chdir(ROOT)
-    text, share = report(outcomes, options.count, options.seed)
+    text, share = report(found)
     print(text)
-    if not options.packages:
-        LOG.write_text(text, "utf-8")
     return int(share < NEEDED)
 
 
